@@ -1,0 +1,26 @@
+//! The host side of Kiln.
+//!
+//! ```text
+//! client ─▶ api ─▶ store ─▶ queue::dispatcher ─▶ queue::driver ─▶ vmm (a VM)
+//!                    ▲                              │  session   ⇄ control 5001
+//!           events ──┘                              │  tunnel    ◀ registry 5003 ─▶ gateway::guests, staging
+//!                                                   │  tunnel    ◀ egress   5004 ─▶ egress
+//!                                                   └─▶ publish ─▶ the registry
+//! ```
+
+pub mod api;
+pub mod build;
+pub mod cli;
+pub mod config;
+pub mod egress;
+pub mod events;
+pub mod gateway;
+pub mod publish;
+pub mod queue;
+pub mod serve;
+pub mod session;
+pub mod staging;
+pub mod store;
+pub mod token;
+pub mod tunnel;
+pub mod vmm;

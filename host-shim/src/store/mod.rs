@@ -1,0 +1,162 @@
+//! What survives a restart: builds, events, tokens.
+//!
+//! SQLite now, PostgreSQL for several hosts later: the SQL stays within what both speak. Every
+//! method that returns `Ok` for a write has made it durable.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+
+use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+
+/// A claim on a build. A write with an old fence is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fence(pub i64);
+
+/// A build that a driver owns from now on.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// The build, in status `building`.
+    pub build: Build,
+    /// Shown at every change.
+    pub fence: Fence,
+}
+
+/// Which builds to list.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only this tenant's; `None` for an administrator.
+    pub tenant: Option<Tenant>,
+    /// Only in this status.
+    pub status: Option<Status>,
+    /// Only those that have all of these tags.
+    pub tags: BTreeMap<String, String>,
+    /// At most so many.
+    pub limit: u32,
+    /// Those before this build (its id), newest first.
+    pub before: Option<BuildId>,
+}
+
+/// An event to store. Its payload is the API's JSON object without `timestamp`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewEvent {
+    /// When it happened.
+    pub at: Millis,
+    /// The agent's number, where the agent sent it: stored once however often it is sent.
+    pub agent_seq: Option<u64>,
+    /// `type` and what follows it.
+    pub payload: serde_json::Value,
+}
+
+/// A stored event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredEvent {
+    /// Counts from 1 in its build, without gaps.
+    pub seq: u64,
+    /// When it happened.
+    pub at: Millis,
+    /// `type` and what follows it.
+    pub payload: serde_json::Value,
+}
+
+/// What a token may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Role {
+    /// Sees its tenant's builds and events.
+    Reader,
+    /// Also creates and cancels.
+    Tenant,
+    /// Does so for every tenant, and writes `base/*`.
+    Admin,
+}
+
+/// An API token as stored: the secret itself is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenRecord {
+    /// Its public id, for `token list` and `revoke`.
+    pub id: String,
+    /// SHA-256 of the token, lower-case hex.
+    pub hash: String,
+    /// A name for people.
+    pub name: Option<String>,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// What it may do.
+    pub role: Role,
+    /// When it was made.
+    pub created_at: Millis,
+    /// When it stops.
+    pub expires_at: Option<Millis>,
+    /// Whether it was revoked.
+    pub revoked: bool,
+}
+
+/// A store that failed, or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No such build or token.
+    #[error("there is no such {0}")]
+    NotFound(&'static str),
+    /// The build's state does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Another driver has claimed the build since.
+    #[error("the claim on the build is not current any more")]
+    Fenced,
+    /// The database failed.
+    #[error("the store failed to {operation}")]
+    Database {
+        /// What was tried.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The store. Small on purpose.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Stores a queued build together with its first events.
+    async fn insert_build(&self, build: &Build, events: &[NewEvent]) -> Result<(), StoreError>;
+    /// One build.
+    async fn build(&self, id: &BuildId) -> Result<Option<Build>, StoreError>;
+    /// Builds, newest first.
+    async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError>;
+    /// How many queued builds will be claimed before this one, plus one; `None` when not queued.
+    async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
+    /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`.
+    async fn claim(&self, owner: &str, now: Millis) -> Result<Option<Claimed>, StoreError>;
+    /// Changes a claimed build and appends events, in one transaction. Refused when the fence is old.
+    async fn change(
+        &self,
+        id: &BuildId,
+        fence: Fence,
+        change: Change,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError>;
+    /// Stores usage, pulls and the builder's digest of a claimed build (not its state).
+    async fn annotate(&self, build: &Build, fence: Fence) -> Result<(), StoreError>;
+    /// Cancels a build that nobody has claimed; `Refused` once it is claimed or final.
+    async fn cancel_queued(&self, id: &BuildId, now: Millis, events: &[NewEvent]) -> Result<Build, StoreError>;
+    /// Takes over every build that a driver of an earlier process had claimed, with new fences.
+    async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;
+
+    /// Appends events in order and returns the highest number. Events whose `agent_seq` is stored
+    /// already are left out.
+    async fn append_events(&self, id: &BuildId, events: &[NewEvent]) -> Result<u64, StoreError>;
+    /// Stored events after a number, at most `limit`.
+    async fn events_after(&self, id: &BuildId, after: u64, limit: u32) -> Result<Vec<StoredEvent>, StoreError>;
+
+    /// Stores a token.
+    async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;
+    /// The token with this hash, revoked and expired ones too.
+    async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError>;
+    /// All tokens.
+    async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
+    /// Revokes a token by its public id.
+    async fn revoke_token(&self, id: &str) -> Result<(), StoreError>;
+    /// Whether the store can be written now.
+    async fn ready(&self) -> Result<(), StoreError>;
+}

@@ -1,0 +1,53 @@
+//! What follows the Hello on the control connection.
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::{NumberedEvent, Outcome};
+use crate::job::Job;
+
+/// Most source bytes of one [`HostToAgent::Source`].
+pub const MAX_SOURCE_CHUNK: usize = 256 * 1024;
+
+/// Source bytes that the host may send beyond what the agent has taken. It bounds the memory of
+/// both sides and keeps the connection free for [`HostToAgent::Cancel`].
+pub const SOURCE_WINDOW: u64 = 2 * 1024 * 1024;
+
+/// Host → guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostToAgent {
+    /// The job. Once in a session, before anything else.
+    Job(Box<Job>),
+    /// The next bytes of the source archive as the user sent it (tar, gzip or zstd by its first
+    /// bytes).
+    Source(Vec<u8>),
+    /// The source archive is complete.
+    SourceEnd {
+        /// Its length in bytes.
+        total: u64,
+    },
+    /// Every event up to this number is stored; the agent may forget it.
+    Acknowledge {
+        /// The number.
+        seq: u64,
+    },
+    /// Stop at once. The outcome is [`Outcome::Cancelled`].
+    Cancel,
+    /// The outcome is stored: power off.
+    Finish,
+}
+
+/// Guest → host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentToHost {
+    /// Something happened.
+    Event(NumberedEvent),
+    /// So many source bytes have been taken since the start: the window moves on.
+    SourceTaken {
+        /// Of the archive, in bytes.
+        total: u64,
+    },
+    /// The engine's process is running.
+    EngineStarted,
+    /// How the job ended. Sent after every event; repeated after a resume until [`HostToAgent::Finish`].
+    Outcome(Outcome),
+}
