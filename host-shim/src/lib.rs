@@ -11,12 +11,14 @@
 pub mod api;
 pub mod build;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod egress;
 pub mod events;
 pub mod gateway;
 pub mod publish;
 pub mod queue;
+pub mod random;
 pub mod serve;
 pub mod session;
 pub mod staging;

@@ -1,1 +1,254 @@
-//! (to be written)
+//! The host's half of a control session with one VM: hello → job → source → events → outcome.
+//!
+//! ```text
+//!            accept + Hello            SourceEnd, events            Outcome
+//! (booting) ───────────────▶ connected ──────────────▶ connected ──────────▶ ended
+//!                              │    ▲
+//!                    connection │    │ Hello with the current resume token
+//!                       breaks  ▼    │
+//!                            waiting ──deadline──▶ lost
+//! ```
+//!
+//! The session knows nothing of builds' states, stores or VMs: it takes connections from
+//! [`Connections`], gives what the guest says to a [`Sink`], and returns how it [`End`]ed.
+//! What the guest says is checked here: every bound, every order.
+
+mod connection;
+mod handshake;
+
+use std::time::Duration;
+
+use kiln_protocol::event::{NumberedEvent, Outcome};
+use kiln_protocol::hello::TOKEN_LEN;
+use kiln_protocol::job::Job;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use connection::{Connection, Event as Heard};
+use handshake::Handshake;
+
+/// How long a guest has to say Hello on a connection that it opened.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a broken connection may stay broken: as long as the agent tries to dial again.
+const RESUME_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long an agent has to end by itself after a cancel, before its VM is destroyed. Long enough
+/// for the last log lines, and well within the two seconds that a cancel may take.
+const CANCEL_GRACE: Duration = Duration::from_millis(500);
+
+/// A byte stream to the guest.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+
+/// Where control connections come from.
+pub trait Connections: Send {
+    /// What a connection is.
+    type Stream: Stream;
+    /// The next connection that the guest opened. Cancel-safe.
+    fn accept(&mut self) -> impl Future<Output = std::io::Result<Self::Stream>> + Send;
+}
+
+/// Where the guest's reports go.
+pub trait Sink: Send {
+    /// Stores events, in order, and returns only when they are durable.
+    fn events(
+        &mut self,
+        events: Vec<NumberedEvent>,
+    ) -> impl Future<Output = anyhow::Result<()>> + Send;
+    /// The agent said Hello.
+    fn hello(&mut self, agent: &str, image: &str) -> impl Future<Output = ()> + Send;
+    /// The engine's process is running.
+    fn engine_started(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// What a session needs to know.
+pub struct Params {
+    /// What the guest is to do.
+    pub job: Job,
+    /// The source archive.
+    pub source: tokio::fs::File,
+    /// For the preambles of the VM's other connections.
+    pub nonce: [u8; TOKEN_LEN],
+    /// How long a VM may take to say Hello.
+    pub boot_deadline: Duration,
+}
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// The agent reported its outcome; every event before it is stored.
+    Outcome(Outcome),
+    /// A cancel was asked for. The VM may still run.
+    Cancelled,
+    /// The agent was not heard of in time, or any more.
+    Lost(String),
+    /// The guest broke the protocol.
+    Protocol(String),
+    /// The agent speaks no version that this host speaks.
+    Version(String),
+    /// The host could not store what the guest said.
+    Store(anyhow::Error),
+}
+
+/// Runs a session to its end. Deadlines of the build itself are the caller's; dropping the future
+/// ends the session at once.
+pub async fn run<C: Connections, S: Sink>(
+    mut connections: C,
+    sink: &mut S,
+    params: Params,
+    cancel: CancellationToken,
+) -> End {
+    let mut session = Session {
+        handshake: Handshake::new(params.nonce),
+        stored: 0,
+        outcome: None,
+        sink,
+    };
+    let booted = Instant::now() + params.boot_deadline;
+    let opened = tokio::select! {
+        biased;
+        () = cancel.cancelled() => return End::Cancelled,
+        opened = timeout_at(booted, session.handshake.first(&mut connections)) => opened,
+    };
+    let (stream, hello) = match opened {
+        Err(_) => {
+            let seconds = params.boot_deadline.as_secs();
+            return End::Lost(format!("the VM's agent did not connect within {seconds} s of its start"));
+        }
+        Ok(Err(end)) => return end,
+        Ok(Ok(opened)) => opened,
+    };
+    session.sink.hello(&hello.agent, &hello.image).await;
+    let connection = Connection::start(stream, params.job, params.source);
+    match session.converse(connection, &mut connections, &cancel).await {
+        Ok(outcome) => End::Outcome(outcome),
+        Err(end) => end,
+    }
+}
+
+struct Session<'s, S> {
+    handshake: Handshake,
+    /// The highest event number that is stored.
+    stored: u64,
+    outcome: Option<Outcome>,
+    sink: &'s mut S,
+}
+
+impl<S: Sink> Session<'_, S> {
+    /// Listens to the agent until it reports its outcome, over as many connections as it takes.
+    async fn converse<C: Connections>(
+        &mut self,
+        mut connection: Connection<C::Stream>,
+        connections: &mut C,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome, End> {
+        loop {
+            let broken = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return self.wind_down(connection).await,
+                // A second connection is either the agent's, which shows the token, or refused.
+                resumed = self.handshake.again(connections, self.stored) => {
+                    connection = self.resume(connection, resumed?)?;
+                    continue;
+                }
+                heard = connection.hear() => match heard {
+                    Ok(heard) => {
+                        self.take(heard, &mut connection).await?;
+                        if let Some(outcome) = self.outcome.take() {
+                            connection.finish().await;
+                            return Ok(outcome);
+                        }
+                        continue;
+                    }
+                    Err(broken) => broken.fatal()?,
+                }
+            };
+            tracing::warn!(reason = %broken, "the control connection broke");
+            if !connection.can_resume() {
+                return Err(End::Lost(format!("the connection to the VM broke while the source was sent: {broken}")));
+            }
+            let resumed = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Err(End::Cancelled),
+                resumed = tokio::time::timeout(
+                    RESUME_DEADLINE,
+                    self.handshake.again(connections, self.stored),
+                ) => resumed,
+            };
+            let Ok(resumed) = resumed else {
+                return Err(End::Lost(format!("the connection to the VM broke ({broken}) and did not come back")));
+            };
+            connection = self.resume(connection, resumed?)?;
+        }
+    }
+
+    fn resume<T: Stream>(
+        &self,
+        old: Connection<T>,
+        stream: handshake::Resumed<T>,
+    ) -> Result<Connection<T>, End> {
+        if !old.can_resume() {
+            return Err(End::Protocol("the agent resumed while the source was sent".into()));
+        }
+        tracing::info!(stored = self.stored, "the agent resumed its session");
+        Ok(Connection::resume(stream.0))
+    }
+
+    /// Takes what was heard: events are checked, stored, and then acknowledged.
+    async fn take<T: Stream>(
+        &mut self,
+        heard: Vec<Heard>,
+        connection: &mut Connection<T>,
+    ) -> Result<(), End> {
+        let mut events = Vec::new();
+        for heard in heard {
+            match heard {
+                Heard::Event(event) => {
+                    let last = events.last().map_or(self.stored, |e: &NumberedEvent| e.seq);
+                    // After a resume the agent repeats what it does not know to be stored.
+                    if event.seq <= last {
+                        continue;
+                    }
+                    if event.seq != last + 1 {
+                        let got = event.seq;
+                        return Err(End::Protocol(format!("event {got} follows event {last}")));
+                    }
+                    event.event.check().map_err(|e| End::Protocol(e.to_string()))?;
+                    events.push(event);
+                }
+                Heard::EngineStarted => self.sink.engine_started().await,
+                Heard::Outcome(outcome) => {
+                    outcome.check().map_err(|e| End::Protocol(e.to_string()))?;
+                    self.outcome = Some(outcome);
+                    break;
+                }
+            }
+        }
+        if let Some(last) = events.last().map(|e| e.seq) {
+            self.sink.events(events).await.map_err(End::Store)?;
+            self.stored = last;
+            connection.acknowledge(last);
+        }
+        Ok(())
+    }
+
+    /// After a cancel: asks the agent to stop and takes its last words, for a moment.
+    async fn wind_down<T: Stream>(&mut self, mut connection: Connection<T>) -> Result<Outcome, End> {
+        connection.cancel();
+        let until = Instant::now() + CANCEL_GRACE;
+        while let Ok(Ok(heard)) = timeout_at(until, connection.hear()).await {
+            self.take(heard, &mut connection).await?;
+            if self.outcome.is_some() {
+                connection.finish().await;
+                break;
+            }
+        }
+        Err(End::Cancelled)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

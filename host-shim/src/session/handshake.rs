@@ -1,0 +1,148 @@
+//! Hello and its answer: who may open, or continue, the session of a VM.
+
+use kiln_protocol::frame::{self, FrameReader};
+use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason, TOKEN_LEN, Welcome};
+use kiln_protocol::version::{Features, SUPPORTED, Version};
+use subtle::ConstantTimeEq;
+use tokio::time::timeout;
+
+use super::{Connections, End, HELLO_DEADLINE, Stream};
+use crate::build::Millis;
+
+/// What this host can do beyond the version.
+const FEATURES: Features = Features::RESUME;
+
+/// The state that decides whom to let in.
+pub(super) struct Handshake {
+    nonce: [u8; TOKEN_LEN],
+    /// Replaced at every Welcome.
+    token: [u8; TOKEN_LEN],
+}
+
+/// The stream of a session that goes on.
+pub(super) struct Resumed<T>(pub(super) T);
+
+impl Handshake {
+    pub(super) fn new(nonce: [u8; TOKEN_LEN]) -> Self {
+        Self { nonce, token: random() }
+    }
+
+    /// The first connection of the VM, made before any untrusted code runs in it.
+    pub(super) async fn first<C: Connections>(
+        &mut self,
+        connections: &mut C,
+    ) -> Result<(C::Stream, Hello), End> {
+        let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
+        let hello = read_hello(&mut stream).await.map_err(|why| {
+            End::Protocol(format!("the VM's first connection is not an agent's: {why}"))
+        })?;
+        if hello.resume.is_some() {
+            reject(&mut stream, RejectReason::Resume, "this session has not begun").await;
+            return Err(End::Protocol("the VM's first connection shows a resume token".into()));
+        }
+        let Some(version) = hello.versions.agree(SUPPORTED) else {
+            let message = format!(
+                "the agent ({}) speaks {} and this host speaks {SUPPORTED}: rebuild the builder image with this release's kiln-image",
+                hello.agent.escape_default(), hello.versions
+            );
+            reject(&mut stream, RejectReason::Version, &message).await;
+            return Err(End::Version(message));
+        };
+        self.welcome(&mut stream, version, hello.features, 0)
+            .await
+            .map_err(|e| End::Lost(format!("the connection to the VM broke at its first frame: {e}")))?;
+        Ok((stream, hello))
+    }
+
+    /// The next connection that continues the session; all others are refused. Cancel-safe but
+    /// for a handshake that is under way, whose agent then dials again.
+    pub(super) async fn again<C: Connections>(
+        &mut self,
+        connections: &mut C,
+        stored: u64,
+    ) -> Result<Resumed<C::Stream>, End> {
+        loop {
+            let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
+            let hello = match read_hello(&mut stream).await {
+                Ok(hello) => hello,
+                Err(why) => {
+                    tracing::warn!(%why, "refused a further control connection of the VM");
+                    continue;
+                }
+            };
+            let reason = match &hello.resume {
+                None => RejectReason::Taken,
+                Some(resume) if !bool::from(resume.token.ct_eq(&self.token)) => RejectReason::Resume,
+                Some(_) => match hello.versions.agree(SUPPORTED) {
+                    None => RejectReason::Version,
+                    Some(version) => {
+                        let welcome = self.welcome(&mut stream, version, hello.features, stored);
+                        if welcome.await.is_ok() {
+                            return Ok(Resumed(stream));
+                        }
+                        continue;
+                    }
+                },
+            };
+            tracing::warn!(?reason, "refused a further control connection of the VM");
+            reject(&mut stream, reason, "the session belongs to another connection").await;
+        }
+    }
+
+    async fn welcome(
+        &mut self,
+        stream: &mut impl Stream,
+        version: Version,
+        features: Features,
+        acknowledged: u64,
+    ) -> Result<(), frame::FrameError> {
+        self.token = random();
+        let welcome = Welcome {
+            version,
+            features: features.common(FEATURES),
+            resume_token: self.token,
+            nonce: self.nonce,
+            time_ms: u64::try_from(now_ms()).unwrap_or(0),
+            entropy: random(),
+            acknowledged,
+        };
+        let reply = HelloReply::Welcome(welcome);
+        in_time(frame::write(stream, &reply)).await
+    }
+}
+
+async fn read_hello(stream: &mut impl Stream) -> Result<Hello, String> {
+    // Only the Hello is read through this reader, and a FrameReader reads no byte beyond a frame.
+    let hello: Hello =
+        in_time(FrameReader::new(stream).read()).await.map_err(|e| e.to_string())?;
+    match hello.check() {
+        Ok(()) => Ok(hello),
+        Err(reason) => Err(format!("{reason:?}")),
+    }
+}
+
+async fn reject(stream: &mut impl Stream, reason: RejectReason, message: &str) {
+    let reply = HelloReply::Reject(Reject { reason, message: message.to_owned() });
+    // The peer may be gone already; it is refused either way.
+    let _ = in_time(frame::write(stream, &reply)).await;
+}
+
+async fn in_time<T>(
+    step: impl Future<Output = Result<T, frame::FrameError>>,
+) -> Result<T, frame::FrameError> {
+    let late = || frame::FrameError::Io(std::io::ErrorKind::TimedOut.into());
+    timeout(HELLO_DEADLINE, step).await.unwrap_or_else(|_| Err(late()))
+}
+
+fn cannot_accept(error: &std::io::Error) -> End {
+    End::Lost(format!("the VM's control socket failed: {error}"))
+}
+
+/// Fresh random bytes.
+fn random() -> [u8; TOKEN_LEN] {
+    crate::random::bytes()
+}
+
+fn now_ms() -> Millis {
+    crate::clock::now()
+}
