@@ -230,8 +230,12 @@ pub struct Usage {
     pub memory_peak_bytes: Option<u64>,
     /// Log content, in bytes.
     pub log_bytes: Option<u64>,
-    /// From the VM's start to the agent's Hello, in milliseconds.
+    /// From the submit to the VM's processes running, in milliseconds. Holds the wait in the queue.
+    pub vm_start_ms: Option<u64>,
+    /// From there to the agent's Hello, in milliseconds.
     pub boot_ms: Option<u64>,
+    /// From the Hello to the engine's process running, in milliseconds. Holds the unpacking of the source.
+    pub engine_start_ms: Option<u64>,
 }
 
 /// Something that the build pulled through the gateway.

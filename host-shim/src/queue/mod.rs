@@ -1,1 +1,22 @@
-//! (to be written)
+//! From queued to finished.
+//!
+//! ```text
+//! api ──wake──▶ dispatcher ──claims, one permit a VM──▶ driver (one task owns one build)
+//!      ──cancel─▶ live ──token──────────────────────────┘
+//! ```
+//!
+//! **Invariant**: only a build's driver changes it once it is claimed; everybody else asks the
+//! driver through [`live::Live`].
+
+mod dispatcher;
+mod driver;
+mod live;
+mod outcome;
+mod recover;
+mod sink;
+
+pub use recover::recover;
+
+pub use dispatcher::{Dispatcher, Scheduling};
+pub use driver::{Driver, Workshop};
+pub use live::Live;

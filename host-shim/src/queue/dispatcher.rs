@@ -1,0 +1,122 @@
+//! Claims queued builds while there is room for a VM, and starts a driver for each.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::driver::{Driver, Workshop};
+use super::live::Live;
+use crate::api::{CancelOutcome, Scheduler};
+use crate::build::{BuildId, Status};
+use crate::store::Store;
+
+/// How often the queue is looked at without being woken: only for a wake-up that was lost.
+const FALLBACK: Duration = Duration::from_secs(30);
+
+/// Runs the queue.
+pub struct Dispatcher {
+    workshop: Arc<Workshop>,
+    scheduling: Scheduling,
+    room: Arc<Semaphore>,
+    owner: String,
+}
+
+/// The queue's face to the API.
+#[derive(Clone)]
+pub struct Scheduling {
+    wake: Arc<Notify>,
+    live: Live,
+    store: Arc<dyn Store>,
+    /// Held from a claim until its driver is live: a cancel never looks in between.
+    claiming: Arc<Mutex<()>>,
+}
+
+impl Scheduling {
+    /// For a queue over this store.
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        Self {
+            wake: Arc::new(Notify::new()),
+            live: Live::default(),
+            store,
+            claiming: Arc::new(Mutex::new(())),
+        }
+    }
+}
+
+#[async_trait]
+impl Scheduler for Scheduling {
+    fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    async fn cancel(&self, id: &BuildId) -> CancelOutcome {
+        drop(self.claiming.lock().await);
+        self.live.cancel(id).await;
+        match self.store.build(id).await {
+            Ok(Some(build)) => match build.status {
+                Status::Cancelled => CancelOutcome::Cancelled,
+                status if status.is_final() => CancelOutcome::Finished,
+                _ if build.publishing.is_some() => CancelOutcome::Publishing,
+                _ => CancelOutcome::Unknown,
+            },
+            Ok(None) | Err(_) => CancelOutcome::Unknown,
+        }
+    }
+}
+
+impl Dispatcher {
+    /// A queue that runs at most `max_vms` builds at one time.
+    pub fn new(workshop: Arc<Workshop>, scheduling: Scheduling, max_vms: usize, owner: String) -> Self {
+        Self { workshop, scheduling, room: Arc::new(Semaphore::new(max_vms)), owner }
+    }
+
+    /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.
+    pub async fn run(self, stop: CancellationToken, abandon: CancellationToken) {
+        let drivers = TaskTracker::new();
+        loop {
+            let permit = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                permit = Arc::clone(&self.room).acquire_owned() => permit,
+            };
+            let Ok(permit) = permit else { break };
+            // Listen before asking, so that a build that is queued in between is not missed.
+            let woken = self.scheduling.wake.notified();
+            let claiming = self.scheduling.claiming.lock().await;
+            let claimed = match self.workshop.store.claim(&self.owner, crate::clock::now()).await {
+                Ok(Some(claimed)) => claimed,
+                Ok(None) => {
+                    drop((claiming, permit));
+                    tokio::select! {
+                        () = stop.cancelled() => break,
+                        () = woken => {}
+                        () = tokio::time::sleep(FALLBACK) => {}
+                    }
+                    continue;
+                }
+                Err(error) => {
+                    tracing::error!(error = %crate::api::chain(&error), "cannot claim a build; trying again");
+                    drop((claiming, permit));
+                    tokio::select! {
+                        () = stop.cancelled() => break,
+                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                    }
+                    continue;
+                }
+            };
+            let entry = self.scheduling.live.enter(&claimed.build.id);
+            drop(claiming);
+            let driver = Driver::new(Arc::clone(&self.workshop), claimed, entry, abandon.clone());
+            drivers.spawn(async move {
+                driver.run().await;
+                drop(permit);
+            });
+        }
+        drivers.close();
+        drivers.wait().await;
+    }
+}

@@ -1,0 +1,338 @@
+//! One task owns one claimed build: it starts the VM, holds its session, publishes, and records
+//! the end. Whatever happens, the VM is gone before the build is final.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::hello::TOKEN_LEN;
+use kiln_protocol::job::{BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
+use kiln_protocol::preamble::Channel;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::live::Entry;
+use super::outcome::{self, Next};
+use super::sink::BuildSink;
+use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
+use crate::egress::{self, EgressContext};
+use crate::events::{EventLog, payload};
+use crate::gateway::backing::Backing;
+use crate::gateway::guests::{self, GuestContext};
+use crate::publish;
+use crate::session::{self, End};
+use crate::staging::Staging;
+use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
+use crate::tunnel;
+use crate::vmm::{Vm, VmSpec, Vmm};
+
+/// How long a VM may take to say Hello. Generous: under software emulation on a busy host a boot
+/// takes several seconds, and a VM that dies is noticed at once anyway.
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How much later than the guest's own deadline the host's is, so that the guest's report, with
+/// the step that ran, arrives.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(15);
+
+/// How long a session may take to read what a VM that ended had still sent.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Processes of one step at one time.
+const MAX_PROCESSES: u32 = 4096;
+
+/// Files and directories of one source.
+const MAX_SOURCE_ENTRIES: u64 = 1_000_000;
+
+/// Of the disk, how much an unpacked source may fill; the rest is for the build.
+const SOURCE_SHARE: u64 = 2;
+
+const GIB: u64 = 1 << 30;
+
+/// What every driver works with.
+pub struct Workshop {
+    /// Builds and events.
+    pub store: Arc<dyn Store>,
+    /// The store's events, and who waits for them.
+    pub events: EventLog,
+    /// Starts VMs.
+    pub vmm: Vmm,
+    /// The registry behind the gateway.
+    pub backing: Arc<Backing>,
+    /// One directory for each build: its source and its staging.
+    pub builds_dir: PathBuf,
+    /// What VMs run: the digest of the builder bundle.
+    pub builder_digest: String,
+    /// Of one build's log content, in bytes.
+    pub log_limit: u64,
+    /// What steps may reach.
+    pub egress: egress::Policy,
+}
+
+impl Workshop {
+    /// Where a build's source and staging are.
+    pub fn build_dir(&self, build: &Build) -> PathBuf {
+        self.builds_dir.join(build.id.as_str())
+    }
+}
+
+/// The owner of one build.
+pub struct Driver {
+    workshop: Arc<Workshop>,
+    build: Build,
+    fence: Fence,
+    entry: Entry,
+    /// The server ends: builds that are not being published are given up.
+    abandon: CancellationToken,
+}
+
+/// What is left of a VM's work once the VM is gone.
+struct Worked {
+    next: Next,
+    context: Option<Arc<GuestContext>>,
+}
+
+impl Driver {
+    /// For a build that was just claimed.
+    pub fn new(
+        workshop: Arc<Workshop>,
+        claimed: Claimed,
+        entry: Entry,
+        abandon: CancellationToken,
+    ) -> Self {
+        let Claimed { build, fence } = claimed;
+        Self { workshop, build, fence, entry, abandon }
+    }
+
+    /// Drives the build to its end.
+    #[tracing::instrument(name = "build", skip_all, fields(id = %self.build.id, tenant = %self.build.tenant))]
+    pub async fn run(mut self) {
+        self.workshop.events.notify(&self.build.id);
+        if let Err(error) = self.drive().await {
+            match error {
+                // Somebody else owns the build now: it is theirs to end.
+                StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
+                error => tracing::error!(error = %crate::api::chain(&error), "cannot record the build's state"),
+            }
+        }
+    }
+
+    async fn drive(&mut self) -> Result<(), StoreError> {
+        tracing::info!("building");
+        let Worked { mut next, context } = self.work().await;
+        self.workshop.store.annotate(&self.build, self.fence).await?;
+        if let (Next::Publish { digest }, Some(context)) = (&next, &context) {
+            let digest = digest.clone();
+            match self.publish(&digest, context).await? {
+                None => return self.end(Change::Finish).await,
+                Some(instead) => next = instead,
+            }
+        }
+        match next {
+            Next::Fail(failure) => self.end(Change::Fail(failure)).await,
+            Next::Cancel => self.end(Change::Cancel).await,
+            Next::Publish { .. } => {
+                let why = "an image was reported but nothing was staged";
+                self.end(Change::Fail(Failure::new(FailureKind::Internal, why))).await
+            }
+        }
+    }
+
+    /// Runs the build in a VM, which is gone when this returns.
+    async fn work(&mut self) -> Worked {
+        let fail = |kind, message: String| Worked { next: Next::Fail(Failure::new(kind, message)), context: None };
+        let dir = self.workshop.build_dir(&self.build);
+        let source = match tokio::fs::File::open(dir.join("source")).await {
+            Ok(source) => source,
+            Err(error) => return fail(FailureKind::Internal, format!("the build's source cannot be read: {error}")),
+        };
+        let staging = match Staging::create(&dir.join("staging")) {
+            Ok(staging) => staging,
+            Err(error) => return fail(FailureKind::Internal, format!("the build's staging cannot be made: {error}")),
+        };
+        let cancel = self.entry.cancel.clone();
+        let spec = VmSpec {
+            id: self.build.id.to_string(),
+            memory_mb: self.build.request.memory_mb,
+            cpus: self.build.request.cpus,
+            disk_gb: self.build.request.disk_gb,
+        };
+        let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
+        let vm = match started {
+            None => return Worked { next: Next::Cancel, context: None },
+            Some(Err(error)) => {
+                tracing::error!(error = %crate::api::chain(&error), "cannot start a VM");
+                return fail(FailureKind::Internal, format!("the host could not start a VM: {error}"));
+            }
+            Some(Ok(vm)) => vm,
+        };
+        self.build.builder_digest = Some(self.workshop.builder_digest.clone());
+        let since_submit = crate::clock::now() - self.build.created_at;
+        self.build.usage.vm_start_ms = u64::try_from(since_submit).ok();
+        let context = Arc::new(GuestContext::new(
+            self.build.id.clone(),
+            self.build.tenant.clone(),
+            staging,
+            Arc::clone(&self.workshop.backing),
+        ));
+        let next = self.attend(vm, source, &context).await;
+        self.build.pulled = context.pulled();
+        Worked { next, context: Some(context) }
+    }
+
+    /// Serves a VM until its session ends, and destroys it.
+    async fn attend(&mut self, vm: Vm, source: tokio::fs::File, context: &Arc<GuestContext>) -> Next {
+        let (control, registry, egress, vm) = vm.into_parts();
+        let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
+        let gone = CancellationToken::new();
+        let tunnels = TaskTracker::new();
+        {
+            let (context, stop) = (Arc::clone(context), gone.clone());
+            tunnels.spawn(tunnel::accept(registry, Channel::Registry, nonce, gone.clone(), move |stream| {
+                guests::serve(stream, Arc::clone(&context), stop.clone())
+            }));
+        }
+        if self.build.request.network != NetworkMode::None {
+            let context = Arc::new(EgressContext::new(self.workshop.egress.clone()));
+            let stop = gone.clone();
+            tunnels.spawn(tunnel::accept(egress, Channel::Egress, nonce, gone.clone(), move |stream| {
+                egress::serve(stream, Arc::clone(&context), stop.clone())
+            }));
+        }
+        let params = session::Params {
+            job: self.job(),
+            source,
+            nonce,
+            boot_deadline: BOOT_DEADLINE,
+        };
+        let mut sink = BuildSink::new(&self.workshop, &mut self.build, self.fence, Arc::clone(context));
+        let allowed = sink.timeout();
+        let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
+        let cancel = self.entry.cancel.clone();
+        let next = {
+            let session = session::run(control, &mut sink, params, cancel);
+            tokio::pin!(session);
+            tokio::select! {
+                biased;
+                () = self.abandon.cancelled() => Next::Fail(Failure::new(
+                    FailureKind::HostRestarted,
+                    "the host was shut down while the build ran; submit it again",
+                )),
+                end = &mut session => outcome::next(end),
+                exit = vm.exited() => {
+                    // What the VM had sent before it ended is still in the sockets.
+                    match timeout(LAST_WORDS, &mut session).await {
+                        Ok(end @ (End::Outcome(_) | End::Cancelled)) => outcome::next(end),
+                        _ => Next::Fail(Failure::new(
+                            FailureKind::VmLost,
+                            format!("the VM was lost: {exit}. If it happens again, ask the host's operator"),
+                        )),
+                    }
+                }
+                () = tokio::time::sleep_until(deadline) => {
+                    let seconds = allowed.as_secs();
+                    Next::Fail(Failure::new(
+                        FailureKind::TimedOut,
+                        format!("the build ran longer than its timeout of {seconds} s, and its VM did not say where"),
+                    ))
+                }
+            }
+        };
+        let next = match next {
+            Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
+                let console = vm.console_tail().await;
+                Next::Fail(match console {
+                    Some(tail) if failure.detail.is_none() => failure.with_detail(tail),
+                    _ => failure,
+                })
+            }
+            next => next,
+        };
+        gone.cancel();
+        tunnels.close();
+        tunnels.wait().await;
+        if let Err(error) = vm.destroy().await {
+            tracing::error!(error = %crate::api::chain(&error), "the VM was not removed completely");
+        }
+        next
+    }
+
+    /// Checks what was staged, records its digest, and pushes it. `None` when it is published.
+    async fn publish(&mut self, digest: &str, context: &GuestContext) -> Result<Option<Next>, StoreError> {
+        let checked = match publish::check(context, digest).await {
+            Ok(checked) => checked,
+            Err(error) => return Ok(Some(Next::Fail(error.into_failure()))),
+        };
+        if self.build.status != crate::build::Status::Pushing {
+            self.change(Change::Push, &[]).await?;
+        }
+        if self.entry.cancel.is_cancelled() {
+            return Ok(Some(Next::Cancel));
+        }
+        self.change(Change::Publish(digest.to_owned()), &[]).await?;
+        let (repository, tag) = (self.build.repository(), self.build.tag().to_owned());
+        match publish::push(&checked, &self.workshop.backing, &repository, &tag).await {
+            Ok(()) => Ok(None),
+            Err(error) => Ok(Some(Next::Fail(error.into_failure()))),
+        }
+    }
+
+    /// Removes what was made for the build, then makes its end known.
+    async fn end(&mut self, change: Change) -> Result<(), StoreError> {
+        let dir = self.workshop.build_dir(&self.build);
+        if let Err(error) = tokio::fs::remove_dir_all(&dir).await {
+            tracing::warn!(%error, dir = %dir.display(), "cannot remove the build's directory");
+        }
+        let first = match &change {
+            Change::Fail(failure) => vec![self.event(payload::failure(failure))],
+            _ => vec![],
+        };
+        self.change(change, &first).await?;
+        tracing::info!(status = %self.build.status, cause = ?self.build.failure.as_ref().map(|f| f.kind), "finished");
+        Ok(())
+    }
+
+    /// Changes the state and tells it, in one transaction.
+    async fn change(&mut self, change: Change, first: &[NewEvent]) -> Result<(), StoreError> {
+        let now = crate::clock::now();
+        let next = self.build.apply(change.clone(), now)?;
+        let mut events = first.to_vec();
+        if next.status != self.build.status {
+            events.push(self.event(payload::status(next.status, None)));
+        }
+        let id = &self.build.id;
+        let stored = self.workshop.store.change(id, self.fence, change, now, &events).await?;
+        self.build = stored;
+        self.workshop.events.notify(&self.build.id);
+        Ok(())
+    }
+
+    fn event(&self, payload: serde_json::Value) -> NewEvent {
+        NewEvent { at: crate::clock::now(), agent_seq: None, payload }
+    }
+
+    fn job(&self) -> Job {
+        let request = &self.build.request;
+        let dockerfile = match &request.dockerfile {
+            Some(content) => Dockerfile::Inline(content.clone().into_bytes()),
+            None => Dockerfile::InSource("Dockerfile".into()),
+        };
+        let build = BuildJob {
+            dockerfile,
+            target: request.target.clone(),
+            build_args: request.build_args.clone().into_iter().collect(),
+            network: match request.network {
+                NetworkMode::None => StepNetwork::None,
+                NetworkMode::Allowlist | NetworkMode::Open => StepNetwork::Proxy,
+            },
+        };
+        let limits = Limits {
+            timeout_ms: u64::from(request.timeout_seconds) * 1000,
+            log_bytes: self.workshop.log_limit,
+            processes: MAX_PROCESSES,
+            source_bytes: u64::from(request.disk_gb) * GIB / SOURCE_SHARE,
+            source_entries: MAX_SOURCE_ENTRIES,
+        };
+        Job { build: self.build.id.clone(), role: Role::Build(build), limits }
+    }
+}

@@ -1,0 +1,107 @@
+//! How the end of a session, or of a VM, becomes the cause of a failed build. Pure.
+
+use kiln_protocol::event::Outcome;
+
+use crate::build::{Failure, FailureKind};
+use crate::session::End;
+
+/// What the driver does next.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The guest has pushed an image: check it and publish.
+    Publish {
+        /// As the guest says.
+        digest: String,
+    },
+    /// The build failed.
+    Fail(Failure),
+    /// The build was cancelled.
+    Cancel,
+}
+
+/// Decides what follows from the end of a session.
+pub(super) fn next(end: End) -> Next {
+    let fail = |kind, message: String| Next::Fail(Failure::new(kind, message));
+    match end {
+        End::Outcome(Outcome::Built(built)) => Next::Publish { digest: built.digest },
+        End::Outcome(Outcome::Failed(failure)) => Next::Fail(host_checked(failure.into())),
+        End::Outcome(Outcome::Cancelled) => fail(
+            FailureKind::Internal,
+            "the VM's agent stopped the build though nobody asked it to".into(),
+        ),
+        End::Cancelled => Next::Cancel,
+        End::Lost(why) => fail(FailureKind::VmLost, format!("the VM was lost: {why}")),
+        End::Protocol(why) => fail(
+            FailureKind::ProtocolMismatch,
+            format!("the VM's agent broke the protocol: {why}"),
+        ),
+        End::Version(why) => fail(FailureKind::ProtocolMismatch, why),
+        End::Store(error) => {
+            fail(FailureKind::Internal, format!("the host could not store the build's events: {error:#}"))
+        }
+    }
+}
+
+/// A guest is not believed where it names a cause that only the host can know.
+fn host_checked(failure: Failure) -> Failure {
+    match failure.kind {
+        FailureKind::SecretLeaked
+        | FailureKind::BaseDigestMismatch
+        | FailureKind::VmLost
+        | FailureKind::HostRestarted => Failure { kind: FailureKind::Internal, ..failure },
+        _ => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::event::{Built, Failure as Reported};
+
+    use super::*;
+
+    fn kind(end: End) -> Option<FailureKind> {
+        match next(end) {
+            Next::Fail(failure) => Some(failure.kind),
+            _ => None,
+        }
+    }
+
+    fn reported(kind: FailureKind) -> End {
+        End::Outcome(Outcome::Failed(Reported {
+            kind,
+            message: "m".into(),
+            step: Some(2),
+            exit_code: Some(7),
+            detail: None,
+        }))
+    }
+
+    #[test]
+    fn a_built_image_is_published() {
+        let built = Built { digest: "sha256:1".into(), engine: "e".into() };
+        let digest = "sha256:1".to_owned();
+        assert_eq!(next(End::Outcome(Outcome::Built(built))), Next::Publish { digest });
+    }
+
+    #[test]
+    fn a_guests_cause_is_kept_with_its_step() {
+        let Next::Fail(failure) = next(reported(FailureKind::StepFailed)) else { unreachable!() };
+        assert_eq!((failure.kind, failure.step, failure.exit_code), (FailureKind::StepFailed, Some(2), Some(7)));
+    }
+
+    #[test]
+    fn a_guest_cannot_claim_what_only_the_host_knows() {
+        for cause in [FailureKind::SecretLeaked, FailureKind::VmLost, FailureKind::HostRestarted] {
+            assert_eq!(kind(reported(cause)), Some(FailureKind::Internal));
+        }
+    }
+
+    #[test]
+    fn a_session_that_did_not_end_well_has_a_cause() {
+        assert_eq!(kind(End::Lost("x".into())), Some(FailureKind::VmLost));
+        assert_eq!(kind(End::Protocol("x".into())), Some(FailureKind::ProtocolMismatch));
+        assert_eq!(kind(End::Version("x".into())), Some(FailureKind::ProtocolMismatch));
+        assert_eq!(kind(End::Outcome(Outcome::Cancelled)), Some(FailureKind::Internal));
+        assert_eq!(next(End::Cancelled), Next::Cancel);
+    }
+}

@@ -1,0 +1,120 @@
+//! What the guest reports, on its way into the store.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::event::{Event, NumberedEvent, Phase, StepState};
+use tokio::time::Instant;
+
+use super::driver::Workshop;
+use crate::build::{Build, Change, Status};
+use crate::events::{self, payload};
+use crate::gateway::guests::GuestContext;
+use crate::session::Sink;
+use crate::store::{Fence, NewEvent};
+
+/// Stores a build's events and follows its phases.
+pub(super) struct BuildSink<'d> {
+    workshop: &'d Workshop,
+    build: &'d mut Build,
+    fence: Fence,
+    context: Arc<GuestContext>,
+    started: Instant,
+    hello: Option<Instant>,
+}
+
+/// The guest sent more log content than the build may have.
+#[derive(Debug, thiserror::Error)]
+#[error("the build printed more than its log limit of {0} bytes")]
+pub(super) struct LogLimit(pub(super) u64);
+
+impl<'d> BuildSink<'d> {
+    pub(super) fn new(
+        workshop: &'d Workshop,
+        build: &'d mut Build,
+        fence: Fence,
+        context: Arc<GuestContext>,
+    ) -> Self {
+        Self { workshop, build, fence, context, started: Instant::now(), hello: None }
+    }
+
+    /// How long the build may run.
+    pub(super) fn timeout(&self) -> Duration {
+        Duration::from_secs(self.build.request.timeout_seconds.into())
+    }
+
+    async fn store(&mut self, batch: &mut Vec<NewEvent>) -> anyhow::Result<()> {
+        if !batch.is_empty() {
+            self.workshop.events.append(&self.build.id, std::mem::take(batch)).await?;
+        }
+        Ok(())
+    }
+
+    /// The engine pushes from now on: its uploads are taken.
+    async fn pushing(&mut self, event: &NumberedEvent) -> anyhow::Result<()> {
+        if self.build.status == Status::Building {
+            let told = NewEvent {
+                at: crate::clock::now(),
+                agent_seq: Some(event.seq),
+                payload: payload::status(Status::Pushing, None),
+            };
+            let now = crate::clock::now();
+            let change = self.workshop.store.change(&self.build.id, self.fence, Change::Push, now, &[told]);
+            // What the driver knows beyond the stored state is stored at the end.
+            self.build.status = change.await?.status;
+            self.workshop.events.notify(&self.build.id);
+        }
+        self.context.set_pushing(true);
+        Ok(())
+    }
+
+    fn note(&mut self, event: &Event) -> anyhow::Result<()> {
+        let usage = &mut self.build.usage;
+        match event {
+            Event::Log(log) => {
+                let total = usage.log_bytes.unwrap_or(0) + log.content.len() as u64;
+                usage.log_bytes = Some(total);
+                if total > self.workshop.log_limit {
+                    return Err(LogLimit(self.workshop.log_limit).into());
+                }
+            }
+            Event::Step(step) => {
+                if let StepState::Ended(end) = &step.state {
+                    usage.memory_peak_bytes = usage.memory_peak_bytes.max(Some(end.memory_peak_bytes));
+                }
+            }
+            Event::Phase(_) => {}
+        }
+        Ok(())
+    }
+}
+
+impl Sink for BuildSink<'_> {
+    async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
+        let mut batch = Vec::with_capacity(reported.len());
+        for event in reported {
+            self.note(&event.event)?;
+            if event.event == Event::Phase(Phase::Pushing) {
+                self.store(&mut batch).await?;
+                self.pushing(&event).await?;
+            } else if let Some(event) = events::from_agent(event) {
+                batch.push(event);
+            }
+        }
+        self.store(&mut batch).await
+    }
+
+    async fn hello(&mut self, agent: &str, image: &str) {
+        let now = Instant::now();
+        self.hello = Some(now);
+        let boot = now - self.started;
+        self.build.usage.boot_ms = u64::try_from(boot.as_millis()).ok();
+        tracing::info!(agent = %agent.escape_default(), image = %image.escape_default(), boot_ms = boot.as_millis(), "the agent connected");
+    }
+
+    async fn engine_started(&mut self) {
+        if let Some(hello) = self.hello.take() {
+            self.build.usage.engine_start_ms = u64::try_from(hello.elapsed().as_millis()).ok();
+        }
+    }
+}

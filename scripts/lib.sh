@@ -1,0 +1,131 @@
+# Shared by the scripts of this directory: where things are, installing, and telling what happens.
+# shellcheck shell=bash disable=SC2034
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+STATE=${KILN_STATE:-$ROOT/.kiln}
+LISTEN=${KILN_LISTEN:-127.0.0.1:4973}
+TOOLS=$STATE/tools
+BIN=$ROOT/target/release
+LOGS=$STATE/logs
+GUEST_TARGET=x86_64-unknown-linux-gnu
+export PATH="$BIN:$TOOLS/bin:$PATH"
+
+# What Kiln runs on (Debian's names), and what its tests use besides.
+RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs)
+BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils zstd xz-utils)
+TEST_PACKAGES=(skopeo shellcheck iproute2 jq)
+
+VSOCK_DEVICE_VERSION=0.3.0
+CARGO_DENY_VERSION=0.20.2
+
+# say MESSAGE: a line of progress on standard error.
+say() { printf '%s\n' "kiln: $*" >&2; }
+
+# fail MESSAGE: says why, and ends.
+fail() {
+  say "$*"
+  exit 1
+}
+
+# step TITLE COMMAND...: runs quietly, with the time it took; shows the output only when it fails.
+step() {
+  local title=$1 log begun
+  shift
+  mkdir -p "$LOGS"
+  log=$LOGS/$(tr -c 'a-z0-9\n' - <<<"${title,,}").log
+  begun=$SECONDS
+  if [[ -t 2 ]]; then printf 'kiln: %s …' "$title" >&2; else say "$title …"; fi
+  if "$@" >"$log" 2>&1 </dev/null; then
+    if [[ -t 2 ]]; then
+      printf '\r\033[Kkiln: %s (%s s)\n' "$title" $((SECONDS - begun)) >&2
+    elif ((SECONDS - begun > 2)); then
+      say "$title: done in $((SECONDS - begun)) s"
+    fi
+  else
+    local status=$?
+    [[ -t 2 ]] && printf '\n' >&2
+    tail -n 40 "$log" >&2
+    fail "$title failed (exit $status). The whole output is in $log"
+  fi
+}
+
+# install_packages NAME...: Debian packages, only those that are missing.
+install_packages() {
+  local missing=() name
+  for name in "$@"; do
+    dpkg-query -W -f '${db:Status-Status}\n' "$name" 2>/dev/null | grep -qx installed || missing+=("$name")
+  done
+  ((${#missing[@]} == 0)) && return
+  ((EUID == 0)) || fail "these Debian packages are missing: ${missing[*]}. Install them, or run this as root"
+  step "Installing ${missing[*]}" apt_install "${missing[@]}"
+}
+
+apt_install() {
+  local -x DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  # The registry runs as a child of kiln serve: Debian's own service of it is not to start.
+  local policy=/usr/sbin/policy-rc.d made=
+  if [[ ! -e $policy ]]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    made=$policy
+  fi
+  local status=0
+  apt-get install -y -qq --no-install-recommends "$@" || status=$?
+  [[ -z $made ]] || rm -f "$made"
+  return "$status"
+}
+
+# install_crate NAME VERSION: a program from crates.io, into .kiln/tools.
+install_crate() {
+  local name=$1 version=$2
+  command -v "$name" >/dev/null && "$name" --version 2>/dev/null | grep -qF "$version" && return
+  step "Installing $name $version" cargo install --quiet --locked --root "$TOOLS" "$name@$version"
+}
+
+need_rust() {
+  command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"
+}
+
+install_to_run() {
+  need_rust
+  install_packages "${BUILD_PACKAGES[@]}" "${RUN_PACKAGES[@]}"
+  install_crate vhost-device-vsock "$VSOCK_DEVICE_VERSION"
+}
+
+build_programs() {
+  step "Building kiln and kiln-image" \
+    cargo build --release --quiet --manifest-path "$ROOT/Cargo.toml" -p kiln-host-shim -p kiln-image-tool
+  step "Building the static agent" build_agent
+}
+
+# The agent is the only program of an initrd: it is linked statically.
+build_agent() {
+  local -x CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static"
+  cargo build --release --quiet --manifest-path "$ROOT/Cargo.toml" -p kiln-agent --target "$GUEST_TARGET"
+  # Replaced only when it changed: the builder image is made again when its agent is newer.
+  local built=$ROOT/target/$GUEST_TARGET/release/kiln-agent
+  cmp -s "$built" "$BIN/kiln-agent" || install -m 755 "$built" "$BIN/kiln-agent"
+}
+
+build_images() {
+  step "Making the builder image" kiln-image build "$ROOT/images/builder" -o "$STATE/builder" --agent "$BIN/kiln-agent"
+  step "Making the base image debian:trixie" kiln-image build "$ROOT/images/debian" -o "$STATE/debian"
+}
+
+# The pid of the kiln serve that scripts/up started, if it still runs.
+serve_pid() {
+  local pid start
+  [[ -r $STATE/serve.pid ]] || return 1
+  read -r pid start <"$STATE/serve.pid" || return 1
+  # A pid may be somebody else's by now: the start time tells.
+  [[ $(process_start "$pid") == "$start" ]] && echo "$pid"
+}
+
+# The start time of a process in clock ticks since boot (field 22 of /proc/PID/stat).
+process_start() {
+  local stat
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  awk '{print $20}' <<<"${stat##*) }"
+}
