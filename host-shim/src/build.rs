@@ -5,6 +5,7 @@
 //!   │                  │                           │             │
 //!   ├──cancel─────▶ cancelled ◀──cancel── building, pushing until publishing is recorded
 //!   └──fail───────▶ failed    ◀──fail──── building, pushing
+//! queued ◀──requeue── building, pushing until publishing is recorded
 //! ```
 //!
 //! **Invariant**: a finished build never changes, and only the driver that holds the claim's fence
@@ -83,7 +84,9 @@ pub const RESERVED_TENANTS: [&str; 3] = ["builds", "base", "upstream"];
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadTenant {
     /// Not of the form.
-    #[error("tenant {0:?} is not a name of 1 to 39 of a-z, 0-9 and -, starting with a letter or digit")]
+    #[error(
+        "tenant {0:?} is not a name of 1 to 39 of a-z, 0-9 and -, starting with a letter or digit"
+    )]
     Form(String),
     /// Taken by Kiln itself.
     #[error("tenant {0:?} is reserved; choose another name")]
@@ -332,7 +335,8 @@ pub enum Change {
     Fail(Failure),
     /// Somebody cancelled it.
     Cancel,
-    /// Its host went away before anything was published: once more from the start.
+    /// Its host went away before anything was published: once more from the start. What the lost
+    /// attempt used and pulled is forgotten.
     Requeue,
 }
 
@@ -362,7 +366,7 @@ impl Build {
             (Queued, Change::Claim) => {
                 next.status = Building;
                 next.attempt += 1;
-                next.started_at = Some(now);
+                next.started_at.get_or_insert(now);
             }
             (Building, Change::Push) => next.status = Pushing,
             (Pushing, Change::Publish(digest)) => match &self.publishing {
@@ -379,7 +383,12 @@ impl Build {
                 return Err(Refused::Publishing);
             }
             (_, Change::Cancel) => next.status = Cancelled,
-            (Building | Pushing, Change::Requeue) => next.status = Queued,
+            (Building | Pushing, Change::Requeue) => {
+                next.status = Queued;
+                next.usage = Usage::default();
+                next.pulled.clear();
+                next.builder_digest = None;
+            }
             (from, _) => return Err(Refused::From(from)),
         }
         if next.status.is_final() {
@@ -388,3 +397,6 @@ impl Build {
         Ok(next)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,11 @@
 //!
 //! SQLite now, PostgreSQL for several hosts later: the SQL stays within what both speak. Every
 //! method that returns `Ok` for a write has made it durable.
+//!
+//! **Invariant**: an event that tells of a change is stored in the transaction of that change, and
+//! nothing is stored for a build once it is final: its last event is its final status.
+
+pub mod sqlite;
 
 use std::collections::BTreeMap;
 
@@ -37,12 +42,25 @@ pub struct Filter {
     pub before: Option<BuildId>,
 }
 
+/// A client's `Idempotency-Key`, stored with the build that it made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdempotencyKey {
+    /// As the client sent it; unique in its tenant.
+    pub key: String,
+    /// SHA-256 of what was asked for, lower-case hex.
+    pub digest: String,
+}
+
+/// Most payload bytes of one page of [`Store::events_after`]; a page has at least one event.
+pub const MAX_PAGE_BYTES: usize = 256 * 1024;
+
 /// An event to store. Its payload is the API's JSON object without `timestamp`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
     /// When it happened.
     pub at: Millis,
-    /// The agent's number, where the agent sent it: stored once however often it is sent.
+    /// The agent's number, where the agent sent it: stored once in an attempt however often it is
+    /// sent. (The agent of the next attempt counts from 1 again.)
     pub agent_seq: Option<u64>,
     /// `type` and what follows it.
     pub payload: serde_json::Value,
@@ -68,6 +86,31 @@ pub enum Role {
     Tenant,
     /// Does so for every tenant, and writes `base/*`.
     Admin,
+}
+
+impl Role {
+    /// Every role, the least first.
+    pub const ALL: [Self; 3] = [Self::Reader, Self::Tenant, Self::Admin];
+
+    /// The API's, the store's and the command line's name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Reader => "reader",
+            Self::Tenant => "tenant",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// The role of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// An API token as stored: the secret itself is not.
@@ -100,6 +143,9 @@ pub enum StoreError {
     /// The build's state does not allow it.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// The tenant has used this idempotency key, or this id, before.
+    #[error("{0} is taken already")]
+    Taken(&'static str),
     /// Another driver has claimed the build since.
     #[error("the claim on the build is not current any more")]
     Fenced,
@@ -117,16 +163,35 @@ pub enum StoreError {
 /// The store. Small on purpose.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Stores a queued build together with its first events.
-    async fn insert_build(&self, build: &Build, events: &[NewEvent]) -> Result<(), StoreError>;
+    /// Stores a queued build together with its first events, and the key that asked for it.
+    async fn insert_build(
+        &self,
+        build: &Build,
+        events: &[NewEvent],
+        key: Option<&IdempotencyKey>,
+    ) -> Result<(), StoreError>;
+    /// The build that the tenant's idempotency key made, and the digest of what was asked for.
+    async fn build_by_key(
+        &self,
+        tenant: &Tenant,
+        key: &str,
+    ) -> Result<Option<(BuildId, String)>, StoreError>;
     /// One build.
     async fn build(&self, id: &BuildId) -> Result<Option<Build>, StoreError>;
     /// Builds, newest first.
     async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError>;
     /// How many queued builds will be claimed before this one, plus one; `None` when not queued.
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
-    /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`.
-    async fn claim(&self, owner: &str, now: Millis) -> Result<Option<Claimed>, StoreError>;
+    /// How many builds of the tenant are queued.
+    async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
+    /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`, and appends events
+    /// to it in the same transaction.
+    async fn claim(
+        &self,
+        owner: &str,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Option<Claimed>, StoreError>;
     /// Changes a claimed build and appends events, in one transaction. Refused when the fence is old.
     async fn change(
         &self,
@@ -139,21 +204,33 @@ pub trait Store: Send + Sync + 'static {
     /// Stores usage, pulls and the builder's digest of a claimed build (not its state).
     async fn annotate(&self, build: &Build, fence: Fence) -> Result<(), StoreError>;
     /// Cancels a build that nobody has claimed; `Refused` once it is claimed or final.
-    async fn cancel_queued(&self, id: &BuildId, now: Millis, events: &[NewEvent]) -> Result<Build, StoreError>;
+    async fn cancel_queued(
+        &self,
+        id: &BuildId,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError>;
     /// Takes over every build that a driver of an earlier process had claimed, with new fences.
+    /// To be called once, before the first claim.
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;
 
     /// Appends events in order and returns the highest number. Events whose `agent_seq` is stored
-    /// already are left out.
+    /// already are left out. `Refused` once the build is final.
     async fn append_events(&self, id: &BuildId, events: &[NewEvent]) -> Result<u64, StoreError>;
-    /// Stored events after a number, at most `limit`.
-    async fn events_after(&self, id: &BuildId, after: u64, limit: u32) -> Result<Vec<StoredEvent>, StoreError>;
+    /// Stored events after a number, in order: at most `limit`, and fewer where they are larger
+    /// than [`MAX_PAGE_BYTES`]. Empty only when there are none.
+    async fn events_after(
+        &self,
+        id: &BuildId,
+        after: u64,
+        limit: u32,
+    ) -> Result<Vec<StoredEvent>, StoreError>;
 
     /// Stores a token.
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;
     /// The token with this hash, revoked and expired ones too.
     async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError>;
-    /// All tokens.
+    /// All tokens, oldest first.
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
     /// Revokes a token by its public id.
     async fn revoke_token(&self, id: &str) -> Result<(), StoreError>;

@@ -1,0 +1,152 @@
+//! Followers over a real store.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::build::{NetworkMode, Request, Tenant};
+use crate::store::sqlite::SqliteStore;
+
+/// Silence that no test reaches unless it wants to.
+const LONG: Duration = Duration::from_secs(600);
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    store: Arc<dyn Store>,
+    log: EventLog,
+    id: BuildId,
+}
+
+async fn bench(quiet: Duration) -> Bench {
+    let dir = tempfile::tempdir().unwrap();
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let id = BuildId::new("b1").unwrap();
+    let request = Request {
+        dockerfile: None,
+        target: None,
+        image_name: None,
+        build_args: BTreeMap::new(),
+        tags: BTreeMap::new(),
+        network: NetworkMode::None,
+        allowed_domains: vec![],
+        timeout_seconds: 1,
+        memory_mb: 256,
+        cpus: 1,
+        disk_gb: 1,
+        source_digest: String::new(),
+        source_bytes: 0,
+    };
+    let build = Build::queued(id.clone(), Tenant::new("acme").unwrap(), request, 1);
+    let first = payload::of_host(1, payload::status(Status::Queued, Some(1)));
+    store.insert_build(&build, &[first], None).await.unwrap();
+    Bench { _dir: dir, log: EventLog::with_quiet(store.clone(), quiet), store, id }
+}
+
+fn line(n: u64) -> NewEvent {
+    payload::of_host(2, payload::kiln_log(&n.to_string()))
+}
+
+fn cancelled() -> [NewEvent; 1] {
+    [payload::of_host(3, payload::status(Status::Cancelled, None))]
+}
+
+async fn all(mut follower: Follower) -> Vec<u64> {
+    let mut seen = vec![];
+    loop {
+        match follower.next().await.unwrap() {
+            Batch::Events(events) => seen.extend(events.iter().map(|e| e.seq)),
+            Batch::Quiet => {}
+            Batch::End => return seen,
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_follow_it_ends_with_what_is_stored() {
+    let b = bench(LONG).await;
+    b.log.append(&b.id, &[line(1), line(2)]).await.unwrap();
+    assert_eq!(all(b.log.read(&b.id, 0, false)).await, [1, 2, 3]);
+    assert_eq!(all(b.log.read(&b.id, 2, false)).await, [3]);
+    assert_eq!(all(b.log.read(&b.id, u64::MAX, false)).await, [0; 0]);
+    assert_eq!(b.log.channels(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_of_a_busy_build_lose_nothing_and_see_nothing_twice() {
+    const LINES: u64 = 400;
+    let b = bench(LONG).await;
+    let mut followers = tokio::task::JoinSet::new();
+    let writer = {
+        let (log, id) = (b.log.clone(), b.id.clone());
+        tokio::spawn(async move {
+            for n in 0..LINES {
+                log.append(&id, &[line(n)]).await.unwrap();
+            }
+            log.cancel_queued(&id, 3, &cancelled()).await.unwrap();
+        })
+    };
+    for n in 0..40 {
+        // Each begins somewhere else, while events are being stored.
+        let (log, id) = (b.log.clone(), b.id.clone());
+        followers.spawn(async move { (n, all(log.read(&id, n, true)).await) });
+        tokio::task::yield_now().await;
+    }
+    writer.await.unwrap();
+    while let Some(result) = followers.join_next().await {
+        let (after, seen) = result.unwrap();
+        assert_eq!(seen, (after + 1..=LINES + 2).collect::<Vec<_>>());
+    }
+    assert_eq!(b.log.channels(), 0, "channels go with their followers");
+}
+
+#[tokio::test]
+async fn a_follower_of_a_finished_build_ends() {
+    let b = bench(LONG).await;
+    b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
+    assert_eq!(all(b.log.read(&b.id, 0, true)).await, [1, 2]);
+    assert_eq!(all(b.log.read(&b.id, 2, true)).await, [0; 0]);
+    assert_eq!(all(b.log.read(&b.id, 99, true)).await, [0; 0]);
+    assert_eq!(b.log.channels(), 0);
+}
+
+#[tokio::test]
+async fn silence_is_reported_and_other_writers_are_found() {
+    let b = bench(Duration::from_millis(20)).await;
+    let mut follower = b.log.read(&b.id, 1, true);
+    assert_eq!(follower.next().await.unwrap(), Batch::Quiet);
+    assert_eq!(follower.next().await.unwrap(), Batch::Quiet);
+    // Another process stores without a wake.
+    b.store.append_events(&b.id, &[line(1)]).await.unwrap();
+    let found = loop {
+        match follower.next().await.unwrap() {
+            Batch::Events(events) => break events,
+            Batch::Quiet => {}
+            Batch::End => panic!("ended"),
+        }
+    };
+    assert_eq!(found[0].seq, 2);
+    b.store.cancel_queued(&b.id, 3, &[]).await.unwrap();
+    assert_eq!(all(follower).await, [0; 0], "ends even where no event told of the end");
+}
+
+#[tokio::test]
+async fn a_dropped_read_takes_nothing() {
+    let b = bench(LONG).await;
+    let mut follower = b.log.read(&b.id, 0, true);
+    for _ in 0..50 {
+        tokio::select! {
+            biased;
+            () = std::future::ready(()) => {}
+            _ = follower.next() => unreachable!("ready comes first"),
+        }
+    }
+    let Batch::Events(events) = follower.next().await.unwrap() else { panic!("no events") };
+    assert_eq!(events[0].seq, 1);
+}
+
+#[tokio::test]
+async fn nothing_is_stored_after_the_end() {
+    let b = bench(LONG).await;
+    b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
+    let refused = b.log.append(&b.id, &[line(1)]).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+}

@@ -1,0 +1,312 @@
+//! The store in one SQLite file.
+//!
+//! WAL with `synchronous=FULL`: a commit is on the disk when it returns, readers never wait for the
+//! writer. One writing connection, so that writers queue in the process and not in SQLite; another
+//! process (`kiln token create`) may still write between two of its transactions.
+//!
+//! One file per table: `builds` (and `claims`, which changes them), `events`, `tokens`.
+
+mod builds;
+mod claims;
+mod events;
+mod tokens;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::sqlite::{
+    SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
+
+use super::{
+    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Store, StoreError, StoredEvent, TokenRecord,
+};
+use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+
+/// The store's file in the data directory.
+pub const FILE_NAME: &str = "kiln.db";
+
+/// Two readers keep lists, events and token checks apart; more only cost memory.
+const READERS: u32 = 2;
+/// Page cache of a connection in KiB (negative by SQLite's convention). The default is 2 MiB each.
+const CACHE_SIZE: &str = "-512";
+/// Statements that a connection keeps prepared; there are about twenty.
+const STATEMENTS: usize = 32;
+/// How long a write waits for another process's.
+const BUSY: Duration = Duration::from_secs(10);
+/// How long a call waits for a connection.
+const ACQUIRE: Duration = Duration::from_secs(15);
+
+/// A store in one SQLite file.
+#[derive(Debug)]
+pub struct SqliteStore {
+    readers: SqlitePool,
+    writer: SqlitePool,
+}
+
+impl SqliteStore {
+    /// Opens the store in a data directory, made where it is missing, and brings its tables up to
+    /// date.
+    pub async fn open(data_dir: &Path) -> Result<Self, StoreError> {
+        let file = data_dir.join(FILE_NAME);
+        let made = tokio::task::spawn_blocking({
+            let file = file.clone();
+            move || make_private(&file)
+        });
+        made.await.map_err(failed("open its file"))?.map_err(failed("open its file"))?;
+
+        let options = SqliteConnectOptions::new()
+            .filename(&file)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            // Lets `kiln gc` give pages back without rewriting the file.
+            .auto_vacuum(SqliteAutoVacuum::Incremental)
+            .foreign_keys(true)
+            .busy_timeout(BUSY)
+            .statement_cache_capacity(STATEMENTS)
+            .row_buffer_size(8)
+            .pragma("cache_size", CACHE_SIZE)
+            .pragma("journal_size_limit", "16777216");
+        let writer = SqlitePoolOptions::new()
+            .min_connections(1)
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .acquire_timeout(ACQUIRE)
+            .connect_with(options.clone())
+            .await
+            .map_err(failed("open its file"))?;
+        migrator().run(&writer).await.map_err(failed("bring its tables up to date"))?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .max_lifetime(None)
+            .acquire_timeout(ACQUIRE)
+            .connect_lazy_with(options.pragma("query_only", "true"));
+        Ok(Self { readers, writer })
+    }
+
+    /// Closes every connection; what was written is in the file.
+    pub async fn close(&self) {
+        self.readers.close().await;
+        self.writer.close().await;
+    }
+
+    /// A transaction that holds the write lock from its start, so that it never has to give up
+    /// half-way because another process wrote after it had read.
+    async fn write(
+        &self,
+        operation: &'static str,
+    ) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed(operation))
+    }
+}
+
+/// The migrations, in the program. A published one is never edited.
+fn migrator() -> Migrator {
+    let builds = include_str!("../../migrations/sqlite/0001_builds.sql");
+    Migrator::with_migrations(vec![Migration::new(
+        1,
+        "builds".into(),
+        MigrationType::Simple,
+        builds.into_sql_str(),
+        false,
+    )])
+}
+
+/// Makes the file before SQLite does, so that only its owner reads it: it holds Dockerfiles and
+/// logs. SQLite gives its WAL the same mode.
+fn make_private(file: &PathBuf) -> std::io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+    if let Some(dir) = file.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(file)?.sync_all()?;
+        std::fs::File::open(dir)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Turns a cause into the store's error.
+fn failed<E>(operation: &'static str) -> impl FnOnce(E) -> StoreError
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    move |source| StoreError::Database { operation, source: source.into() }
+}
+
+/// A row that this program cannot have written.
+#[derive(Debug, thiserror::Error)]
+#[error("column {column} holds {text:?}, which is not what it should")]
+struct BadColumn {
+    column: &'static str,
+    text: String,
+}
+
+/// Whether a claim may still write. The end comes first: a driver that lost a race with it is told
+/// of the end, and not only that it lost.
+fn check_claim(build: &Build, current: Fence, shown: Fence) -> Result<(), StoreError> {
+    if build.status.is_final() {
+        Err(Refused::Final(build.status).into())
+    } else if current == shown {
+        Ok(())
+    } else {
+        Err(StoreError::Fenced)
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn insert_build(
+        &self,
+        build: &Build,
+        events: &[NewEvent],
+        key: Option<&IdempotencyKey>,
+    ) -> Result<(), StoreError> {
+        let mut tx = self.write("store a build").await?;
+        builds::insert(&mut tx, build).await?;
+        if let Some(key) = key {
+            builds::insert_key(&mut tx, build, key).await?;
+        }
+        events::append(&mut tx, &build.id, build.attempt, events).await?;
+        tx.commit().await.map_err(failed("store a build"))
+    }
+
+    async fn build_by_key(
+        &self,
+        tenant: &Tenant,
+        key: &str,
+    ) -> Result<Option<(BuildId, String)>, StoreError> {
+        builds::by_key(&self.readers, tenant, key).await
+    }
+
+    async fn build(&self, id: &BuildId) -> Result<Option<Build>, StoreError> {
+        builds::get(&self.readers, id).await
+    }
+
+    async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError> {
+        builds::list(&self.readers, filter).await
+    }
+
+    async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError> {
+        builds::queue_position(&self.readers, id).await
+    }
+
+    async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
+        builds::queued_count(&self.readers, tenant).await
+    }
+
+    async fn claim(
+        &self,
+        owner: &str,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Option<Claimed>, StoreError> {
+        let mut tx = self.write("claim a build").await?;
+        let Some(claimed) = claims::claim(&mut tx, owner, now).await? else { return Ok(None) };
+        events::append(&mut tx, &claimed.build.id, claimed.build.attempt, events).await?;
+        tx.commit().await.map_err(failed("claim a build"))?;
+        Ok(Some(claimed))
+    }
+
+    async fn change(
+        &self,
+        id: &BuildId,
+        fence: Fence,
+        change: Change,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError> {
+        let mut tx = self.write("change a build").await?;
+        let (before, current) = claims::load(&mut tx, id).await?;
+        check_claim(&before, current, fence)?;
+        let next = before.apply(change, now)?;
+        claims::save(&mut tx, &next, fence).await?;
+        events::append(&mut tx, id, next.attempt, events).await?;
+        tx.commit().await.map_err(failed("change a build"))?;
+        Ok(next)
+    }
+
+    async fn annotate(&self, build: &Build, fence: Fence) -> Result<(), StoreError> {
+        let mut tx = self.write("annotate a build").await?;
+        let (before, current) = claims::load(&mut tx, &build.id).await?;
+        check_claim(&before, current, fence)?;
+        let next = Build {
+            usage: build.usage,
+            pulled: build.pulled.clone(),
+            builder_digest: build.builder_digest.clone(),
+            ..before
+        };
+        claims::save(&mut tx, &next, fence).await?;
+        tx.commit().await.map_err(failed("annotate a build"))
+    }
+
+    async fn cancel_queued(
+        &self,
+        id: &BuildId,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError> {
+        let mut tx = self.write("cancel a build").await?;
+        let (before, fence) = claims::load(&mut tx, id).await?;
+        let next = before.apply(Change::Cancel, now)?;
+        if before.status != Status::Queued {
+            return Err(Refused::From(before.status).into());
+        }
+        claims::save(&mut tx, &next, fence).await?;
+        events::append(&mut tx, id, next.attempt, events).await?;
+        tx.commit().await.map_err(failed("cancel a build"))?;
+        Ok(next)
+    }
+
+    async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError> {
+        let mut tx = self.write("take over builds").await?;
+        let claimed = claims::reclaim(&mut tx, owner).await?;
+        tx.commit().await.map_err(failed("take over builds"))?;
+        Ok(claimed)
+    }
+
+    async fn append_events(&self, id: &BuildId, events: &[NewEvent]) -> Result<u64, StoreError> {
+        let mut tx = self.write("store events").await?;
+        let (status, attempt) = claims::status(&mut tx, id).await?;
+        if status.is_final() {
+            return Err(Refused::Final(status).into());
+        }
+        let highest = events::append(&mut tx, id, attempt, events).await?;
+        tx.commit().await.map_err(failed("store events"))?;
+        Ok(highest)
+    }
+
+    async fn events_after(
+        &self,
+        id: &BuildId,
+        after: u64,
+        limit: u32,
+    ) -> Result<Vec<StoredEvent>, StoreError> {
+        events::after(&self.readers, id, after, limit).await
+    }
+
+    async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError> {
+        tokens::insert(&self.writer, token).await
+    }
+
+    async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError> {
+        tokens::by_hash(&self.readers, hash).await
+    }
+
+    async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError> {
+        tokens::all(&self.readers).await
+    }
+
+    async fn revoke_token(&self, id: &str) -> Result<(), StoreError> {
+        tokens::revoke(&self.writer, id).await
+    }
+
+    async fn ready(&self) -> Result<(), StoreError> {
+        // Takes the write lock and gives it back: a full disk shows at the first page written, but
+        // a lock that is stuck, a file that is gone or read-only shows here.
+        let tx = self.write("begin a write").await?;
+        tx.rollback().await.map_err(failed("begin a write"))
+    }
+}

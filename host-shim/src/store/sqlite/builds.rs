@@ -1,0 +1,186 @@
+//! The tables `builds`, `build_tags` and `idempotency_keys`: to insert, to find, to list.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
+
+use super::{BadColumn, failed};
+use crate::build::{Build, BuildId, Status, Tenant};
+use crate::store::{Filter, IdempotencyKey, StoreError};
+
+pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(), StoreError> {
+    let inserted = sqlx::query(
+        "INSERT INTO builds (id, tenant, status, request, created_at, attempt, used, pulled)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
+    )
+    .bind(build.id.as_str())
+    .bind(build.tenant.as_str())
+    .bind(build.status.as_str())
+    .bind(json(&build.request)?)
+    .bind(build.created_at)
+    .bind(i64::from(build.attempt))
+    .bind(json(&build.usage)?)
+    .bind(json(&build.pulled)?)
+    .execute(&mut *db)
+    .await
+    .map_err(failed("store a build"))?;
+    if inserted.rows_affected() == 0 {
+        return Err(StoreError::Taken("the build's id"));
+    }
+    for (name, content) in &build.request.tags {
+        sqlx::query("INSERT INTO build_tags (build_id, name, content) VALUES ($1, $2, $3)")
+            .bind(build.id.as_str())
+            .bind(name)
+            .bind(content)
+            .execute(&mut *db)
+            .await
+            .map_err(failed("store a build's tags"))?;
+    }
+    Ok(())
+}
+
+pub(super) async fn insert_key(
+    db: &mut SqliteConnection,
+    build: &Build,
+    key: &IdempotencyKey,
+) -> Result<(), StoreError> {
+    let inserted = sqlx::query(
+        "INSERT INTO idempotency_keys (tenant, name, digest, build_id)
+         VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
+    )
+    .bind(build.tenant.as_str())
+    .bind(&key.key)
+    .bind(&key.digest)
+    .bind(build.id.as_str())
+    .execute(db)
+    .await
+    .map_err(failed("store an idempotency key"))?;
+    if inserted.rows_affected() == 0 {
+        return Err(StoreError::Taken("the idempotency key"));
+    }
+    Ok(())
+}
+
+pub(super) async fn by_key(
+    db: &SqlitePool,
+    tenant: &Tenant,
+    key: &str,
+) -> Result<Option<(BuildId, String)>, StoreError> {
+    let row = sqlx::query(
+        "SELECT build_id, digest FROM idempotency_keys WHERE tenant = $1 AND name = $2",
+    )
+    .bind(tenant.as_str())
+    .bind(key)
+    .fetch_optional(db)
+    .await
+    .map_err(failed("find an idempotency key"))?;
+    let Some(row) = row else { return Ok(None) };
+    let digest = row.try_get("digest").map_err(failed("find an idempotency key"))?;
+    Ok(Some((parsed(&row, "build_id", BuildId::new)?, digest)))
+}
+
+pub(super) async fn get(db: &SqlitePool, id: &BuildId) -> Result<Option<Build>, StoreError> {
+    let row = sqlx::query("SELECT * FROM builds WHERE id = $1")
+        .bind(id.as_str())
+        .fetch_optional(db)
+        .await
+        .map_err(failed("read a build"))?;
+    row.as_ref().map(from_row).transpose()
+}
+
+pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>, StoreError> {
+    let mut query = QueryBuilder::<Sqlite>::new("SELECT * FROM builds AS b WHERE 1 = 1");
+    if let Some(tenant) = &filter.tenant {
+        query.push(" AND b.tenant = ").push_bind(tenant.as_str().to_owned());
+    }
+    if let Some(status) = filter.status {
+        query.push(" AND b.status = ").push_bind(status.as_str());
+    }
+    for (name, content) in &filter.tags {
+        query
+            .push(
+                " AND EXISTS (SELECT 1 FROM build_tags AS t WHERE t.build_id = b.id AND t.name = ",
+            )
+            .push_bind(name.clone())
+            .push(" AND t.content = ")
+            .push_bind(content.clone())
+            .push(")");
+    }
+    if let Some(before) = &filter.before {
+        query
+            .push(" AND (b.created_at, b.id) < (SELECT c.created_at, c.id FROM builds AS c WHERE c.id = ")
+            .push_bind(before.as_str().to_owned())
+            .push(")");
+    }
+    query.push(" ORDER BY b.created_at DESC, b.id DESC LIMIT ").push_bind(i64::from(filter.limit));
+    let rows = query.build().fetch_all(db).await.map_err(failed("list builds"))?;
+    rows.iter().map(from_row).collect()
+}
+
+pub(super) async fn queue_position(
+    db: &SqlitePool,
+    id: &BuildId,
+) -> Result<Option<u32>, StoreError> {
+    let ahead: Option<i64> = sqlx::query_scalar(
+        "SELECT (SELECT COUNT(*) FROM builds AS o
+                 WHERE o.status = 'queued' AND (o.created_at, o.id) < (b.created_at, b.id))
+         FROM builds AS b WHERE b.id = $1 AND b.status = 'queued'",
+    )
+    .bind(id.as_str())
+    .fetch_optional(db)
+    .await
+    .map_err(failed("count the queue"))?;
+    Ok(ahead.map(|n| u32::try_from(n + 1).unwrap_or(u32::MAX)))
+}
+
+pub(super) async fn queued_count(db: &SqlitePool, tenant: &Tenant) -> Result<u32, StoreError> {
+    let queued: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM builds WHERE status = 'queued' AND tenant = $1")
+            .bind(tenant.as_str())
+            .fetch_one(db)
+            .await
+            .map_err(failed("count the queue"))?;
+    Ok(u32::try_from(queued).unwrap_or(u32::MAX))
+}
+
+/// The build of a row that holds every column.
+pub(super) fn from_row(row: &SqliteRow) -> Result<Build, StoreError> {
+    let time = |column| row.try_get(column).map_err(failed("read a build"));
+    let text = |column| row.try_get(column).map_err(failed("read a build"));
+    let attempt: i64 = row.try_get("attempt").map_err(failed("read a build"))?;
+    let failure: Option<String> = text("failure")?;
+    Ok(Build {
+        id: parsed(row, "id", BuildId::new)?,
+        tenant: parsed(row, "tenant", Tenant::new)?,
+        status: parsed(row, "status", |name| Status::from_name(&name).ok_or(()))?,
+        request: from_json(&row.try_get::<String, _>("request").map_err(failed("read a build"))?)?,
+        created_at: row.try_get("created_at").map_err(failed("read a build"))?,
+        started_at: time("started_at")?,
+        completed_at: time("completed_at")?,
+        attempt: u32::try_from(attempt).map_err(failed("read a build"))?,
+        publishing: text("publishing")?,
+        failure: failure.as_deref().map(from_json).transpose()?,
+        usage: from_json(&row.try_get::<String, _>("used").map_err(failed("read a build"))?)?,
+        pulled: from_json(&row.try_get::<String, _>("pulled").map_err(failed("read a build"))?)?,
+        builder_digest: text("builder_digest")?,
+    })
+}
+
+/// A column whose text has a form.
+pub(super) fn parsed<T, E>(
+    row: &SqliteRow,
+    column: &'static str,
+    parse: impl FnOnce(String) -> Result<T, E>,
+) -> Result<T, StoreError> {
+    let text: String = row.try_get(column).map_err(failed("read a row"))?;
+    parse(text.clone()).map_err(|_| failed("read a row")(BadColumn { column, text }))
+}
+
+pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(failed("write a column"))
+}
+
+fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(failed("read a column"))
+}

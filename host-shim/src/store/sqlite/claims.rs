@@ -1,0 +1,113 @@
+//! Changes of `builds` under a claim. All of them run in a transaction of the caller's.
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use super::builds::{from_row, json, parsed};
+use super::failed;
+use crate::build::{Build, BuildId, Millis, Status};
+use crate::store::{Claimed, Fence, StoreError};
+
+/// Takes the oldest queued build: [`crate::build::Change::Claim`] as one statement.
+pub(super) async fn claim(
+    db: &mut SqliteConnection,
+    owner: &str,
+    now: Millis,
+) -> Result<Option<Claimed>, StoreError> {
+    let row = sqlx::query(
+        "UPDATE builds
+         SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
+             started_at = COALESCE(started_at, $2)
+         WHERE status = 'queued' AND id =
+             (SELECT id FROM builds WHERE status = 'queued' ORDER BY created_at, id LIMIT 1)
+         RETURNING *",
+    )
+    .bind(owner)
+    .bind(now)
+    .fetch_optional(db)
+    .await
+    .map_err(failed("claim a build"))?;
+    row.as_ref().map(claimed).transpose()
+}
+
+/// Gives every claimed build a new fence.
+pub(super) async fn reclaim(
+    db: &mut SqliteConnection,
+    owner: &str,
+) -> Result<Vec<Claimed>, StoreError> {
+    let rows = sqlx::query(
+        "UPDATE builds SET fence = fence + 1, owner = $1
+         WHERE status IN ('building', 'pushing') RETURNING *",
+    )
+    .bind(owner)
+    .fetch_all(db)
+    .await
+    .map_err(failed("take over builds"))?;
+    let mut all = rows.iter().map(claimed).collect::<Result<Vec<_>, _>>()?;
+    all.sort_by(|a, b| (a.build.created_at, &a.build.id).cmp(&(b.build.created_at, &b.build.id)));
+    Ok(all)
+}
+
+/// The build and the fence of its newest claim.
+pub(super) async fn load(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+) -> Result<(Build, Fence), StoreError> {
+    let row = sqlx::query("SELECT * FROM builds WHERE id = $1")
+        .bind(id.as_str())
+        .fetch_optional(db)
+        .await
+        .map_err(failed("read a build"))?
+        .ok_or(StoreError::NotFound("build"))?;
+    let Claimed { build, fence } = claimed(&row)?;
+    Ok((build, fence))
+}
+
+/// The status and the attempt, without the rest.
+pub(super) async fn status(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+) -> Result<(Status, u32), StoreError> {
+    let row = sqlx::query("SELECT status, attempt FROM builds WHERE id = $1")
+        .bind(id.as_str())
+        .fetch_optional(db)
+        .await
+        .map_err(failed("read a build"))?
+        .ok_or(StoreError::NotFound("build"))?;
+    let attempt: i64 = row.try_get("attempt").map_err(failed("read a build"))?;
+    let status = parsed(&row, "status", |name| Status::from_name(&name).ok_or(()))?;
+    Ok((status, u32::try_from(attempt).map_err(failed("read a build"))?))
+}
+
+/// Writes what may change, under the fence.
+pub(super) async fn save(
+    db: &mut SqliteConnection,
+    build: &Build,
+    fence: Fence,
+) -> Result<(), StoreError> {
+    let failure = build.failure.as_ref().map(json).transpose()?;
+    let saved = sqlx::query(
+        "UPDATE builds
+         SET status = $1, completed_at = $2, publishing = $3, failure = $4, used = $5, pulled = $6,
+             builder_digest = $7
+         WHERE id = $8 AND fence = $9",
+    )
+    .bind(build.status.as_str())
+    .bind(build.completed_at)
+    .bind(build.publishing.as_deref())
+    .bind(failure)
+    .bind(json(&build.usage)?)
+    .bind(json(&build.pulled)?)
+    .bind(build.builder_digest.as_deref())
+    .bind(build.id.as_str())
+    .bind(fence.0)
+    .execute(db)
+    .await
+    .map_err(failed("change a build"))?;
+    if saved.rows_affected() == 0 { Err(StoreError::Fenced) } else { Ok(()) }
+}
+
+fn claimed(row: &SqliteRow) -> Result<Claimed, StoreError> {
+    let fence = row.try_get("fence").map_err(failed("read a build"))?;
+    Ok(Claimed { build: from_row(row)?, fence: Fence(fence) })
+}

@@ -1,0 +1,483 @@
+//! One contract, run over every implementation of [`Store`].
+//!
+//! An implementation is a [`Place`]: somewhere that a store can be opened, and opened again.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use kiln::build::{
+    Build, BuildId, Change, Failure, FailureKind, NetworkMode, Pulled, Refused, Request, Status,
+    Tenant, Usage,
+};
+use kiln::store::sqlite::SqliteStore;
+use kiln::store::{
+    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Role, Store, StoreError,
+    TokenRecord,
+};
+use serde_json::json;
+
+/// Where a store lives on after it was closed.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    async fn open(&self) -> Arc<dyn Store> {
+        Arc::new(SqliteStore::open(self.dir.path()).await.unwrap())
+    }
+}
+
+fn tenant(name: &str) -> Tenant {
+    Tenant::new(name).unwrap()
+}
+
+fn id(name: &str) -> BuildId {
+    BuildId::new(name).unwrap()
+}
+
+fn build(name: &str, owner: &str, at: i64) -> Build {
+    let request = Request {
+        dockerfile: Some("FROM scratch\n".into()),
+        target: Some("last".into()),
+        image_name: None,
+        build_args: BTreeMap::from([("K".into(), "V".into())]),
+        tags: BTreeMap::new(),
+        network: NetworkMode::Open,
+        allowed_domains: vec![],
+        timeout_seconds: 600,
+        memory_mb: 2048,
+        cpus: 2,
+        disk_gb: 10,
+        source_digest: "sha256:00".into(),
+        source_bytes: u64::from(u32::MAX) + 1,
+    };
+    Build::queued(id(name), tenant(owner), request, at)
+}
+
+fn event(n: u64) -> NewEvent {
+    NewEvent { at: 7, agent_seq: None, payload: json!({"type": "log", "content": n.to_string()}) }
+}
+
+fn of_agent(seq: u64) -> NewEvent {
+    NewEvent { agent_seq: Some(seq), ..event(seq) }
+}
+
+fn status(status: Status) -> NewEvent {
+    NewEvent { payload: json!({"type": "status", "status": status}), ..event(0) }
+}
+
+async fn put(store: &dyn Store, build: &Build) {
+    store.insert_build(build, &[status(Status::Queued)], None).await.unwrap();
+}
+
+async fn claim(store: &dyn Store) -> Claimed {
+    store.claim("me", 50, &[status(Status::Building)]).await.unwrap().unwrap()
+}
+
+async fn seqs(store: &dyn Store, id: &BuildId) -> Vec<u64> {
+    store.events_after(id, 0, 10_000).await.unwrap().iter().map(|e| e.seq).collect()
+}
+
+async fn contents(store: &dyn Store, id: &BuildId) -> Vec<String> {
+    let events = store.events_after(id, 0, 10_000).await.unwrap();
+    let text = |e: &kiln::store::StoredEvent| {
+        e.payload["content"].as_str().or(e.payload["status"].as_str()).unwrap().to_owned()
+    };
+    events.iter().map(text).collect()
+}
+
+#[tokio::test]
+async fn a_build_comes_back_as_it_was_after_a_restart() {
+    let place = Place::new();
+    let mut first = build("b1", "acme", 10);
+    first.request.tags.insert("team".into(), "infra".into());
+    let key = IdempotencyKey { key: "k".into(), digest: "d".into() };
+    let (claimed, pushed);
+    {
+        let store = place.open().await;
+        store.insert_build(&first, &[status(Status::Queued)], Some(&key)).await.unwrap();
+        assert_eq!(store.build(&first.id).await.unwrap(), Some(first.clone()));
+        claimed = claim(&*store).await;
+        let mut annotated = claimed.build.clone();
+        annotated.usage = Usage { memory_peak_bytes: Some(9), log_bytes: None, boot_ms: Some(3) };
+        annotated.pulled = vec![Pulled { reference: "r".into(), digest: "d".into() }];
+        annotated.builder_digest = Some("sha256:bb".into());
+        store.annotate(&annotated, claimed.fence).await.unwrap();
+        pushed =
+            store.change(&first.id, claimed.fence, Change::Push, 60, &[of_agent(1)]).await.unwrap();
+        assert_eq!(pushed, Build { status: Status::Pushing, ..annotated });
+        // Not closed: what was acknowledged does not need a farewell.
+    }
+    let store = place.open().await;
+    assert_eq!(store.build(&first.id).await.unwrap(), Some(pushed));
+    assert_eq!(contents(&*store, &first.id).await, ["queued", "building", "1"]);
+    assert_eq!(
+        store.build_by_key(&first.tenant, "k").await.unwrap(),
+        Some((first.id.clone(), "d".into()))
+    );
+
+    // What was claimed by the process before has a new claim, and the old one is worth nothing.
+    let again = store.reclaim("me, later").await.unwrap();
+    assert_eq!(again.len(), 1);
+    assert!(again[0].fence > claimed.fence);
+    let late = store.change(&first.id, claimed.fence, Change::Cancel, 70, &[]).await;
+    assert!(matches!(late, Err(StoreError::Fenced)), "{late:?}");
+    let failure = Failure::new(FailureKind::HostRestarted, "again").with_detail("tail");
+    let failed = store
+        .change(
+            &first.id,
+            again[0].fence,
+            Change::Fail(failure.clone()),
+            80,
+            &[status(Status::Failed)],
+        )
+        .await
+        .unwrap();
+    assert_eq!((failed.failure.as_ref(), failed.completed_at), (Some(&failure), Some(80)));
+    assert_eq!(store.build(&first.id).await.unwrap(), Some(failed));
+    assert!(store.reclaim("me, later still").await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_claims_at_once_never_give_a_build_twice() {
+    let place = Place::new();
+    // Two handles on one place, as two processes would have.
+    let stores = [place.open().await, place.open().await];
+    for n in 0..30 {
+        put(&*stores[0], &build(&format!("b{n:02}"), "acme", n)).await;
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..48 {
+        let store = stores[n % 2].clone();
+        tasks.spawn(async move {
+            store.claim(&format!("owner-{n}"), 50, &[status(Status::Building)]).await
+        });
+    }
+    let mut claimed = vec![];
+    while let Some(result) = tasks.join_next().await {
+        claimed.extend(result.unwrap().unwrap().map(|c| c.build.id));
+    }
+    assert_eq!(claimed.len(), 30);
+    assert_eq!(claimed.iter().collect::<BTreeSet<_>>().len(), 30);
+    for id in &claimed {
+        assert_eq!(contents(&*stores[0], id).await, ["queued", "building"]);
+    }
+}
+
+#[tokio::test]
+async fn the_oldest_is_claimed_first_and_positions_agree() {
+    let place = Place::new();
+    let store = place.open().await;
+    for (name, at) in [("c", 3), ("a", 1), ("d", 3), ("b", 2)] {
+        put(&*store, &build(name, "acme", at)).await;
+    }
+    for (n, name) in (1..).zip(["a", "b", "c", "d"]) {
+        assert_eq!(store.queue_position(&id(name)).await.unwrap(), Some(n));
+    }
+    assert_eq!(store.queued_count(&tenant("acme")).await.unwrap(), 4);
+    assert_eq!(store.queued_count(&tenant("other")).await.unwrap(), 0);
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(store.queue_position(&id(name)).await.unwrap(), Some(1));
+        let claimed = claim(&*store).await;
+        assert_eq!((claimed.build.id.as_str(), claimed.build.status), (name, Status::Building));
+        assert_eq!((claimed.build.attempt, claimed.build.started_at), (1, Some(50)));
+        assert_eq!(store.queue_position(&id(name)).await.unwrap(), None);
+    }
+    assert!(store.claim("me", 1, &[]).await.unwrap().is_none());
+    assert_eq!(store.queue_position(&id("nobody")).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_claim_that_was_taken_over_writes_nothing() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "acme", 1)).await;
+    let old = claim(&*store).await;
+    let requeued = store.change(&id("b1"), old.fence, Change::Requeue, 60, &[]).await.unwrap();
+    assert_eq!(requeued.status, Status::Queued);
+    let new = claim(&*store).await;
+    assert!(new.fence > old.fence);
+    assert_eq!((new.build.attempt, new.build.started_at), (2, Some(50)));
+
+    let before = seqs(&*store, &id("b1")).await;
+    for change in [Change::Push, Change::Cancel, Change::Requeue, Change::Finish] {
+        let late = store.change(&id("b1"), old.fence, change, 70, &[event(1)]).await;
+        assert!(matches!(late, Err(StoreError::Fenced)), "{late:?}");
+    }
+    assert!(matches!(store.annotate(&old.build, old.fence).await, Err(StoreError::Fenced)));
+    let later = Fence(new.fence.0 + 1);
+    assert!(matches!(store.annotate(&new.build, later).await, Err(StoreError::Fenced)));
+    assert_eq!(store.build(&id("b1")).await.unwrap(), Some(new.build));
+    assert_eq!(seqs(&*store, &id("b1")).await, before, "a refused change stores no event");
+}
+
+#[tokio::test]
+async fn a_finished_build_never_changes() {
+    let place = Place::new();
+    let store = place.open().await;
+    for (name, end) in [
+        ("cancelled", Change::Cancel),
+        ("failed", Change::Fail(Failure::new(FailureKind::VmLost, "gone"))),
+        ("ready", Change::Finish),
+    ] {
+        put(&*store, &build(name, "acme", 1)).await;
+        let claimed = claim(&*store).await;
+        let fence = claimed.fence;
+        if end == Change::Finish {
+            store.change(&id(name), fence, Change::Push, 51, &[]).await.unwrap();
+            store
+                .change(&id(name), fence, Change::Publish("sha256:aa".into()), 52, &[])
+                .await
+                .unwrap();
+            let refused = store.change(&id(name), fence, Change::Cancel, 53, &[]).await;
+            assert!(matches!(refused, Err(StoreError::Refused(Refused::Publishing))));
+        }
+        let last = store.change(&id(name), fence, end, 60, &[event(1)]).await.unwrap();
+        assert_eq!((last.status.as_str(), last.completed_at), (name, Some(60)));
+
+        for change in [Change::Claim, Change::Push, Change::Finish, Change::Cancel, Change::Requeue]
+        {
+            let refused = store.change(&id(name), fence, change, 70, &[event(2)]).await;
+            assert!(matches!(refused, Err(StoreError::Refused(Refused::Final(_)))), "{refused:?}");
+        }
+        let refused = store.annotate(&claimed.build, fence).await;
+        assert!(matches!(refused, Err(StoreError::Refused(Refused::Final(_)))));
+        let refused = store.cancel_queued(&id(name), 70, &[event(2)]).await;
+        assert!(matches!(refused, Err(StoreError::Refused(Refused::Final(_)))));
+        let refused = store.append_events(&id(name), &[event(2)]).await;
+        assert!(matches!(refused, Err(StoreError::Refused(Refused::Final(_)))));
+        assert_eq!(store.build(&id(name)).await.unwrap(), Some(last));
+        assert_eq!(seqs(&*store, &id(name)).await, [1, 2, 3]);
+    }
+}
+
+#[tokio::test]
+async fn only_what_is_queued_is_cancelled_without_a_claim() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "acme", 1)).await;
+    put(&*store, &build("b2", "acme", 2)).await;
+    claim(&*store).await;
+    let refused = store.cancel_queued(&id("b1"), 60, &[event(1)]).await;
+    assert!(
+        matches!(refused, Err(StoreError::Refused(Refused::From(Status::Building)))),
+        "{refused:?}"
+    );
+    let cancelled = store.cancel_queued(&id("b2"), 60, &[status(Status::Cancelled)]).await.unwrap();
+    assert_eq!((cancelled.status, cancelled.completed_at), (Status::Cancelled, Some(60)));
+    assert_eq!(contents(&*store, &id("b2")).await, ["queued", "cancelled"]);
+    assert!(
+        store.claim("me", 70, &[]).await.unwrap().is_none(),
+        "a cancelled build is not claimed"
+    );
+    let unknown = store.cancel_queued(&id("b3"), 60, &[]).await;
+    assert!(matches!(unknown, Err(StoreError::NotFound("build"))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancel_and_claim_race_for_one_winner() {
+    let place = Place::new();
+    let store = place.open().await;
+    for n in 0..20 {
+        let one = build(&format!("b{n}"), "acme", n);
+        put(&*store, &one).await;
+        let (a, b, name) = (store.clone(), store.clone(), one.id.clone());
+        let claimed =
+            tokio::spawn(async move { a.claim("me", 50, &[status(Status::Building)]).await });
+        let cancelled =
+            tokio::spawn(
+                async move { b.cancel_queued(&name, 50, &[status(Status::Cancelled)]).await },
+            );
+        let (claimed, cancelled) = (claimed.await.unwrap().unwrap(), cancelled.await.unwrap());
+        assert!(claimed.is_some() != cancelled.is_ok());
+        assert_eq!(seqs(&*store, &one.id).await, [1, 2]);
+    }
+}
+
+#[tokio::test]
+async fn events_are_numbered_without_gaps_and_kept_once() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "acme", 1)).await;
+    put(&*store, &build("b2", "acme", 2)).await;
+    let claimed = claim(&*store).await;
+    let b1 = id("b1");
+    assert_eq!(store.append_events(&b1, &[of_agent(1), event(100), of_agent(2)]).await.unwrap(), 5);
+    // Sent again after a broken connection, with what is new.
+    assert_eq!(
+        store.append_events(&b1, &[of_agent(1), of_agent(2), of_agent(3)]).await.unwrap(),
+        6
+    );
+    assert_eq!(store.append_events(&b1, &[of_agent(3), of_agent(3)]).await.unwrap(), 6);
+    assert_eq!(store.append_events(&b1, &[]).await.unwrap(), 6);
+    assert_eq!(contents(&*store, &b1).await, ["queued", "building", "1", "100", "2", "3"]);
+    assert_eq!(seqs(&*store, &b1).await, [1, 2, 3, 4, 5, 6]);
+
+    // Another build's numbers are its own, and so are another attempt's.
+    assert_eq!(store.append_events(&id("b2"), &[of_agent(1)]).await.unwrap(), 2);
+    store.change(&b1, claimed.fence, Change::Requeue, 60, &[]).await.unwrap();
+    claim(&*store).await;
+    assert_eq!(store.append_events(&b1, &[of_agent(1)]).await.unwrap(), 8);
+
+    let unknown = store.append_events(&id("b9"), &[event(1)]).await;
+    assert!(matches!(unknown, Err(StoreError::NotFound("build"))), "{unknown:?}");
+    assert_eq!(store.events_after(&id("b9"), 0, 10).await.unwrap(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_of_many_writers_have_no_gaps() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "acme", 1)).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..40 {
+        let store = store.clone();
+        tasks.spawn(
+            async move { store.append_events(&id("b1"), &[event(n), event(n)]).await.unwrap() },
+        );
+    }
+    while let Some(result) = tasks.join_next().await {
+        result.unwrap();
+    }
+    assert_eq!(seqs(&*store, &id("b1")).await, (1..=81).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn events_come_in_bounded_pages() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "acme", 1)).await;
+    let b1 = id("b1");
+    store.append_events(&b1, &(2..=5).map(event).collect::<Vec<_>>()).await.unwrap();
+    let page = store.events_after(&b1, 1, 2).await.unwrap();
+    assert_eq!(page.iter().map(|e| e.seq).collect::<Vec<_>>(), [2, 3]);
+    assert_eq!((page[0].at, &page[0].payload), (7, &event(2).payload));
+    assert!(store.events_after(&b1, 5, 2).await.unwrap().is_empty());
+    assert!(store.events_after(&b1, u64::MAX, 2).await.unwrap().is_empty());
+
+    // Two fit together, three do not; one that is larger than a page comes alone.
+    let sized = |n: usize| NewEvent { payload: json!("x".repeat(n - 2)), ..event(0) };
+    let (half, over) = (MAX_PAGE_BYTES / 2, MAX_PAGE_BYTES + 1);
+    store.append_events(&b1, &[sized(half), sized(half), sized(100), sized(over)]).await.unwrap();
+    for (after, expected) in [(5, vec![6, 7]), (7, vec![8]), (8, vec![9])] {
+        let page = store.events_after(&b1, after, 100).await.unwrap();
+        assert_eq!(page.iter().map(|e| e.seq).collect::<Vec<_>>(), expected);
+    }
+}
+
+#[tokio::test]
+async fn lists_are_newest_first_filtered_and_paged() {
+    let place = Place::new();
+    let store = place.open().await;
+    for (n, name) in ["a", "b", "c", "d", "e"].into_iter().enumerate() {
+        let owner = if name == "c" { "other" } else { "acme" };
+        // Two of them in one millisecond.
+        let mut one = build(name, owner, i64::try_from(n.min(3)).unwrap());
+        if name != "a" {
+            one.request.tags.insert("team".into(), "infra".into());
+        }
+        if name == "d" {
+            one.request.tags.insert("env".into(), "50%'; --".into());
+        }
+        put(&*store, &one).await;
+    }
+    store.cancel_queued(&id("b"), 9, &[]).await.unwrap();
+    let list = async |filter: Filter| -> Vec<String> {
+        let builds = store.builds(&filter).await.unwrap();
+        builds.iter().map(|b| b.id.to_string()).collect()
+    };
+    let all = Filter { limit: 10, ..Filter::default() };
+    let tags =
+        |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+    assert_eq!(list(all.clone()).await, ["e", "d", "c", "b", "a"]);
+    let acme = Filter { tenant: Some(tenant("acme")), ..all.clone() };
+    assert_eq!(list(acme.clone()).await, ["e", "d", "b", "a"]);
+    assert_eq!(list(Filter { status: Some(Status::Cancelled), ..all.clone() }).await, ["b"]);
+    assert_eq!(
+        list(Filter { tags: tags(&[("team", "infra")]), ..acme.clone() }).await,
+        ["e", "d", "b"]
+    );
+    let both = tags(&[("team", "infra"), ("env", "50%'; --")]);
+    assert_eq!(list(Filter { tags: both, ..all.clone() }).await, ["d"]);
+    assert_eq!(list(Filter { tags: tags(&[("team", "%")]), ..all.clone() }).await, [""; 0]);
+
+    assert_eq!(list(Filter { limit: 2, ..all.clone() }).await, ["e", "d"]);
+    assert_eq!(list(Filter { limit: 2, before: Some(id("d")), ..all.clone() }).await, ["c", "b"]);
+    assert_eq!(list(Filter { limit: 2, before: Some(id("e")), ..acme }).await, ["d", "b"]);
+    assert_eq!(list(Filter { before: Some(id("a")), ..all.clone() }).await, [""; 0]);
+    assert_eq!(list(Filter { before: Some(id("nobody")), ..all }).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn ids_and_keys_are_taken_once() {
+    let place = Place::new();
+    let store = place.open().await;
+    let key = |digest: &str| IdempotencyKey { key: "k".into(), digest: digest.into() };
+    store.insert_build(&build("b1", "acme", 1), &[], Some(&key("d1"))).await.unwrap();
+    let again = store.insert_build(&build("b1", "other", 1), &[], None).await;
+    assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
+    let again = store.insert_build(&build("b2", "acme", 1), &[event(1)], Some(&key("d2"))).await;
+    assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
+    assert_eq!(store.build(&id("b2")).await.unwrap(), None, "nothing of it is left");
+    // Another tenant's key is another key.
+    store.insert_build(&build("b3", "other", 1), &[], Some(&key("d3"))).await.unwrap();
+    let found = async |owner| store.build_by_key(&tenant(owner), "k").await.unwrap();
+    assert_eq!(found("acme").await, Some((id("b1"), "d1".into())));
+    assert_eq!(found("other").await, Some((id("b3"), "d3".into())));
+    assert_eq!(found("third").await, None);
+}
+
+#[tokio::test]
+async fn tokens_are_found_by_hash_listed_and_revoked() {
+    let place = Place::new();
+    let token = |n: i64| TokenRecord {
+        id: format!("t{n}"),
+        hash: format!("h{n}"),
+        name: (n == 1).then(|| "ci".into()),
+        tenant: tenant("acme"),
+        role: Role::ALL[usize::try_from(n).unwrap()],
+        created_at: n,
+        expires_at: (n == 2).then_some(9),
+        revoked: false,
+    };
+    {
+        let store = place.open().await;
+        for n in [2, 0, 1] {
+            store.insert_token(&token(n)).await.unwrap();
+        }
+        assert!(matches!(store.insert_token(&token(1)).await, Err(StoreError::Taken(_))));
+        store.revoke_token("t0").await.unwrap();
+        store.revoke_token("t0").await.unwrap();
+        assert!(matches!(store.revoke_token("t9").await, Err(StoreError::NotFound("token"))));
+    }
+    let store = place.open().await;
+    let revoked = TokenRecord { revoked: true, ..token(0) };
+    assert_eq!(store.tokens().await.unwrap(), [revoked.clone(), token(1), token(2)]);
+    assert_eq!(store.token_by_hash("h0").await.unwrap(), Some(revoked));
+    assert_eq!(store.token_by_hash("h2").await.unwrap(), Some(token(2)));
+    assert_eq!(store.token_by_hash("H2").await.unwrap(), None);
+    store.ready().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_file_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    let dir = place.dir.path().join("data");
+    let store = SqliteStore::open(&dir).await.unwrap();
+    store.insert_build(&build("b1", "acme", 1), &[], None).await.unwrap();
+    let mode = |path: &std::path::Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&dir), 0o700);
+    let files: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(files.len() >= 2, "{files:?}");
+    for file in files {
+        assert_eq!(mode(&file), 0o600, "{}", file.display());
+    }
+    store.close().await;
+}
