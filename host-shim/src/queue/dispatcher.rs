@@ -12,6 +12,7 @@ use super::driver::{Driver, Workshop};
 use super::live::Live;
 use crate::api::{CancelOutcome, Scheduler};
 use crate::build::{BuildId, Status};
+use crate::events::payload;
 use crate::store::Store;
 
 /// How often the queue is looked at without being woken: only for a wake-up that was lost.
@@ -87,7 +88,9 @@ impl Dispatcher {
             // Listen before asking, so that a build that is queued in between is not missed.
             let woken = self.scheduling.wake.notified();
             let claiming = self.scheduling.claiming.lock().await;
-            let claimed = match self.workshop.store.claim(&self.owner, crate::clock::now()).await {
+            let now = crate::clock::now();
+            let told = payload::of_host(now, payload::status(Status::Building, None));
+            let claimed = match self.workshop.events.claim(&self.owner, now, &[told]).await {
                 Ok(Some(claimed)) => claimed,
                 Ok(None) => {
                     drop((claiming, permit));

@@ -107,7 +107,6 @@ impl Driver {
     /// Drives the build to its end.
     #[tracing::instrument(name = "build", skip_all, fields(id = %self.build.id, tenant = %self.build.tenant))]
     pub async fn run(mut self) {
-        self.workshop.events.notify(&self.build.id);
         if let Err(error) = self.drive().await {
             match error {
                 // Somebody else owns the build now: it is theirs to end.
@@ -284,7 +283,7 @@ impl Driver {
             tracing::warn!(%error, dir = %dir.display(), "cannot remove the build's directory");
         }
         let first = match &change {
-            Change::Fail(failure) => vec![self.event(payload::failure(failure))],
+            Change::Fail(failure) => vec![payload::of_host(crate::clock::now(), payload::failure(failure))],
             _ => vec![],
         };
         self.change(change, &first).await?;
@@ -298,17 +297,11 @@ impl Driver {
         let next = self.build.apply(change.clone(), now)?;
         let mut events = first.to_vec();
         if next.status != self.build.status {
-            events.push(self.event(payload::status(next.status, None)));
+            events.push(payload::of_host(now, payload::status(next.status, None)));
         }
         let id = &self.build.id;
-        let stored = self.workshop.store.change(id, self.fence, change, now, &events).await?;
-        self.build = stored;
-        self.workshop.events.notify(&self.build.id);
+        self.build = self.workshop.events.change(id, self.fence, change, now, &events).await?;
         Ok(())
-    }
-
-    fn event(&self, payload: serde_json::Value) -> NewEvent {
-        NewEvent { at: crate::clock::now(), agent_seq: None, payload }
     }
 
     fn job(&self) -> Job {

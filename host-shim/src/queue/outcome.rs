@@ -2,6 +2,7 @@
 
 use kiln_protocol::event::Outcome;
 
+use super::sink::LogLimit;
 use crate::build::{Failure, FailureKind};
 use crate::session::End;
 
@@ -36,6 +37,9 @@ pub(super) fn next(end: End) -> Next {
             format!("the VM's agent broke the protocol: {why}"),
         ),
         End::Version(why) => fail(FailureKind::ProtocolMismatch, why),
+        End::Store(error) if error.is::<LogLimit>() => {
+            fail(FailureKind::LogLimit, format!("{error}; print less, or ask the host's operator for more"))
+        }
         End::Store(error) => {
             fail(FailureKind::Internal, format!("the host could not store the build's events: {error:#}"))
         }
@@ -102,6 +106,8 @@ mod tests {
         assert_eq!(kind(End::Protocol("x".into())), Some(FailureKind::ProtocolMismatch));
         assert_eq!(kind(End::Version("x".into())), Some(FailureKind::ProtocolMismatch));
         assert_eq!(kind(End::Outcome(Outcome::Cancelled)), Some(FailureKind::Internal));
+        assert_eq!(kind(End::Store(LogLimit(1).into())), Some(FailureKind::LogLimit));
+        assert_eq!(kind(End::Store(anyhow::anyhow!("x"))), Some(FailureKind::Internal));
         assert_eq!(next(End::Cancelled), Next::Cancel);
     }
 }

@@ -8,7 +8,7 @@ use crate::events::payload;
 use crate::gateway::guests::GuestContext;
 use crate::publish;
 use crate::staging::Staging;
-use crate::store::{Claimed, NewEvent, Store, StoreError};
+use crate::store::{Claimed, StoreError};
 
 /// Ends every build that was under way when the last process ended. VMs were swept before.
 ///
@@ -28,13 +28,12 @@ pub async fn recover(workshop: &Arc<Workshop>, owner: &str) -> Result<(), StoreE
         };
         tracing::info!(id = %build.id, ?change, "ended a build of an earlier process");
         let now = crate::clock::now();
-        let event = |payload| NewEvent { at: now, agent_seq: None, payload };
         let mut events = Vec::new();
         if let Change::Fail(failure) = &change {
-            events.push(event(payload::failure(failure)));
+            events.push(payload::of_host(now, payload::failure(failure)));
         }
         let next = build.apply(change.clone(), now)?;
-        events.push(event(payload::status(next.status, None)));
+        events.push(payload::of_host(now, payload::status(next.status, None)));
         if let Err(error) = tokio::fs::remove_dir_all(workshop.build_dir(&build)).await {
             tracing::debug!(%error, id = %build.id, "no directory of the build to remove");
         }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::driver::Workshop;
 use crate::build::{Build, Change, Status};
-use crate::events::{self, payload};
+use crate::events::payload;
 use crate::gateway::guests::GuestContext;
 use crate::session::Sink;
 use crate::store::{Fence, NewEvent};
@@ -59,10 +59,10 @@ impl<'d> BuildSink<'d> {
                 payload: payload::status(Status::Pushing, None),
             };
             let now = crate::clock::now();
-            let change = self.workshop.store.change(&self.build.id, self.fence, Change::Push, now, &[told]);
+            let id = &self.build.id;
+            let change = self.workshop.events.change(id, self.fence, Change::Push, now, &[told]);
             // What the driver knows beyond the stored state is stored at the end.
             self.build.status = change.await?.status;
-            self.workshop.events.notify(&self.build.id);
         }
         self.context.set_pushing(true);
         Ok(())
@@ -97,7 +97,7 @@ impl Sink for BuildSink<'_> {
             if event.event == Event::Phase(Phase::Pushing) {
                 self.store(&mut batch).await?;
                 self.pushing(&event).await?;
-            } else if let Some(event) = events::from_agent(event) {
+            } else if let Some(event) = payload::from_agent(&event, crate::clock::now()) {
                 batch.push(event);
             }
         }
