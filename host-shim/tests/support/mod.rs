@@ -1,0 +1,308 @@
+//! A real `kiln serve` of the test's own: its own data, registry, port and VMs; gone at the end.
+//!
+//! The builder and base images are those of `scripts/test` (`KILN_TEST_STATE`, or `.kiln` of the
+//! checkout).
+
+#![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, missing_docs)]
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+pub const BASE: &str = "registry.kiln/base/debian:trixie";
+
+/// How long a build may take before a test gives up: two VMs share two cores under emulation.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+pub struct Server {
+    child: Child,
+    dir: tempfile::TempDir,
+    pub address: String,
+    pub token: String,
+}
+
+impl Server {
+    /// Starts a server that runs at most two VMs, with the base image published.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    pub fn start_with(flags: &[&str]) -> Self {
+        let state = state();
+        let dir = tempfile::tempdir().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let fd = writer.as_raw_fd();
+        clear_close_on_exec(&writer);
+        let log = std::fs::File::create(dir.path().join("serve.log")).unwrap();
+        let child = Command::new(kiln())
+            .args(["serve", "--listen", "127.0.0.1:0", "--max-vms", "2", "--data-dir"])
+            .arg(dir.path().join("data"))
+            .arg("--run-dir")
+            .arg(dir.path().join("run"))
+            .arg("--builder")
+            .arg(state.join("builder"))
+            .args(["--notify-fd", &fd.to_string()])
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        drop(writer);
+        let mut line = String::new();
+        BufReader::new(reader).read_line(&mut line).unwrap();
+        let mut server = Self { child, dir, address: String::new(), token: String::new() };
+        let Some(address) = line.trim().strip_prefix("ready ") else {
+            panic!("kiln serve did not start: {line:?}\n{}", server.log());
+        };
+        server.address = address.to_owned();
+        server.token = server.new_token("dev", "admin");
+        server.publish_base(&state);
+        server
+    }
+
+    pub fn new_token(&self, tenant: &str, role: &str) -> String {
+        let data = self.dir.path().join("data");
+        let made = Command::new(kiln())
+            .args(["token", "create", "--tenant", tenant, "--role", role, "--data-dir"])
+            .arg(data)
+            .output()
+            .unwrap();
+        text(made.stdout).trim().to_owned()
+    }
+
+    fn publish_base(&self, state: &Path) {
+        let published = Command::new(program("kiln-image"))
+            .arg("publish")
+            .arg(state.join("debian"))
+            .arg(format!("{}/base/debian:trixie", self.address))
+            .args(["--plain-http", "--creds", &format!("any:{}", self.token)])
+            .output()
+            .unwrap();
+        assert!(published.status.success(), "{}\n{}", text(published.stderr), self.log());
+    }
+
+    /// `kiln ARGS…` as a user of this server.
+    pub fn kiln(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(kiln());
+        command
+            .args(args)
+            .env("KILN_URL", format!("http://{}", self.address))
+            .env("KILN_TOKEN", &self.token)
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.kiln(args).output().unwrap()
+    }
+
+    /// Submits a source of these files and returns the build's id.
+    pub fn submit(&self, files: &[(&str, &[u8])], flags: &[&str]) -> String {
+        let source = source(files);
+        let path = source.path().to_str().unwrap();
+        let out = self.run(&[&["build", path, "--detach"], flags].concat());
+        assert!(out.status.success(), "{}", text(out.stderr));
+        text(out.stdout).trim().to_owned()
+    }
+
+    /// Builds a source of these files and waits.
+    pub fn build(&self, files: &[(&str, &[u8])], flags: &[&str]) -> Output {
+        let source = source(files);
+        let path = source.path().to_str().unwrap();
+        self.run(&[&["build", path, "--progress", "plain"], flags].concat())
+    }
+
+    pub fn show(&self, id: &str) -> Value {
+        let out = self.run(&["show", id, "--format", "json"]);
+        assert!(out.status.success(), "{}", text(out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    /// Waits until the build is final, by its event stream; returns the build.
+    pub fn wait(&self, id: &str) -> Value {
+        let mut follow = self.follow(id);
+        follow.drain();
+        self.show(id)
+    }
+
+    /// Follows the build's log.
+    pub fn follow(&self, id: &str) -> Follow {
+        let mut child = self
+            .kiln(&["logs", "-f", id])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Follow { child, lines, seen: String::new() }
+    }
+
+    /// The pids of this server's VM processes of a kind.
+    pub fn processes(&self, program: &str) -> Vec<i32> {
+        children_of(self.child.id())
+            .into_iter()
+            .filter(|pid| name_of(*pid).is_some_and(|name| program.starts_with(&name)))
+            .collect()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("serve.log")).unwrap_or_default()
+    }
+
+    /// Stops the server as an operator does, and checks that it leaves nothing.
+    pub fn stop(mut self) {
+        let started = children_of(self.child.id());
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}\n{}", self.log());
+        let left: Vec<_> = started.into_iter().filter_map(name_of).collect();
+        assert!(left.is_empty(), "processes are left: {left:?}");
+        assert_no_files(&self.dir.path().join("run"));
+        assert_no_files(&self.data().join("builds"));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the log of kiln serve ---\n{}", self.log());
+        }
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// The lines of a build that is being followed.
+pub struct Follow {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+    pub seen: String,
+}
+
+impl Follow {
+    /// Reads until a line that holds `what`; returns false when the log ends before.
+    pub fn until(&mut self, what: &str) -> bool {
+        let begun = Instant::now();
+        loop {
+            assert!(begun.elapsed() < PATIENCE, "no {what:?} in:\n{}", self.seen);
+            let mut line = Vec::new();
+            if self.lines.read_until(b'\n', &mut line).unwrap() == 0 {
+                return false;
+            }
+            let line = text(line);
+            self.seen.push_str(&line);
+            if line.contains(what) {
+                return true;
+            }
+        }
+    }
+
+    /// Reads to the end of the log, which is the end of the build.
+    pub fn drain(&mut self) {
+        let mut rest = Vec::new();
+        self.lines.read_to_end(&mut rest).unwrap();
+        self.seen.push_str(&text(rest));
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Follow {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A source directory of these files.
+pub fn source(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, content) in files {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+    dir
+}
+
+pub fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Every process below one.
+pub fn children_of(pid: u32) -> Vec<i32> {
+    let mut found = Vec::new();
+    let mut look = vec![i32::try_from(pid).unwrap()];
+    while let Some(pid) = look.pop() {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        for task in tasks {
+            let list = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            for child in list.split_whitespace().map(|p| p.parse::<i32>().unwrap()) {
+                found.push(child);
+                look.push(child);
+            }
+        }
+    }
+    found
+}
+
+/// A process's name (its first 15 bytes), while it runs.
+pub fn name_of(pid: i32) -> Option<String> {
+    Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_owned())
+}
+
+fn assert_no_files(dir: &Path) {
+    let mut look = vec![dir.to_owned()];
+    while let Some(dir) = look.pop() {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if entry.file_type().unwrap().is_dir() {
+                look.push(entry.path());
+            } else {
+                panic!("{} is left", entry.path().display());
+            }
+        }
+    }
+}
+
+fn clear_close_on_exec(fd: &impl std::os::fd::AsFd) {
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+}
+
+fn kiln() -> PathBuf {
+    env!("CARGO_BIN_EXE_kiln").into()
+}
+
+/// A program that scripts/test has built.
+fn program(name: &str) -> PathBuf {
+    let path = workspace().join("target/release").join(name);
+    assert!(path.exists(), "{} is missing: run scripts/test, or scripts/quickstart --prepare", path.display());
+    path
+}
+
+fn state() -> PathBuf {
+    let state = std::env::var_os("KILN_TEST_STATE")
+        .map_or_else(|| workspace().join(".kiln"), PathBuf::from);
+    let bundle = state.join("builder/bundle.json");
+    assert!(bundle.exists(), "{} is missing: run scripts/test, or scripts/quickstart --prepare", bundle.display());
+    state
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
