@@ -1,1 +1,173 @@
-//! (to be written)
+//! The HTTP API: one file per verb.
+//!
+//! ```text
+//! request ─▶ trace (id, span) ─▶ route ─▶ auth (Caller) ─▶ verb ─▶ store, events, scheduler
+//! response ◀─ security headers ◀─ error (problem+json, whatever made it)
+//! ```
+//!
+//! Nothing about a caller is believed because of its address or of a forwarding header: a caller
+//! is the token that it shows. The shapes of JSON are in [`types`]; what a build is, is in
+//! [`crate::build`].
+
+mod auth;
+mod build_events;
+mod cancel_build;
+mod create_build;
+pub mod error;
+mod fields;
+mod get_build;
+mod health;
+mod layers;
+mod list_builds;
+mod multipart;
+mod source;
+mod tokens;
+pub mod types;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{delete, get, post};
+use tokio::sync::Semaphore;
+
+pub use self::source::{SOURCE_FILE, sweep};
+use crate::build::{BuildId, Millis, NetworkMode, Tenant};
+use crate::events::EventLog;
+use crate::store::Store;
+
+/// The API's routes, with a fallback for all others. A router without a fallback (the registry
+/// gateway's) can be merged into it and is left alone by the API's layers.
+pub fn router(state: ApiState) -> Router {
+    let uploads = Semaphore::new(state.limits.max_uploads);
+    let shared: Shared = Arc::new(Api { state, uploads, keys_in_flight: Mutex::default() });
+    let submit = post(create_build::create_build).layer(DefaultBodyLimit::disable());
+    let routes = Router::new()
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/builds", submit.get(list_builds::list_builds))
+        .route("/builds/{id}", get(get_build::get_build).delete(cancel_build::cancel_build))
+        .route("/builds/{id}/events", get(build_events::build_events))
+        .route("/tokens", post(tokens::create_token).get(tokens::list_tokens))
+        .route("/tokens/{id}", delete(tokens::revoke_token))
+        .fallback(error::no_such_route)
+        .method_not_allowed_fallback(error::no_such_method)
+        .with_state(shared)
+        .layer(DefaultBodyLimit::max(MAX_BODY));
+    layers::add(routes)
+}
+
+/// Most body bytes of a request that uploads no source.
+const MAX_BODY: usize = 64 * 1024;
+
+/// What the API stands on.
+#[derive(Clone)]
+pub struct ApiState {
+    /// What survives.
+    pub store: Arc<dyn Store>,
+    /// The same store's events.
+    pub events: EventLog,
+    /// Who runs builds.
+    pub scheduler: Arc<dyn Scheduler>,
+    /// Each build's directory is made in here: `<data>/builds`.
+    pub sources: PathBuf,
+    /// What a request may ask for.
+    pub limits: Limits,
+    /// `HOST:PORT` of the registry gateway as clients of this host reach it, for `image_ref`.
+    pub public_host: String,
+    /// Asked by `/ready`, after the store.
+    pub ready: Arc<dyn Readiness>,
+    /// The host's clock.
+    pub clock: Clock,
+}
+
+/// Tells the time.
+pub type Clock = Arc<dyn Fn() -> Millis + Send + Sync>;
+
+/// The clock of the system.
+pub fn system_clock() -> Clock {
+    Arc::new(|| jiff::Timestamp::now().as_millisecond())
+}
+
+/// Who runs builds: the queue.
+#[async_trait]
+pub trait Scheduler: Send + Sync + 'static {
+    /// There is a new queued build.
+    fn wake(&self);
+    /// Cancels a build that is claimed. Returns once the build is `cancelled`, or cannot be.
+    async fn cancel(&self, id: &BuildId) -> CancelOutcome;
+}
+
+/// What became of a cancellation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelOutcome {
+    /// The build is `cancelled`, in the store.
+    Cancelled,
+    /// It was finished already.
+    Finished,
+    /// It is being published and will be finished soon.
+    Publishing,
+    /// No driver of this process has it.
+    Unknown,
+}
+
+/// Whether builds can be taken and run now.
+#[async_trait]
+pub trait Readiness: Send + Sync + 'static {
+    /// Why not, for people.
+    async fn ready(&self) -> Result<(), String>;
+}
+
+/// What a request may ask for, and what it gets where it does not ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Of a source as it is sent, in bytes.
+    pub max_source_bytes: u64,
+    /// Of a build, in seconds.
+    pub max_timeout_seconds: u32,
+    /// Of a build's VM, in MiB.
+    pub max_memory_mb: u32,
+    /// Of a build's VM.
+    pub max_cpus: u32,
+    /// Of a build's scratch disk, in GiB.
+    pub max_disk_gb: u32,
+    /// Queued builds of one tenant.
+    pub max_queued: u32,
+    /// Sources that are received at one time.
+    pub max_uploads: usize,
+    /// For builds that do not say.
+    pub network_default: NetworkMode,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_source_bytes: 4096 * 1024 * 1024,
+            max_timeout_seconds: 24 * 60 * 60,
+            max_memory_mb: 64 * 1024,
+            max_cpus: 64,
+            max_disk_gb: 500,
+            max_queued: 1000,
+            max_uploads: 64,
+            network_default: NetworkMode::Open,
+        }
+    }
+}
+
+struct Api {
+    state: ApiState,
+    uploads: Semaphore,
+    /// Idempotency keys of submits that are being received now.
+    keys_in_flight: Mutex<HashSet<(Tenant, String)>>,
+}
+
+type Shared = Arc<Api>;
+
+impl Api {
+    fn now(&self) -> Millis {
+        (self.state.clock)()
+    }
+}

@@ -1,0 +1,134 @@
+//! GET `/builds/{id}/events`: the build's events as an SSE stream.
+//!
+//! Pages are read from the store as the client takes them, so a slow client holds one page and
+//! keeps nobody waiting.
+
+use std::fmt::Write;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{RawQuery, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use url::form_urlencoded;
+
+use super::error::{ApiError, shown};
+use super::get_build::{Wanted, find};
+use super::{Clock, Shared, types};
+use crate::build::Millis;
+use crate::events::{Batch, Follower};
+use crate::token::Caller;
+
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// How long a client waits before it connects again, in milliseconds.
+const RETRY: u32 = 1000;
+
+pub(super) async fn build_events(
+    State(api): State<Shared>,
+    caller: Caller,
+    Wanted(id): Wanted,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let build = find(&api, &caller, &id).await?;
+    let follow = parse_follow(query.as_deref().unwrap_or_default())?;
+    let after = parse_last_event_id(&headers)?;
+    let reader = Reader {
+        follower: api.state.events.read(&build.id, after, follow),
+        clock: api.state.clock.clone(),
+        first: true,
+    };
+    let blocks = futures_util::stream::try_unfold(reader, Reader::next);
+    let headers = [
+        (CONTENT_TYPE, "text/event-stream"),
+        (CACHE_CONTROL, "no-store"),
+        // For proxies that would hold the stream back otherwise.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    Ok((headers, Body::from_stream(blocks)).into_response())
+}
+
+struct Reader {
+    follower: Follower,
+    clock: Clock,
+    first: bool,
+}
+
+impl Reader {
+    /// The next blocks. A store that fails breaks the connection: the client comes back with the
+    /// last id that it saw.
+    async fn next(mut self) -> Result<Option<(Bytes, Self)>, std::io::Error> {
+        let batch = self.follower.next().await.map_err(|error| {
+            let _ = ApiError::internal(&error);
+            std::io::Error::other("the event stream broke")
+        })?;
+        let mut text = String::new();
+        match batch {
+            Batch::End => return Ok(None),
+            Batch::Quiet => {
+                self.block(&mut text, None, (self.clock)(), json!({ "type": "heartbeat" }));
+            }
+            Batch::Events(events) => {
+                for event in events {
+                    self.block(&mut text, Some(event.seq), event.at, event.payload);
+                }
+            }
+        }
+        Ok(Some((text.into(), self)))
+    }
+
+    /// One block. JSON escapes every line break, so that data is always one line.
+    fn block(&mut self, out: &mut String, id: Option<u64>, at: Millis, mut data: Value) {
+        data["timestamp"] = types::rfc3339(at).into();
+        if let Some(id) = id {
+            let _ = writeln!(out, "id: {id}");
+        }
+        if let Some(kind) = data["type"].as_str() {
+            let _ = writeln!(out, "event: {kind}");
+        }
+        if std::mem::take(&mut self.first) {
+            let _ = writeln!(out, "retry: {RETRY}");
+        }
+        let _ = write!(out, "data: {data}\n\n");
+    }
+}
+
+fn parse_follow(query: &str) -> Result<bool, ApiError> {
+    let mut follow = None;
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        if name != "follow" {
+            let message =
+                format!("there is no parameter {}; events have only follow", shown(&name));
+            return Err(ApiError::bad_request("unknown_parameter", message));
+        }
+        let asked = match &*value {
+            "true" => true,
+            "false" => false,
+            other => {
+                let message = format!("follow is {}; it must be true or false", shown(other));
+                return Err(ApiError::bad_request("invalid_query", message));
+            }
+        };
+        if follow.replace(asked).is_some() {
+            return Err(ApiError::bad_request("invalid_query", "follow is given twice"));
+        }
+    }
+    Ok(follow.unwrap_or(false))
+}
+
+/// 0 without one, which is before the first event.
+fn parse_last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    let values: Vec<String> = headers.get_all(LAST_EVENT_ID).iter().map(text).collect();
+    let refused = |value: &str| {
+        let message = format!("Last-Event-ID is {}; it must be an id of this stream", shown(value));
+        ApiError::bad_request("invalid_header", message)
+    };
+    match values.as_slice() {
+        [] => Ok(0),
+        // `+1` would parse.
+        [one] if one.bytes().all(|b| b.is_ascii_digit()) => one.parse().map_err(|_| refused(one)),
+        [one, ..] => Err(refused(one)),
+    }
+}

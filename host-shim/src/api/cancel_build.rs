@@ -1,0 +1,81 @@
+//! DELETE `/builds/{id}`: 204 once the build is `cancelled`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+
+use super::error::ApiError;
+use super::get_build::{Wanted, find};
+use super::{Api, CancelOutcome, Shared};
+use crate::build::{Build, BuildId, Refused, Status};
+use crate::events::payload;
+use crate::store::{Role, StoreError};
+use crate::token::Caller;
+
+/// How long the answer waits for a VM to go. The cancellation goes on behind it.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// A build can be requeued between the look at the queue and the look at the drivers; each try
+/// needs another such race.
+const TRIES: usize = 3;
+
+pub(super) async fn cancel_build(
+    State(api): State<Shared>,
+    caller: Caller,
+    Wanted(id): Wanted,
+) -> Result<StatusCode, ApiError> {
+    caller.require(Role::Tenant)?;
+    let build = find(&api, &caller, &id).await?;
+    // A task of its own: a client that goes away does not stop what it has asked for.
+    let task = tokio::spawn(cancel(Arc::clone(&api), build));
+    match tokio::time::timeout(DEADLINE, task).await {
+        Ok(joined) => joined.map_err(|error| ApiError::internal(&error))?,
+        Err(_) => {
+            let message =
+                format!("{id} is being cancelled, but its VM has not gone yet; look again soon");
+            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "still_cancelling", message)
+                .retry_after(5))
+        }
+    }
+}
+
+async fn cancel(api: Arc<Api>, build: Build) -> Result<StatusCode, ApiError> {
+    let id = build.id;
+    for _ in 0..TRIES {
+        if cancel_queued(&api, &id).await? {
+            return Ok(StatusCode::NO_CONTENT);
+        }
+        match api.state.scheduler.cancel(&id).await {
+            CancelOutcome::Cancelled => return Ok(StatusCode::NO_CONTENT),
+            CancelOutcome::Finished => return Err(finished(&api, &id).await),
+            CancelOutcome::Publishing => {
+                let message = format!("{id} is being published already and cannot be cancelled");
+                return Err(ApiError::conflict("publishing", message));
+            }
+            CancelOutcome::Unknown => {}
+        }
+    }
+    let message = format!("{id} is between two states; try again");
+    Err(ApiError::conflict("conflict", message).retry_after(1))
+}
+
+/// Whether it was queued and is cancelled now.
+async fn cancel_queued(api: &Api, id: &BuildId) -> Result<bool, ApiError> {
+    let now = api.now();
+    let event = payload::of_host(now, payload::status(Status::Cancelled, None));
+    match api.state.events.cancel_queued(id, now, &[event]).await {
+        Ok(_) => Ok(true),
+        Err(StoreError::Refused(Refused::Final(_))) => Err(finished(api, id).await),
+        Err(StoreError::Refused(_)) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn finished(api: &Api, id: &BuildId) -> ApiError {
+    let status = match api.state.store.build(id).await {
+        Ok(Some(build)) => build.status.as_str(),
+        _ => "finished",
+    };
+    ApiError::conflict("finished", format!("{id} is {status} already and cannot be cancelled"))
+}

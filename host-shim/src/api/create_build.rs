@@ -1,0 +1,271 @@
+//! POST `/builds`: the source goes to the disk while it arrives, the build into the store, and only
+//! then is it accepted.
+//!
+//! ```text
+//! role ▸ queue's limit ▸ idempotency key ▸ parts (in any order) ▸ fsync ▸ store ▸ wake ▸ 202
+//! ```
+//!
+//! Until the store has the build, everything that was made for it goes when it fails. From the
+//! end of the upload on it runs in a task of its own, so that a client that goes away cannot leave
+//! a build without its source.
+
+use std::sync::{Arc, PoisonError};
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::header::{CONTENT_LENGTH, LOCATION};
+use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
+use tokio::sync::SemaphorePermit;
+
+use super::error::{ApiError, shown};
+use super::fields::{self, Fields, SOURCE};
+use super::get_build::shape;
+use super::multipart::{self, Part, Parts};
+use super::source::{Received, SourceError, Upload};
+use super::{Api, Shared};
+use crate::build::{self, Build, BuildId, Status, Tenant};
+use crate::events::payload;
+use crate::store::{IdempotencyKey, Role, StoreError};
+use crate::token::Caller;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// Longest idempotency key, in bytes.
+const MAX_KEY: usize = 255;
+/// What a body may have beside its source: every text part at its bound, and what surrounds them.
+const MAX_BESIDE_SOURCE: u64 = 24 * 1024 * 1024;
+
+pub(super) async fn create_build(
+    State(api): State<Shared>,
+    caller: Caller,
+    headers: HeaderMap,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (_permit, in_flight) = match admit(&api, &caller, &headers).await {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            multipart::discard(request).await;
+            return Err(refusal);
+        }
+    };
+    let id = new_id()?;
+    let mut parts = Parts::new(request).await?;
+    let (wanted, source) = match receive(&api, &caller.tenant, &id, &mut parts).await {
+        Ok(received) => received,
+        Err(refusal) => {
+            parts.drain().await;
+            return Err(refusal);
+        }
+    };
+    let task = accept(Arc::clone(&api), caller.tenant, id, wanted, source, in_flight);
+    let build = tokio::spawn(task).await.map_err(|error| ApiError::internal(&error))??;
+    let location = format!("/builds/{}", build.id);
+    let body = Json(shape(&api, &build).await?);
+    Ok((StatusCode::ACCEPTED, [(LOCATION, location)], body).into_response())
+}
+
+/// What can be refused before anything is received.
+async fn admit<'a>(
+    api: &'a Arc<Api>,
+    caller: &Caller,
+    headers: &HeaderMap,
+) -> Result<(SemaphorePermit<'a>, Option<InFlight>), ApiError> {
+    caller.require(Role::Tenant)?;
+    let key = parse_key(headers)?;
+    check_length(headers, api.state.limits.max_source_bytes)?;
+    check_queue(api, &caller.tenant).await?;
+    let permit = api.uploads.try_acquire().map_err(|_| {
+        let message = "the host receives as many sources as it can; try again soon";
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message).retry_after(5)
+    })?;
+    let in_flight = key.map(|key| InFlight::reserve(api, &caller.tenant, key)).transpose()?;
+    Ok((permit, in_flight))
+}
+
+/// Reads every part.
+async fn receive(
+    api: &Api,
+    tenant: &Tenant,
+    id: &BuildId,
+    parts: &mut Parts,
+) -> Result<(build::Request, Received), ApiError> {
+    let limits = &api.state.limits;
+    let mut fields = Fields::default();
+    let mut source = None;
+    while let Some(part) = parts.next().await? {
+        let name = fields::known(part.name())?;
+        if name != SOURCE {
+            fields.insert(name, part.text().await?)?;
+        } else if source.is_some() {
+            return Err(fields::duplicate(SOURCE));
+        } else {
+            // What has come before the source is refused before the source is received.
+            fields.request(tenant, limits)?;
+            source = Some(receive_source(api, id, part).await?);
+        }
+    }
+    let mut wanted = fields.request(tenant, limits)?;
+    let source = source.ok_or_else(|| {
+        ApiError::bad_request(
+            "missing_source",
+            "send the source, a tar, tar.gz or tar.zst, as the part source",
+        )
+    })?;
+    wanted.source_digest.clone_from(&source.digest);
+    wanted.source_bytes = source.bytes;
+    Ok((wanted, source))
+}
+
+async fn receive_source(api: &Api, id: &BuildId, mut part: Part<'_>) -> Result<Received, ApiError> {
+    let limit = api.state.limits.max_source_bytes;
+    let mut upload = Upload::begin(&api.state.sources, id, limit).await.map_err(source_refused)?;
+    while let Some(chunk) = part.chunk().await? {
+        upload.write(&chunk).await.map_err(source_refused)?;
+    }
+    upload.finish().await.map_err(source_refused)
+}
+
+fn source_refused(error: SourceError) -> ApiError {
+    match &error {
+        SourceError::NotAnArchive => ApiError::bad_request("invalid_source", error.to_string()),
+        SourceError::TooLarge(_) => ApiError::too_large(error.to_string()),
+        SourceError::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => {
+            let _ = ApiError::internal(&error);
+            let message = "the host has no room for the source; ask its operator";
+            ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
+        }
+        SourceError::Io(_) => ApiError::internal(&error),
+    }
+}
+
+/// Stores the build, or finds the one that the same key has made.
+async fn accept(
+    api: Arc<Api>,
+    tenant: Tenant,
+    id: BuildId,
+    wanted: build::Request,
+    source: Received,
+    in_flight: Option<InFlight>,
+) -> Result<Build, ApiError> {
+    let key = in_flight
+        .as_ref()
+        .map(|held| IdempotencyKey { key: held.key.clone(), digest: digest(&wanted) });
+    if let Some(key) = &key
+        && let Some(build) = made_before(&api, &tenant, key).await?
+    {
+        return Ok(build);
+    }
+    // Once more: many may have been received since the first look.
+    check_queue(&api, &tenant).await?;
+    let now = api.now();
+    let build = Build::queued(id, tenant, wanted, now);
+    let first = payload::of_host(now, payload::status(Status::Queued, None));
+    if let Err(error) = api.state.store.insert_build(&build, &[first], key.as_ref()).await {
+        // A commit that failed may have reached the disk all the same. Its source goes only when
+        // it surely has not.
+        if !matches!(error, StoreError::Taken(_))
+            && !matches!(api.state.store.build(&build.id).await, Ok(None))
+        {
+            source.keep();
+        }
+        return Err(error.into());
+    }
+    source.keep();
+    api.state.scheduler.wake();
+    tracing::info!(build = %build.id, tenant = %build.tenant, "a build was accepted");
+    Ok(build)
+}
+
+async fn made_before(
+    api: &Api,
+    tenant: &Tenant,
+    key: &IdempotencyKey,
+) -> Result<Option<Build>, ApiError> {
+    let Some((id, digest)) = api.state.store.build_by_key(tenant, &key.key).await? else {
+        return Ok(None);
+    };
+    if digest != key.digest {
+        let message =
+            format!("the Idempotency-Key {} was used for another request", shown(&key.key));
+        return Err(ApiError::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "idempotency_key_reused",
+            message,
+        ));
+    }
+    api.state.store.build(&id).await?.map(Some).ok_or_else(ApiError::no_such_build)
+}
+
+/// Of what was asked for: fields in a fixed order, the source by its digest. The bytes of the
+/// body would not do: every sending of it has another boundary.
+fn digest(wanted: &build::Request) -> String {
+    let text = serde_json::to_vec(wanted).unwrap_or_default();
+    hex::encode(Sha256::digest(text))
+}
+
+/// A new id: sortable by time, not to be guessed, a name for a directory and a repository.
+fn new_id() -> Result<BuildId, ApiError> {
+    BuildId::new(uuid::Uuid::now_v7().simple().to_string())
+        .map_err(|error| ApiError::internal(&error))
+}
+
+fn parse_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default();
+    if values.next().is_some() || text.is_empty() || text.len() > MAX_KEY {
+        let message =
+            format!("Idempotency-Key must be one of 1 to {MAX_KEY} visible ASCII characters");
+        return Err(ApiError::bad_request("invalid_header", message));
+    }
+    Ok(Some(text.to_owned()))
+}
+
+/// Refuses by its length what would be refused after having been received.
+fn check_length(headers: &HeaderMap, limit: u64) -> Result<(), ApiError> {
+    let length =
+        headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > limit.saturating_add(MAX_BESIDE_SOURCE)) {
+        let message = format!("the source is larger than the {limit} bytes that this host takes");
+        return Err(ApiError::too_large(message));
+    }
+    Ok(())
+}
+
+async fn check_queue(api: &Api, tenant: &Tenant) -> Result<(), ApiError> {
+    let most = api.state.limits.max_queued;
+    if api.state.store.queued_count(tenant).await? < most {
+        return Ok(());
+    }
+    let message = format!(
+        "{tenant} has {most} queued builds, as many as it may; try again when some are done"
+    );
+    Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message).retry_after(30))
+}
+
+/// An idempotency key while its submit is under way.
+struct InFlight {
+    api: Arc<Api>,
+    tenant: Tenant,
+    key: String,
+}
+
+impl InFlight {
+    fn reserve(api: &Arc<Api>, tenant: &Tenant, key: String) -> Result<Self, ApiError> {
+        let mut keys = api.keys_in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        if !keys.insert((tenant.clone(), key.clone())) {
+            let message =
+                format!("a request with the Idempotency-Key {} is still under way", shown(&key));
+            return Err(ApiError::conflict("idempotency_key_in_flight", message).retry_after(1));
+        }
+        Ok(Self { api: Arc::clone(api), tenant: tenant.clone(), key })
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let mut keys = self.api.keys_in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        keys.remove(&(self.tenant.clone(), std::mem::take(&mut self.key)));
+    }
+}

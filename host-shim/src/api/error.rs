@@ -1,0 +1,240 @@
+//! Every refusal, as `application/problem+json` (RFC 9457) with hypeman's `code` and `message`.
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{FromRequest, Request};
+use axum::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::build::Refused;
+use crate::store::StoreError;
+use crate::token::AuthError;
+
+const PROBLEM: &str = "application/problem+json";
+
+/// A refusal.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    header: Option<(HeaderName, HeaderValue)>,
+}
+
+/// The body of a refusal.
+#[derive(Debug, Serialize)]
+struct Problem<'a> {
+    r#type: String,
+    title: &'static str,
+    status: u16,
+    detail: &'a str,
+    code: &'static str,
+    message: &'a str,
+}
+
+impl ApiError {
+    /// A refusal with a status, a code for programs and a message for people.
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), header: None }
+    }
+
+    /// The code for programs.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    pub(super) fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, code, message)
+    }
+
+    /// A field that does not hold what it may.
+    pub(super) fn invalid(field: &str, value: &str, allowed: &str) -> Self {
+        let message = format!("{field} is {}; it must be {allowed}", shown(value));
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
+    }
+
+    /// Something that Kiln will do one day, and does not pretend to do today.
+    pub(super) fn not_supported(field: &str, instead: &str) -> Self {
+        let message = format!("{field} is not available yet; {instead}");
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "not_supported", message)
+    }
+
+    pub(super) fn too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
+    }
+
+    pub(super) fn conflict(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, message)
+    }
+
+    pub(super) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "forbidden", message)
+    }
+
+    /// No such build, or none that this caller may know of.
+    pub(super) fn no_such_build() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", "there is no such build")
+    }
+
+    /// The host's own fault. The cause goes to the log, with its chain; the client gets no more
+    /// than that it happened.
+    pub(super) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
+        tracing::error!(error = chain(error), "a request failed");
+        let message = "the host failed; its log says why, under this response's x-request-id";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    }
+
+    #[must_use]
+    pub(super) fn retry_after(mut self, seconds: u32) -> Self {
+        self.header = Some((RETRY_AFTER, seconds.into()));
+        self
+    }
+}
+
+/// A user's text for a message: escaped, and cut where it is long.
+pub(super) fn shown(text: &str) -> String {
+    const MOST: usize = 80;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let problem = Problem {
+            r#type: format!("urn:kiln:problem:{}", self.code),
+            title: self.status.canonical_reason().unwrap_or("Error"),
+            status: self.status.as_u16(),
+            detail: &self.message,
+            code: self.code,
+            message: &self.message,
+        };
+        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        let mut response = (self.status, [(CONTENT_TYPE, PROBLEM)], body).into_response();
+        if let Some((name, value)) = self.header {
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match &error {
+            StoreError::NotFound("build") => Self::no_such_build(),
+            StoreError::NotFound(_) => {
+                Self::new(StatusCode::NOT_FOUND, "not_found", error.to_string())
+            }
+            StoreError::Refused(Refused::Final(_)) => Self::conflict("finished", error.to_string()),
+            StoreError::Refused(_) | StoreError::Taken(_) | StoreError::Fenced => {
+                Self::conflict("conflict", error.to_string())
+            }
+            StoreError::Database { .. } => Self::internal(&error),
+        }
+    }
+}
+
+impl From<AuthError> for ApiError {
+    fn from(error: AuthError) -> Self {
+        let challenge = match error {
+            AuthError::Missing => "Bearer",
+            AuthError::Invalid => "Bearer error=\"invalid_token\"",
+            AuthError::Store(error) => return error.into(),
+        };
+        let refusal = Self::new(StatusCode::UNAUTHORIZED, "unauthorized", error.to_string());
+        let header = Some((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
+        Self { header, ..refusal }
+    }
+}
+
+/// A JSON body; what is not one is refused in the API's shape.
+pub(super) struct ApiJson<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let refused = |rejection: JsonRejection| {
+            let code = match rejection.status() {
+                StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
+                StatusCode::PAYLOAD_TOO_LARGE => "too_large",
+                StatusCode::UNPROCESSABLE_ENTITY => "invalid_field",
+                _ => "invalid_json",
+            };
+            ApiError::new(rejection.status(), code, rejection.body_text())
+        };
+        axum::Json::from_request(request, state).await.map(|axum::Json(t)| Self(t)).map_err(refused)
+    }
+}
+
+/// For paths that are not the API's.
+pub(super) async fn no_such_route() -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, "not_found", "the API has no such path")
+}
+
+/// For verbs that a path does not have.
+pub(super) async fn no_such_method() -> ApiError {
+    let message = "this path has no such method; the Allow header lists those it has";
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}
+
+/// Gives the API's shape to every refusal that has another: those that axum makes itself.
+pub(super) async fn wrap(response: Response) -> Response {
+    let status = response.status();
+    let ours = response.headers().get(CONTENT_TYPE).is_some_and(|value| value == PROBLEM);
+    if ours || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let code = match status {
+        StatusCode::NOT_FOUND => "not_found",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        StatusCode::PAYLOAD_TOO_LARGE => "too_large",
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
+        _ if status.is_client_error() => "bad_request",
+        _ => "internal",
+    };
+    let message = status.canonical_reason().unwrap_or("the request was refused");
+    let mut wrapped = ApiError::new(status, code, message).into_response();
+    if let Some(allow) = response.headers().get(ALLOW) {
+        wrapped.headers_mut().insert(ALLOW, allow.clone());
+    }
+    wrapped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_users_text_is_escaped_and_cut() {
+        assert_eq!(shown("a\u{1b}[31m\"b"), r#""a\u{1b}[31m\"b""#);
+        assert_eq!(shown(&"é".repeat(80)), format!("\"{}\"", "é".repeat(80)));
+        assert_eq!(shown(&"é".repeat(81)), format!("\"{}\"…", "é".repeat(80)));
+    }
+
+    #[tokio::test]
+    async fn refusals_of_axum_are_wrapped_and_others_left() {
+        let plain = (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "GET")], "plain").into_response();
+        let wrapped = wrap(plain).await;
+        assert_eq!(wrapped.headers()[CONTENT_TYPE], PROBLEM);
+        assert_eq!(wrapped.headers()[ALLOW], "GET");
+        let fine = wrap("fine".into_response()).await;
+        assert_eq!(fine.headers()[CONTENT_TYPE], "text/plain; charset=utf-8");
+        let ours = wrap(ApiError::no_such_build().retry_after(3).into_response()).await;
+        assert_eq!(ours.headers()[RETRY_AFTER], "3");
+    }
+}

@@ -1,0 +1,217 @@
+//! The shapes of the API's JSON, and how they come from Kiln's own types.
+//!
+//! `Build` has the fields of hypeman's `Build` (0.28.0) and Kiln's own beside them. A field that
+//! does not apply is absent.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
+use crate::store::{Role, TokenRecord};
+
+/// A build.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Build {
+    /// Its id.
+    pub id: String,
+    /// Where it is.
+    pub status: Status,
+    /// 1 for the next to be taken; only while queued.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_position: Option<u32>,
+    /// Of the manifest; only when ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_digest: Option<String>,
+    /// `HOST:PORT/REPOSITORY@DIGEST`; only when ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_ref: Option<String>,
+    /// The failure's message; for a failed step with its number and exit code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
+    /// RFC 3339.
+    pub created_at: String,
+    /// RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    /// RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completed_at: Option<String>,
+    /// From `started_at` to `completed_at`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_ms: Option<i64>,
+    /// The user's labels.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// Whose it is.
+    pub tenant: String,
+    /// What it used, as far as is known.
+    #[serde(default)]
+    pub usage: Usage,
+    /// What it pulled.
+    #[serde(default)]
+    pub pulled: Vec<Pulled>,
+    /// How often it was taken by a VM.
+    #[serde(default)]
+    pub attempt: u32,
+}
+
+/// What a build was made from: hypeman's fields that Kiln knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// SHA-256 over the source as it was sent, `sha256:…`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_hash: Option<String>,
+    /// When the build was completed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<String>,
+}
+
+impl Build {
+    /// The shape of a build. `public_host` is where clients reach the registry.
+    pub fn new(build: &Stored, queue_position: Option<u32>, public_host: &str) -> Self {
+        let digest = build.image_digest();
+        let completed_at = build.completed_at.map(rfc3339);
+        let duration = build
+            .started_at
+            .zip(build.completed_at)
+            .map(|(from, to)| to.saturating_sub(from).max(0));
+        Self {
+            id: build.id.to_string(),
+            status: build.status,
+            queue_position: queue_position.filter(|_| build.status == Status::Queued),
+            image_digest: digest.map(str::to_owned),
+            image_ref: digest
+                .map(|digest| format!("{public_host}/{}@{digest}", build.repository())),
+            error: build.failure.as_ref().map(error_text),
+            provenance: Some(Provenance {
+                source_hash: Some(build.request.source_digest.clone()),
+                timestamp: completed_at.clone(),
+            }),
+            created_at: rfc3339(build.created_at),
+            started_at: build.started_at.map(rfc3339),
+            completed_at,
+            duration_ms: duration,
+            tags: build.request.tags.clone(),
+            failure: build.failure.clone(),
+            tenant: build.tenant.to_string(),
+            usage: build.usage,
+            pulled: build.pulled.clone(),
+            attempt: build.attempt,
+        }
+    }
+}
+
+/// The failure's message; a failed step's number and exit code are added where it does not say.
+fn error_text(failure: &Failure) -> String {
+    let message = &failure.message;
+    match (failure.kind, failure.step, failure.exit_code) {
+        (FailureKind::StepFailed, Some(step), Some(code)) => {
+            let (step, code) = (format!("step {step}"), format!("exit code {code}"));
+            if message.contains(&step) && message.contains(&code) {
+                message.clone()
+            } else {
+                format!("{message} ({step}, {code})")
+            }
+        }
+        _ => message.clone(),
+    }
+}
+
+/// A time as the API writes it.
+pub fn rfc3339(at: Millis) -> String {
+    // Out of range only by a clock that is off by millennia.
+    jiff::Timestamp::from_millisecond(at).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
+}
+
+/// Body of POST `/tokens`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewToken {
+    /// Whose it will be.
+    pub tenant: String,
+    /// `reader`, `tenant` or `admin`.
+    pub role: String,
+    /// How long it lives; for ever where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds: Option<u64>,
+    /// A name for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// An API token, as GET `/tokens` lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// Its public id.
+    pub id: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// `reader`, `tenant` or `admin`.
+    pub role: String,
+    /// A name for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// RFC 3339.
+    pub created_at: String,
+    /// RFC 3339; absent for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
+    /// Whether it was revoked.
+    pub revoked: bool,
+    /// The token itself: only in the answer of the POST that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+impl Token {
+    /// The shape of a token.
+    pub fn new(record: &TokenRecord) -> Self {
+        Self {
+            id: record.id.clone(),
+            tenant: record.tenant.to_string(),
+            role: record.role.to_string(),
+            name: record.name.clone(),
+            created_at: rfc3339(record.created_at),
+            expires_at: record.expires_at.map(rfc3339),
+            revoked: record.revoked,
+            token: None,
+        }
+    }
+}
+
+/// The names of roles, for messages.
+pub(super) fn role_names() -> String {
+    Role::ALL.map(Role::as_str).join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_step_is_named_with_its_exit_code() {
+        let failure = |message: &str| Failure {
+            step: Some(2),
+            exit_code: Some(7),
+            ..Failure::new(FailureKind::StepFailed, message)
+        };
+        assert_eq!(error_text(&failure("make failed")), "make failed (step 2, exit code 7)");
+        let complete = "step 2 ended with exit code 7";
+        assert_eq!(error_text(&failure(complete)), complete);
+        assert_eq!(error_text(&Failure::new(FailureKind::VmLost, "gone")), "gone");
+    }
+
+    #[test]
+    fn times_are_rfc_3339_whatever_they_are() {
+        assert_eq!(rfc3339(1_700_000_000_123), "2023-11-14T22:13:20.123Z");
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(i64::MAX), "1970-01-01T00:00:00Z");
+    }
+}

@@ -1,0 +1,150 @@
+//! Every bound of a submit, at it and above.
+
+use std::time::Duration;
+
+use kiln::api::Limits;
+use kiln::store::Role;
+use reqwest::multipart::{Form, Part};
+use reqwest::{Body, Method};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::support::{Server, form, gzip, refusal, server, server_with};
+
+async fn limited(limits: Limits) -> Server {
+    server_with(limits, Duration::from_secs(600)).await
+}
+
+#[tokio::test]
+async fn a_source_at_the_limit_is_taken_and_one_above_is_not() {
+    const MOST: usize = 200_000;
+    let server = limited(Limits { max_source_bytes: MOST as u64, ..Limits::default() }).await;
+    let client = server.client("acme", Role::Tenant).await;
+    let sized = |n| Form::new().part("source", Part::bytes(gzip(n)));
+    client.submit(sized(MOST)).await;
+    assert_eq!(server.source_dirs(), 1);
+    refusal(client.post(sized(MOST + 1)).await, 413, "too_large").await;
+    // By its length alone, before it is received.
+    refusal(client.post(sized(MOST + 25 * 1024 * 1024)).await, 413, "too_large").await;
+    // And without a length that says so.
+    let chunks = tokio_stream::iter(vec![gzip(MOST), gzip(2)]).map(Ok::<_, std::io::Error>);
+    let form = Form::new().part("source", Part::stream(Body::wrap_stream(chunks)));
+    refusal(client.post(form).await, 413, "too_large").await;
+    assert_eq!(server.source_dirs(), 1);
+}
+
+#[tokio::test]
+async fn what_is_no_archive_is_refused_and_removed() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    for bytes in [vec![], b"PK\x03\x04".to_vec(), vec![1; 5_000_000], vec![0; 511]] {
+        let form = Form::new().part("source", Part::bytes(bytes));
+        refusal(client.post(form).await, 400, "invalid_source").await;
+    }
+    assert_eq!(server.source_dirs(), 0);
+}
+
+#[tokio::test]
+async fn a_text_part_is_bounded() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let text = |n| form().text("cache_scope", "x".repeat(n));
+    refusal(client.post(text(1024 * 1024)).await, 422, "not_supported").await;
+    refusal(client.post(text(1024 * 1024 + 1)).await, 413, "too_large").await;
+    client.submit(form().text("dockerfile", "x".repeat(512 * 1024))).await;
+    refusal(
+        client.post(form().text("dockerfile", "x".repeat(512 * 1024 + 1))).await,
+        413,
+        "too_large",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_tenant_has_so_many_queued_builds() {
+    let server = limited(Limits { max_queued: 2, ..Limits::default() }).await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let other = server.client("other", Role::Tenant).await;
+    acme.submit(form()).await;
+    acme.submit(form()).await;
+    let refused = acme.post(form()).await;
+    assert!(refused.headers().contains_key("retry-after"));
+    refusal(refused, 429, "queue_full").await;
+    other.submit(form()).await;
+    server.scheduler.claim().await;
+    acme.submit(form()).await;
+}
+
+/// A submit that has begun and waits for more of its source.
+async fn begun(
+    server: &Server,
+    key: Option<&str>,
+) -> (mpsc::Sender<Result<Vec<u8>, std::io::Error>>, tokio::task::JoinHandle<reqwest::Response>) {
+    let client = server.client("acme", Role::Tenant).await;
+    let before = server.source_dirs();
+    let (send, chunks) = mpsc::channel(1);
+    let part = Part::stream(Body::wrap_stream(ReceiverStream::new(chunks)));
+    let mut request =
+        client.request(Method::POST, "/builds").multipart(Form::new().part("source", part));
+    if let Some(key) = key {
+        request = request.header("Idempotency-Key", key);
+    }
+    let task = tokio::spawn(async move { request.send().await.unwrap() });
+    send.send(Ok(gzip(600_000))).await.unwrap();
+    // It is being received once its directory is there.
+    while server.source_dirs() == before {
+        tokio::task::yield_now().await;
+    }
+    (send, task)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_in_flight_is_a_conflict() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let (send, first) = begun(&server, Some("k")).await;
+    let again = || {
+        client
+            .request(Method::POST, "/builds")
+            .header("Idempotency-Key", "k")
+            .multipart(form())
+            .send()
+    };
+    refusal(again().await.unwrap(), 409, "idempotency_key_in_flight").await;
+    drop(send);
+    assert_eq!(first.await.unwrap().status(), 202);
+    refusal(again().await.unwrap(), 422, "idempotency_key_reused").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_sources_are_received_at_one_time() {
+    let server = limited(Limits { max_uploads: 1, ..Limits::default() }).await;
+    let client = server.client("acme", Role::Tenant).await;
+    let (send, first) = begun(&server, None).await;
+    refusal(client.post(form()).await, 503, "busy").await;
+    drop(send);
+    assert_eq!(first.await.unwrap().status(), 202);
+    client.submit(form()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_leaves_nothing() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let (send, first) = begun(&server, Some("k")).await;
+    first.abort();
+    drop(send);
+    while server.source_dirs() > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(client.json("/builds").await, serde_json::json!([]));
+    // Its key is free again.
+    loop {
+        let request = client.request(Method::POST, "/builds").header("Idempotency-Key", "k");
+        match request.multipart(form()).send().await.unwrap().status().as_u16() {
+            202 => break,
+            other => assert_eq!(other, 409),
+        }
+    }
+}

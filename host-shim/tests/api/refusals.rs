@@ -1,0 +1,175 @@
+//! Who may do what, and the shape of every refusal.
+
+use kiln::store::Role;
+use reqwest::multipart::Form;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use crate::support::{form, id_of, refusal, server, source};
+
+#[tokio::test]
+async fn without_a_token_there_are_only_health_and_ready() {
+    let server = server().await;
+    let nobody = server.anonymous();
+    assert_eq!(nobody.json("/health").await, json!({"status": "ok"}));
+    assert_eq!(nobody.json("/ready").await, json!({"status": "ready"}));
+    for (method, path) in [
+        (Method::GET, "/builds"),
+        (Method::POST, "/builds"),
+        (Method::GET, "/builds/b1"),
+        (Method::DELETE, "/builds/b1"),
+        (Method::GET, "/builds/b1/events"),
+        (Method::GET, "/tokens"),
+        (Method::POST, "/tokens"),
+        (Method::DELETE, "/tokens/t1"),
+    ] {
+        let response = nobody.request(method.clone(), path).send().await.unwrap();
+        assert_eq!(response.headers()["www-authenticate"], "Bearer", "{method} {path}");
+        refusal(response, 401, "unauthorized").await;
+        let response =
+            nobody.request(method, path).bearer_auth("kiln_nonsense").send().await.unwrap();
+        assert_eq!(response.headers()["www-authenticate"], "Bearer error=\"invalid_token\"");
+        refusal(response, 401, "unauthorized").await;
+    }
+}
+
+#[tokio::test]
+async fn no_address_and_no_header_is_believed() {
+    let server = server().await;
+    for (name, value) in [
+        ("X-Real-IP", "127.0.0.1"),
+        ("X-Forwarded-For", "127.0.0.1"),
+        ("Forwarded", "for=127.0.0.1"),
+        ("X-Forwarded-User", "admin"),
+        ("Authorization", "Basic YW55OnRva2Vu"),
+        ("Cookie", "token=kiln_x"),
+    ] {
+        let response =
+            server.anonymous().request(Method::GET, "/builds").header(name, value).send().await;
+        refusal(response.unwrap(), 401, "unauthorized").await;
+    }
+    let client = server.client("acme", Role::Admin).await;
+    let twice =
+        client.request(Method::GET, "/builds").bearer_auth("kiln_other").send().await.unwrap();
+    refusal(twice, 401, "unauthorized").await;
+    let request = client.request(Method::GET, "/builds").header("X-Request-Id", "forged");
+    let response = request.send().await.unwrap();
+    assert_ne!(response.headers()["x-request-id"], "forged");
+}
+
+#[tokio::test]
+async fn a_tenant_does_not_know_of_anothers_builds() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let other = server.client("other", Role::Tenant).await;
+    let admin = server.client("dev", Role::Admin).await;
+    let id = id_of(&acme.submit(form()).await);
+    let path = format!("/builds/{id}");
+    // To the byte as one that never was.
+    let mine = refusal(other.get(&path).await, 404, "not_found").await;
+    assert_eq!(mine, refusal(other.get("/builds/nobody").await, 404, "not_found").await);
+    refusal(other.get(&format!("{path}/events")).await, 404, "not_found").await;
+    refusal(other.delete(&path).await, 404, "not_found").await;
+    refusal(other.get(&format!("/builds?cursor={id}")).await, 400, "invalid_query").await;
+    assert_eq!(other.json("/builds").await, json!([]));
+    assert_eq!(acme.json(&path).await["status"], "queued");
+
+    assert_eq!(admin.json("/builds").await[0]["id"], id.as_str());
+    assert_eq!(admin.json(&path).await["tenant"], "acme");
+    assert_eq!(admin.delete(&path).await.status(), StatusCode::NO_CONTENT);
+}
+
+#[tokio::test]
+async fn a_reader_reads() {
+    let server = server().await;
+    let owner = server.client("acme", Role::Tenant).await;
+    let reader = server.client("acme", Role::Reader).await;
+    let path = format!("/builds/{}", id_of(&owner.submit(form()).await));
+    assert_eq!(reader.json(&path).await["status"], "queued");
+    assert_eq!(reader.get(&format!("{path}/events")).await.status(), 200);
+    refusal(reader.post(form()).await, 403, "forbidden").await;
+    refusal(reader.delete(&path).await, 403, "forbidden").await;
+    for client in [&reader, &owner] {
+        refusal(client.get("/tokens").await, 403, "forbidden").await;
+        refusal(client.delete("/tokens/x").await, 403, "forbidden").await;
+    }
+    assert_eq!(server.source_dirs(), 1);
+}
+
+#[tokio::test]
+async fn paths_methods_and_media_types_that_are_none() {
+    let server = server().await;
+    let client = server.client("acme", Role::Admin).await;
+    for path in ["/", "/nothing", "/builds/", "/builds/x/y", "/v1/builds"] {
+        refusal(client.get(path).await, 404, "not_found").await;
+    }
+    for (method, path, allow) in [
+        (Method::PUT, "/builds", "GET,HEAD,POST"),
+        (Method::POST, "/builds/b1", "DELETE,GET,HEAD"),
+        (Method::DELETE, "/health", "GET,HEAD"),
+    ] {
+        let response = client.request(method, path).send().await.unwrap();
+        let mut allowed: Vec<_> =
+            response.headers()["allow"].to_str().unwrap().split(',').collect();
+        allowed.sort_unstable();
+        assert_eq!(allowed.join(","), allow);
+        refusal(response, 405, "method_not_allowed").await;
+    }
+    let post = |path: &str| client.request(Method::POST, path);
+    refusal(post("/builds").json(&json!({})).send().await.unwrap(), 415, "unsupported_media_type")
+        .await;
+    refusal(post("/builds").send().await.unwrap(), 415, "unsupported_media_type").await;
+    let bare = post("/builds").header("content-type", "multipart/form-data").body("x");
+    refusal(bare.send().await.unwrap(), 415, "unsupported_media_type").await;
+    let broken =
+        post("/builds").header("content-type", "multipart/form-data; boundary=B").body("nonsense");
+    refusal(broken.send().await.unwrap(), 400, "invalid_multipart").await;
+    refusal(post("/tokens").body("{}").send().await.unwrap(), 415, "unsupported_media_type").await;
+    let json =
+        |body: String| post("/tokens").header("content-type", "application/json").body(body).send();
+    refusal(json("{".into()).await.unwrap(), 400, "invalid_json").await;
+    refusal(json("[]".into()).await.unwrap(), 422, "invalid_field").await;
+    refusal(json("x".repeat(64 * 1024 + 1)).await.unwrap(), 413, "too_large").await;
+}
+
+#[tokio::test]
+async fn lists_refuse_what_they_do_not_know() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    for bad in ["limit=0", "limit=201", "limit=x", "status=done", "cursor=nobody", "cursor=.."] {
+        refusal(client.get(&format!("/builds?{bad}")).await, 400, "invalid_query").await;
+    }
+    refusal(client.get("/builds?page=2").await, 400, "unknown_parameter").await;
+    assert_eq!(client.get("/builds?limit=200").await.status(), 200);
+}
+
+#[tokio::test]
+async fn fields_are_refused_by_name_value_and_what_is_allowed() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let body = refusal(client.post(form().text("cpus", "many")).await, 422, "invalid_field").await;
+    assert_eq!(body["message"], "cpus is \"many\"; it must be a number from 1 to 64");
+    let body =
+        refusal(client.post(form().text("volume_size", "1")).await, 422, "unknown_field").await;
+    assert!(body["message"].as_str().unwrap().contains("volume_size"));
+    for twice in [form().text("cpus", "1").text("cpus", "1"), form().part("source", source())] {
+        refusal(client.post(twice).await, 422, "duplicate_field").await;
+    }
+    refusal(client.post(form().text("secrets", r#"[{"id":"npm"}]"#)).await, 422, "not_supported")
+        .await;
+    refusal(client.post(form().text("secret.npm", "hunter2")).await, 422, "not_supported").await;
+    refusal(client.post(Form::new().text("cpus", "1")).await, 400, "missing_source").await;
+    let part = reqwest::multipart::Part::bytes(vec![0xff, 0xfe]);
+    refusal(client.post(form().part("dockerfile", part)).await, 422, "invalid_field").await;
+    assert_eq!(server.source_dirs(), 0, "nothing is left of what was refused");
+    assert_eq!(client.json("/builds").await, json!([]));
+}
+
+#[tokio::test]
+async fn ready_says_why_not() {
+    let server = server().await;
+    *server.scheduler.ready.lock().unwrap() = Err("the builder image is missing".into());
+    let body = refusal(server.anonymous().get("/ready").await, 503, "not_ready").await;
+    assert_eq!(body["message"], "the builder image is missing");
+    assert_eq!(server.anonymous().get("/health").await.status(), 200);
+}

@@ -1,0 +1,236 @@
+//! A server for one test, and what its clients need.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
+use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
+use kiln::events::{EventLog, payload};
+use kiln::store::sqlite::SqliteStore;
+use kiln::store::{Claimed, Fence, Role, Store};
+use reqwest::multipart::{Form, Part};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde_json::Value;
+
+pub const HOST: &str = "kiln.example:4973";
+
+pub struct Server {
+    pub url: String,
+    pub store: Arc<dyn Store>,
+    pub events: EventLog,
+    pub scheduler: Arc<Small>,
+    pub sources: PathBuf,
+    pub http: reqwest::Client,
+    task: tokio::task::JoinHandle<()>,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+pub async fn server() -> Server {
+    server_with(Limits::default(), Duration::from_secs(600)).await
+}
+
+pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
+    // An error says that another test of this process has done so.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let dir = tempfile::tempdir().unwrap();
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let events = EventLog::with_quiet(store.clone(), quiet);
+    let scheduler = Arc::new(Small {
+        events: events.clone(),
+        claims: Mutex::default(),
+        wakes: AtomicUsize::new(0),
+        ready: Mutex::new(Ok(())),
+    });
+    let sources = dir.path().join("builds");
+    let app = router(ApiState {
+        store: store.clone(),
+        events: events.clone(),
+        scheduler: scheduler.clone(),
+        sources: sources.clone(),
+        limits,
+        public_host: HOST.into(),
+        ready: scheduler.clone(),
+        clock: system_clock(),
+    });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    Server { url, store, events, scheduler, sources, http, task, _dir: dir }
+}
+
+/// A scheduler that runs nothing: tests claim and change builds by hand.
+pub struct Small {
+    events: EventLog,
+    claims: Mutex<HashMap<BuildId, Fence>>,
+    pub wakes: AtomicUsize,
+    pub ready: Mutex<Result<(), String>>,
+}
+
+#[async_trait]
+impl Scheduler for Small {
+    fn wake(&self) {
+        self.wakes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    async fn cancel(&self, id: &BuildId) -> CancelOutcome {
+        let fence = self.claims.lock().unwrap().get(id).copied();
+        let Some(fence) = fence else { return CancelOutcome::Unknown };
+        match self.change(id, fence, Change::Cancel, Some(Status::Cancelled)).await {
+            Ok(_) => CancelOutcome::Cancelled,
+            Err(kiln::store::StoreError::Refused(kiln::build::Refused::Publishing)) => {
+                CancelOutcome::Publishing
+            }
+            Err(_) => CancelOutcome::Finished,
+        }
+    }
+}
+
+#[async_trait]
+impl Readiness for Small {
+    async fn ready(&self) -> Result<(), String> {
+        self.ready.lock().unwrap().clone()
+    }
+}
+
+impl Small {
+    pub async fn claim(&self) -> Claimed {
+        let event = payload::of_host(1, payload::status(Status::Building, None));
+        let claimed = self.events.claim("test", 1_000, &[event]).await.unwrap().unwrap();
+        self.claims.lock().unwrap().insert(claimed.build.id.clone(), claimed.fence);
+        claimed
+    }
+
+    pub async fn change(
+        &self,
+        id: &BuildId,
+        fence: Fence,
+        change: Change,
+        status: Option<Status>,
+    ) -> Result<kiln::build::Build, kiln::store::StoreError> {
+        let event = status.map(|s| payload::of_host(2_500, payload::status(s, None)));
+        self.events.change(id, fence, change, 3_500, event.as_slice()).await
+    }
+
+    /// To `ready`, as a driver would.
+    pub async fn publish(&self, claimed: &Claimed, digest: &str) {
+        let (id, fence) = (&claimed.build.id, claimed.fence);
+        self.change(id, fence, Change::Push, Some(Status::Pushing)).await.unwrap();
+        self.change(id, fence, Change::Publish(digest.into()), None).await.unwrap();
+        self.change(id, fence, Change::Finish, Some(Status::Ready)).await.unwrap();
+    }
+
+    pub async fn fail(&self, claimed: &Claimed) {
+        let failure = Failure {
+            step: Some(2),
+            exit_code: Some(7),
+            ..Failure::new(FailureKind::StepFailed, "make test failed")
+        };
+        let change = Change::Fail(failure);
+        self.change(&claimed.build.id, claimed.fence, change, Some(Status::Failed)).await.unwrap();
+    }
+}
+
+/// Somebody with a token.
+pub struct Client<'a> {
+    server: &'a Server,
+    token: String,
+}
+
+impl Server {
+    pub async fn client(&self, tenant: &str, role: Role) -> Client<'_> {
+        let tenant = Tenant::new(tenant).unwrap();
+        let (token, _) =
+            kiln::token::create(&*self.store, tenant, role, None, None, 0).await.unwrap();
+        Client { server: self, token }
+    }
+
+    pub fn anonymous(&self) -> Client<'_> {
+        Client { server: self, token: String::new() }
+    }
+
+    /// Directories of sources that are there now.
+    pub fn source_dirs(&self) -> usize {
+        std::fs::read_dir(&self.sources).map_or(0, Iterator::count)
+    }
+}
+
+impl Client<'_> {
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.server.http.request(method, format!("{}{path}", self.server.url));
+        if self.token.is_empty() { request } else { request.bearer_auth(&self.token) }
+    }
+
+    pub async fn get(&self, path: &str) -> Response {
+        self.request(Method::GET, path).send().await.unwrap()
+    }
+
+    pub async fn delete(&self, path: &str) -> Response {
+        self.request(Method::DELETE, path).send().await.unwrap()
+    }
+
+    pub async fn post(&self, form: Form) -> Response {
+        self.request(Method::POST, "/builds").multipart(form).send().await.unwrap()
+    }
+
+    /// Submits and returns the accepted build.
+    pub async fn submit(&self, form: Form) -> Value {
+        let response = self.post(form).await;
+        assert_eq!(response.status(), StatusCode::ACCEPTED);
+        response.json().await.unwrap()
+    }
+
+    pub async fn json(&self, path: &str) -> Value {
+        let response = self.get(path).await;
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+        response.json().await.unwrap()
+    }
+}
+
+/// Bytes that begin as gzip does.
+pub fn gzip(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0x1f, 0x8b];
+    bytes.resize(len.max(2), 7);
+    bytes
+}
+
+pub fn source() -> Part {
+    Part::bytes(gzip(1000)).file_name("source.tar.gz")
+}
+
+pub fn form() -> Form {
+    Form::new().part("source", source())
+}
+
+pub fn id_of(build: &Value) -> BuildId {
+    BuildId::new(build["id"].as_str().unwrap()).unwrap()
+}
+
+/// Checks the shape of a refusal and returns its body.
+pub async fn refusal(response: Response, status: u16, code: &str) -> Value {
+    assert_eq!(response.status().as_u16(), status);
+    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    assert_eq!(response.headers()["x-content-type-options"], "nosniff");
+    assert_eq!(response.headers()["cache-control"], "no-store");
+    assert!(response.headers().contains_key("x-request-id"));
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["code"], code, "{body}");
+    assert_eq!(body["type"], format!("urn:kiln:problem:{code}"));
+    assert_eq!(body["status"], status);
+    assert_eq!(body["detail"], body["message"]);
+    assert!(
+        !body["title"].as_str().unwrap().is_empty()
+            && !body["message"].as_str().unwrap().is_empty()
+    );
+    body
+}
