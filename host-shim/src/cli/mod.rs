@@ -1,1 +1,85 @@
-//! (to be written)
+//! The client commands: one file each, over one small HTTP client.
+//!
+//! ```text
+//! build ─▶ context ─▶ pack ─▶ submit ─▶ client ─▶ the API
+//!   │      (dockerignore)                  ▲
+//!   └────▶ follow (sse) ───────────────────┘
+//!             └─▶ render (lines) ─▶ stderr
+//! ```
+//!
+//! **Invariant**: what a server sent reaches a terminal only through [`escape`]. Stdout holds the
+//! result and nothing else; the exit codes are [`error::Exit`]'s.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+pub mod build;
+pub mod cancel;
+pub mod client;
+pub mod context;
+pub mod dockerignore;
+pub mod error;
+pub mod escape;
+pub mod fields;
+pub mod follow;
+pub mod interrupt;
+pub mod lines;
+pub mod logs;
+pub mod ls;
+pub mod pack;
+pub mod render;
+pub mod show;
+pub mod sse;
+pub mod submit;
+pub mod table;
+pub mod token;
+pub mod view;
+
+use client::{Client, Connect};
+use error::CliError;
+
+/// A client command.
+#[derive(Debug, clap::Subcommand)]
+#[expect(missing_docs, reason = "clap would take it for help; each command has its own")]
+pub enum ClientCommand {
+    Build(Box<build::BuildArgs>),
+    Ls(ls::LsArgs),
+    Show(show::ShowArgs),
+    Logs(logs::LogsArgs),
+    Cancel(cancel::CancelArgs),
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+}
+
+/// What every client command takes.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Global {
+    #[command(flatten)]
+    connect: Connect,
+    /// How long to go on without a server that was lost, in seconds
+    #[arg(long, global = true, hide = true, env = "KILN_PATIENCE", default_value_t = 60)]
+    patience: u64,
+}
+
+impl ClientCommand {
+    /// Runs the command; its errors are reported.
+    pub async fn run(self, global: &Global) -> ExitCode {
+        match self.try_run(global).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => error.report(),
+        }
+    }
+
+    async fn try_run(self, global: &Global) -> Result<(), CliError> {
+        let client = Client::new(&global.connect)?;
+        let patience = Duration::from_secs(global.patience);
+        match self {
+            Self::Build(args) => build::run(&client, patience, *args).await,
+            Self::Ls(args) => ls::run(&client, args).await,
+            Self::Show(args) => show::run(&client, args).await,
+            Self::Logs(args) => logs::run(&client, patience, args).await,
+            Self::Cancel(args) => cancel::run(&client, args).await,
+            Self::Token(command) => token::run(&client, command).await,
+        }
+    }
+}

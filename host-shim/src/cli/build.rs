@@ -1,0 +1,189 @@
+//! `kiln build`: sends a source, follows the build, prints the image's reference.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::client::{CallError, Client};
+use super::context::{self, Context};
+use super::error::{CliError, print_line};
+use super::escape::escape;
+use super::fields::{self, ImageTag, Pair};
+use super::follow::{Follower, Seen, patiently};
+use super::interrupt::Interrupts;
+use super::pack::Source;
+use super::render::{Progress, Renderer};
+use super::submit::{Fields, submit};
+use super::view::BuildView;
+use crate::build::NetworkMode;
+
+/// Build an image from a directory
+#[derive(Debug, clap::Args)]
+pub struct BuildArgs {
+    /// The source: a directory, or - for a tar archive (plain, gzip, zstd) on standard input
+    #[arg(default_value = ".")]
+    path: PathBuf,
+    /// The Dockerfile, relative to the current directory [default: Dockerfile in the source]
+    #[arg(short, long)]
+    file: Option<PathBuf>,
+    /// The stage to build [default: the last]
+    #[arg(long)]
+    target: Option<String>,
+    /// A build argument; without =V it is taken from the environment
+    #[arg(long = "build-arg", value_name = "K=V", value_parser = fields::build_arg)]
+    args: Vec<Option<Pair>>,
+    /// The image's name in the tenant's repositories [default: builds/ID]
+    #[arg(short = 't', value_name = "NAME[:TAG]")]
+    image: Option<ImageTag>,
+    /// A label of the build
+    #[arg(long = "tag", value_name = "K=V", value_parser = fields::pair)]
+    tags: Vec<Pair>,
+    /// What steps may reach [default: the server's]
+    #[arg(long)]
+    network: Option<NetworkMode>,
+    /// A domain that steps may reach: HOST, *.HOST, either with :PORT
+    #[arg(long = "allow", value_name = "DOMAIN")]
+    allow: Vec<String>,
+    /// From the VM's start [default: the server's, 600]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    timeout: Option<u32>,
+    /// Of the VM [default: the server's, 2048]
+    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u32).range(1..))]
+    memory: Option<u32>,
+    /// Of the VM [default: the server's, 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: Option<u32>,
+    /// Of the VM [default: the server's, 10]
+    #[arg(long, value_name = "GB", value_parser = clap::value_parser!(u32).range(1..))]
+    disk: Option<u32>,
+    /// Print the build's id and do not wait
+    #[arg(long)]
+    detach: bool,
+    /// How to show progress
+    #[arg(long, value_enum, default_value_t = Progress::Auto)]
+    progress: Progress,
+    /// Write the image's digest to a file
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    iidfile: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result<(), CliError> {
+    let mut interrupts = Interrupts::listen()?;
+    let dockerfile = args.file.as_deref().map(context::read_dockerfile).transpose()?;
+    let source = source(&args.path, args.file.as_deref())?;
+    let mut renderer = Renderer::new(args.progress);
+    let fields = form_fields(&args);
+    let build = submit(client, fields, dockerfile, source, &renderer, &mut interrupts).await?;
+    if args.detach {
+        renderer.finish();
+        return print_line(&escape(&build.id)).map(drop);
+    }
+    renderer.note(&format!("build {}", build.id));
+    let build = watch(client, &build.id, patience, &mut renderer, &mut interrupts).await?;
+    renderer.finish();
+    build.verdict()?;
+    if let Some(path) = &args.iidfile {
+        let digest = build.image_digest.as_deref().unwrap_or_default();
+        std::fs::write(path, digest)
+            .map_err(|e| CliError::failed(format!("cannot write {}: {e}", path.display())))?;
+    }
+    let reference = build.image_ref.ok_or_else(|| {
+        CliError::host(format!("the server gives build {} no reference", build.id))
+    })?;
+    print_line(&escape(&reference)).map(drop)
+}
+
+/// Follows a build to its end. The first Ctrl-C cancels it, the second leaves at once.
+async fn watch(
+    client: &Client,
+    id: &str,
+    patience: Duration,
+    renderer: &mut Renderer,
+    interrupts: &mut Interrupts,
+) -> Result<BuildView, CliError> {
+    let mut follower = Follower::new(client, id, patience);
+    loop {
+        let mut see = |seen: Seen<'_>| {
+            match seen {
+                Seen::Event(received) => renderer.event(received),
+                Seen::Reconnecting(why) => renderer.reconnecting(why),
+            }
+            Ok(())
+        };
+        tokio::select! {
+            end = follower.to_the_end(&mut see) => {
+                end?;
+                break;
+            }
+            () = interrupts.next() => {}
+        }
+        renderer.note("cancelling the build; Ctrl-C again leaves at once");
+        let answer = tokio::select! {
+            answer = client.cancel(id) => answer,
+            () = interrupts.next() => {
+                return Err(CliError::cancelled(format!("left build {id} before it was cancelled"))
+                    .hint(format!("it may still run; cancel it with: kiln cancel {id}")));
+            }
+        };
+        match answer {
+            Ok(()) => return Err(CliError::cancelled(format!("build {id} was cancelled"))),
+            // Finished, or being published: the true end is near.
+            Err(CallError::Refused { status, detail })
+                if status == reqwest::StatusCode::CONFLICT =>
+            {
+                renderer.note(&format!("it cannot be cancelled: {detail}"));
+            }
+            Err(error) => {
+                let error = CliError::from(error);
+                let hint = format!("the build may still run; cancel it with: kiln cancel {id}");
+                return Err(error.hint(hint));
+            }
+        }
+    }
+    let answer = tokio::select! {
+        answer = patiently(patience, async || client.build(id).await) => answer?,
+        () = interrupts.next() => {
+            return Err(CliError::cancelled(format!("left build {id}, which has ended"))
+                .hint(format!("see how: kiln show {id}")));
+        }
+    };
+    BuildView::of(&answer)
+}
+
+fn source(path: &Path, dockerfile: Option<&Path>) -> Result<Source, CliError> {
+    if path == Path::new("-") {
+        if std::io::stdin().is_terminal() {
+            return Err(CliError::usage(
+                "an archive is expected on standard input, which is a terminal",
+            )
+            .hint("like this: kiln build - < SOURCE.tar"));
+        }
+        return Ok(Source::Stdin);
+    }
+    Context::open(path, dockerfile).map(Source::Directory)
+}
+
+fn form_fields(args: &BuildArgs) -> Fields {
+    let mut fields = vec![];
+    let mut field = |name, value: Option<String>| {
+        fields.extend(value.map(|value| (name, value)));
+    };
+    field("target", args.target.clone());
+    field("image_name", args.image.as_ref().map(ToString::to_string));
+    field("build_args", fields::object(args.args.iter().flatten()));
+    field("tags", fields::object(&args.tags));
+    let network = args.network.map(|network| match network {
+        NetworkMode::None => "none",
+        NetworkMode::Allowlist => "allowlist",
+        NetworkMode::Open => "open",
+    });
+    field("network_mode", network.map(Into::into));
+    let allow = serde_json::Value::from(args.allow.clone());
+    field("allowed_domains", (!args.allow.is_empty()).then(|| allow.to_string()));
+    field("timeout_seconds", args.timeout.map(|n| n.to_string()));
+    field("memory_mb", args.memory.map(|n| n.to_string()));
+    field("cpus", args.cpus.map(|n| n.to_string()));
+    field("disk_gb", args.disk.map(|n| n.to_string()));
+    fields
+}

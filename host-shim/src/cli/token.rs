@@ -1,0 +1,117 @@
+//! `kiln token`: makes, lists and revokes API tokens, through the API or offline on a data directory.
+
+use clap::builder::NonEmptyStringValueParser;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::error::{CliError, print_line};
+use super::escape::escape;
+use super::fields;
+use super::table::table;
+use crate::build::Tenant;
+
+/// Manage API tokens
+#[derive(Debug, clap::Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it; it is shown only now
+    Create(NewToken),
+    /// List tokens
+    List,
+    /// Revoke a token at once
+    Revoke {
+        /// The token's id, as `kiln token list` shows it
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
+        id: String,
+    },
+}
+
+/// A token to make.
+#[derive(Clone, Debug, clap::Args)]
+pub struct NewToken {
+    /// Whose it is
+    #[arg(long, value_name = "T", value_parser = |name: &str| Tenant::new(name))]
+    pub tenant: Tenant,
+    /// What it may do
+    #[arg(long, value_name = "R", value_parser = ["admin", "tenant", "reader"])]
+    pub role: String,
+    /// How long it is valid, in s, m, h or d; in seconds once parsed
+    #[arg(long, default_value = "24h", value_parser = fields::ttl)]
+    pub ttl: u64,
+    /// What it is for, for people
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
+}
+
+/// A token that was made.
+#[derive(Debug, Deserialize)]
+pub struct MadeToken {
+    /// Its id, for revoking.
+    pub id: String,
+    /// The token itself.
+    pub token: String,
+}
+
+/// A token in a list; the token itself is not known any more.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the API's field names")]
+pub struct KnownToken {
+    pub id: String,
+    pub tenant: String,
+    pub role: String,
+    pub name: Option<String>,
+    pub created_at: Option<String>,
+    pub expires_at: Option<String>,
+}
+
+/// Where tokens are kept: behind the API ([`Client`]), or in a data directory that is at hand.
+#[expect(async_fn_in_trait, reason = "used here, where nothing asks for Send")]
+pub trait Tokens {
+    /// Makes one.
+    async fn create(&self, new: &NewToken) -> Result<MadeToken, CliError>;
+    /// All that the caller may see.
+    async fn list(&self) -> Result<Vec<KnownToken>, CliError>;
+    /// Revokes one.
+    async fn revoke(&self, id: &str) -> Result<(), CliError>;
+}
+
+/// Runs a command on tokens, wherever they are kept.
+pub async fn run(tokens: &impl Tokens, command: TokenCommand) -> Result<(), CliError> {
+    match command {
+        TokenCommand::Create(new) => {
+            let made = tokens.create(&new).await?;
+            print_line(&escape(&made.token)).map(drop)
+        }
+        TokenCommand::List => print_line(&listing(tokens.list().await?)).map(drop),
+        TokenCommand::Revoke { id } => tokens.revoke(&id).await,
+    }
+}
+
+fn listing(tokens: Vec<KnownToken>) -> String {
+    let rows = tokens.into_iter().map(|token| {
+        let text = Option::unwrap_or_default;
+        let (name, created, expires) =
+            (text(token.name), text(token.created_at), text(token.expires_at));
+        [token.id, token.tenant, token.role, name, created, expires]
+    });
+    table(["ID", "TENANT", "ROLE", "NAME", "CREATED", "EXPIRES"], rows)
+}
+
+impl Tokens for Client {
+    async fn create(&self, new: &NewToken) -> Result<MadeToken, CliError> {
+        let mut body = json!({"tenant": new.tenant, "role": new.role, "ttl_seconds": new.ttl});
+        if let Some(name) = &new.name {
+            body["name"] = Value::from(name.as_str());
+        }
+        Ok(self.post(&["tokens"], &body).await?)
+    }
+
+    async fn list(&self) -> Result<Vec<KnownToken>, CliError> {
+        Ok(self.get(&["tokens"]).await?)
+    }
+
+    async fn revoke(&self, id: &str) -> Result<(), CliError> {
+        Ok(self.delete(&["tokens", id]).await?)
+    }
+}

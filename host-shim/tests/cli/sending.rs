@@ -1,0 +1,183 @@
+//! What `kiln build` sends as the source.
+
+use std::io::Read;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use axum::http::StatusCode;
+use tokio::io::AsyncWriteExt;
+
+use super::server::{Script, Server, problem};
+use super::*;
+
+/// Paths of an archive, with the content of files and the target of links.
+fn entries(archive: &[u8]) -> Vec<(String, String)> {
+    let mut archive = tar::Archive::new(archive);
+    let entries = archive.entries().unwrap().map(|entry| {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().display().to_string();
+        let link = entry.link_name().unwrap().map(|target| format!("-> {}", target.display()));
+        let mut content = String::new();
+        entry.read_to_string(&mut content).unwrap();
+        (path, link.unwrap_or(content))
+    });
+    entries.collect()
+}
+
+async fn sent(dir: &std::path::Path, args: &[&str]) -> (Vec<(String, String)>, Server, Output) {
+    let server = Server::start(script(&[], ready())).await;
+    let output = output(kiln(&server, &[&["build", text(dir), "--detach"], args].concat())).await;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let entries = entries(&server.script().parts["source"]);
+    (entries, server, output)
+}
+
+fn write(dir: &tempfile::TempDir, files: &[(&str, &str)]) {
+    for (path, content) in files {
+        let path = dir.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+}
+
+fn pair(path: &str, content: &str) -> (String, String) {
+    (path.to_owned(), content.to_owned())
+}
+
+#[tokio::test]
+async fn the_source_is_what_the_ignore_file_leaves_of_it() {
+    let dir = source();
+    let ignore = "# comment\n*.log\n/target\n**/secret\nDockerfile\n.dockerignore\n!keep.log\n";
+    write(
+        &dir,
+        &[
+            (".dockerignore", ignore),
+            (".hidden", "h"),
+            ("a.log", ""),
+            ("keep.log", "k"),
+            ("src/a.log", "anchored"),
+            ("src/deep/secret", ""),
+            ("src/target", "anchored"),
+            ("target/x", ""),
+        ],
+    );
+    symlink("/etc/passwd", dir.path().join("link")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("sock")).unwrap();
+    let (entries, server, output) = sent(dir.path(), &[]).await;
+    let expected = [
+        pair(".dockerignore", ignore),
+        pair(".hidden", "h"),
+        pair("Dockerfile", "FROM scratch\n"),
+        pair("keep.log", "k"),
+        pair("link", "-> /etc/passwd"),
+        pair("src/", ""),
+        pair("src/a.log", "anchored"),
+        pair("src/deep/", ""),
+        pair("src/target", "anchored"),
+    ];
+    let trimmed = |entries: &[(String, String)]| -> Vec<_> {
+        entries.iter().map(|(path, c)| (path.trim_end_matches('/').to_owned(), c.clone())).collect()
+    };
+    assert_eq!(trimmed(&entries), trimmed(&expected));
+    ended(&output, 0, "b1\n", &["warning: not sent: sock (a socket)"]);
+    assert!(!server.script().parts.contains_key("dockerfile"));
+}
+
+#[tokio::test]
+async fn a_dockerfile_of_f_is_sent_apart_with_its_own_ignore_file() {
+    let dir = source();
+    let elsewhere = tempfile::tempdir().unwrap();
+    write(&elsewhere, &[("Other", "FROM other\n"), ("Other.dockerignore", "b\n")]);
+    write(&dir, &[("a", ""), ("b", ""), (".dockerignore", "a\n")]);
+    let other = elsewhere.path().join("Other");
+    let (entries, server, _) = sent(dir.path(), &["-f", text(&other)]).await;
+    let expected = [
+        pair(".dockerignore", "b\n\n.dockerignore\n"),
+        pair("Dockerfile", "FROM scratch\n"),
+        pair("a", ""),
+    ];
+    assert_eq!(entries, expected);
+    assert_eq!(server.script().parts["dockerfile"], b"FROM other\n");
+}
+
+#[tokio::test]
+async fn a_missing_dockerfile_is_found_by_the_build_but_one_of_f_by_the_client() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&dir, &[("a", "")]);
+    let (entries, ..) = sent(dir.path(), &[]).await;
+    assert_eq!(entries, [pair("a", "")]);
+
+    let server = Server::start(Script::default()).await;
+    let output = output(kiln(&server, &["build", text(dir.path()), "-f", "/none/such"])).await;
+    ended(&output, 1, "", &["kiln: the Dockerfile /none/such does not exist\n"]);
+    assert!(server.script().parts.is_empty());
+}
+
+#[tokio::test]
+async fn a_source_that_is_no_directory_is_told() {
+    let server = Server::start(Script::default()).await;
+    let dir = source();
+    for path in [dir.path().join("none"), dir.path().join("Dockerfile")] {
+        let output = output(kiln(&server, &["build", text(&path)])).await;
+        ended(&output, 1, "", &["kiln: the source /"]);
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_names_itself() {
+    let dir = source();
+    // Root reads everything but this: reading a process's memory from its start is an I/O error.
+    let server = Server::start(script(&[], ready())).await;
+    let path = PathBuf::from("/proc/self/attr");
+    let output = output(kiln(&server, &["build", text(&path)])).await;
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("kiln: cannot send the source: /proc/self/attr/"));
+    drop(dir);
+}
+
+#[tokio::test]
+async fn an_archive_on_standard_input_is_passed_on_as_it_is() {
+    let server = Server::start(script(&[], ready())).await;
+    let mut command = kiln(&server, &["build", "-", "--detach"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let archive: Vec<u8> = (0..200_000u32).flat_map(u32::to_le_bytes).collect();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(&archive).await.unwrap();
+    drop(stdin);
+    ended(&child.wait_with_output().await.unwrap(), 0, "b1\n", &[]);
+    assert!(server.script().parts["source"] == archive);
+}
+
+/// Larger than what may be in memory by far.
+const LARGE: u64 = 512 << 20;
+
+fn large_source() -> tempfile::TempDir {
+    let dir = source();
+    std::fs::File::create(dir.path().join("large")).unwrap().set_len(LARGE).unwrap();
+    dir
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_source_takes_little_memory() {
+    let server = Server::start(script(&[], ready())).await;
+    let dir = large_source();
+    let mut script = server.script();
+    let child = kiln(&server, &["build", text(dir.path()), "--detach"]).spawn().unwrap();
+    script.watch = child.id();
+    drop(script);
+    ended(&child.wait_with_output().await.unwrap(), 0, "b1\n", &["source sent: 512.0 MiB"]);
+    let script = server.script();
+    assert!(script.source_bytes > LARGE);
+    let peak = script.peak_kb.unwrap();
+    assert!(peak < 80 * 1024, "{peak} kB");
+}
+
+#[tokio::test]
+async fn a_refusal_in_the_middle_of_a_large_source_is_heard() {
+    let refuse_post = Some(problem(StatusCode::UNAUTHORIZED, "the token is not valid"));
+    let server = Server::start(Script { refuse_post, ..Script::default() }).await;
+    let dir = large_source();
+    let output = output(kiln(&server, &["build", text(dir.path())])).await;
+    ended(&output, 3, "", &["kiln: the token is not valid"]);
+}

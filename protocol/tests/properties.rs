@@ -1,0 +1,262 @@
+//! What holds for all messages and all bytes: what is encoded is decoded, and what a hostile peer
+//! sends neither panics nor costs more memory than it sent.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use kiln_protocol::event::{
+    Built, Event, Failure, FailureKind, Log, LogStream, NumberedEvent, Outcome, Phase, Step,
+    StepEnd, StepState,
+};
+use kiln_protocol::frame::{FrameError, FrameReader};
+use kiln_protocol::hello::{Hello, HelloReply, Reject, Resume, Welcome};
+use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
+use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::preamble::{self, Preamble};
+use kiln_protocol::version::{Features, Version, VersionRange};
+use proptest::prelude::*;
+use support::{Kind, Message, REASONS, every_message};
+
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    proptest::collection::vec(any::<u8>(), 0..600)
+}
+
+fn hello() -> impl Strategy<Value = Hello> {
+    let resume = (any::<[u8; 32]>(), any::<u64>())
+        .prop_map(|(token, acknowledged)| Resume { token, acknowledged });
+    let versions = (any::<u16>(), any::<u16>())
+        .prop_map(|(min, max)| VersionRange { min: Version(min), max: Version(max) });
+    (
+        any::<[u8; 4]>(),
+        versions,
+        any::<u64>(),
+        any::<(String, String)>(),
+        proptest::option::of(resume),
+    )
+        .prop_map(|(magic, versions, features, (agent, image), resume)| Hello {
+            magic,
+            versions,
+            features: Features(features),
+            agent,
+            image,
+            resume,
+        })
+}
+
+fn reply() -> impl Strategy<Value = HelloReply> {
+    let welcome = (any::<(u16, u64, u64, u64)>(), any::<[[u8; 32]; 3]>()).prop_map(
+        |((version, features, time_ms, acknowledged), [resume_token, nonce, entropy])| {
+            HelloReply::Welcome(Welcome {
+                version: Version(version),
+                features: Features(features),
+                resume_token,
+                nonce,
+                time_ms,
+                entropy,
+                acknowledged,
+            })
+        },
+    );
+    let reject = (proptest::sample::select(&REASONS[..]), any::<String>())
+        .prop_map(|(reason, message)| HelloReply::Reject(Reject { reason, message }));
+    prop_oneof![welcome, reject]
+}
+
+fn job() -> impl Strategy<Value = Job> {
+    let dockerfile = prop_oneof![
+        any::<String>().prop_map(Dockerfile::InSource),
+        bytes().prop_map(Dockerfile::Inline)
+    ];
+    let network = prop_oneof![Just(StepNetwork::None), Just(StepNetwork::Proxy)];
+    let args = proptest::collection::vec(any::<(String, String)>(), 0..4);
+    let build = (dockerfile, any::<Option<String>>(), args, network).prop_map(
+        |(dockerfile, target, build_args, network)| BuildJob {
+            dockerfile,
+            target,
+            build_args,
+            network,
+        },
+    );
+    let limits = (any::<(u64, u64, u64)>(), any::<(u32, u32)>());
+    ("[a-z0-9-]{1,64}", build, limits).prop_map(
+        |(id, build, ((time, log, source), (procs, entries)))| Job {
+            build: BuildId::new(id).unwrap(),
+            role: Role::Build(build),
+            limits: Limits {
+                timeout_ms: time,
+                log_bytes: log,
+                processes: procs,
+                source_bytes: source,
+                source_entries: entries.into(),
+            },
+        },
+    )
+}
+
+fn host_message() -> impl Strategy<Value = HostToAgent> {
+    prop_oneof![
+        job().prop_map(|job| HostToAgent::Job(Box::new(job))),
+        bytes().prop_map(HostToAgent::Source),
+        any::<u64>().prop_map(|total| HostToAgent::SourceEnd { total }),
+        any::<u64>().prop_map(|seq| HostToAgent::Acknowledge { seq }),
+        Just(HostToAgent::Cancel),
+        Just(HostToAgent::Finish),
+    ]
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let stream =
+        prop_oneof![Just(LogStream::Stdout), Just(LogStream::Stderr), Just(LogStream::Kiln)];
+    let log = (stream, any::<Option<u32>>(), any::<bool>(), bytes()).prop_map(
+        |(stream, step, partial, content)| Event::Log(Log { stream, step, partial, content }),
+    );
+    let ended =
+        any::<(i32, u64, u64, u32)>().prop_map(|(exit_code, duration, memory, oom_kills)| {
+            StepState::Ended(StepEnd {
+                exit_code,
+                duration_ms: duration,
+                memory_peak_bytes: memory,
+                oom_kills,
+            })
+        });
+    let state = prop_oneof![Just(StepState::Started), ended];
+    let step = (any::<u32>(), any::<String>(), state)
+        .prop_map(|(index, name, state)| Event::Step(Step { index, name, state }));
+    let phase = prop_oneof![Just(Phase::Unpacking), Just(Phase::Building), Just(Phase::Pushing)];
+    prop_oneof![log, step, phase.prop_map(Event::Phase)]
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    let built = any::<(String, String)>()
+        .prop_map(|(digest, engine)| Outcome::Built(Built { digest, engine }));
+    let failed = (
+        proptest::sample::select(&FailureKind::ALL[..]),
+        any::<String>(),
+        any::<(Option<u32>, Option<i32>, Option<String>)>(),
+    )
+        .prop_map(|(kind, message, (step, exit_code, detail))| {
+            Outcome::Failed(Failure { kind, message, step, exit_code, detail })
+        });
+    prop_oneof![built, failed, Just(Outcome::Cancelled)]
+}
+
+fn agent_message() -> impl Strategy<Value = AgentToHost> {
+    prop_oneof![
+        (any::<(u64, u64)>(), event()).prop_map(|((seq, at_ms), event)| {
+            AgentToHost::Event(NumberedEvent { seq, at_ms, event })
+        }),
+        any::<u64>().prop_map(|total| AgentToHost::SourceTaken { total }),
+        Just(AgentToHost::EngineStarted),
+        outcome().prop_map(AgentToHost::Outcome),
+    ]
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    prop_oneof![
+        hello().prop_map(Message::Hello),
+        reply().prop_map(Message::Reply),
+        host_message().prop_map(Message::Host),
+        agent_message().prop_map(Message::Agent),
+    ]
+}
+
+/// A golden frame's value with a few bytes changed, cut, repeated or added: nearer to what a
+/// decoder believes than random bytes are.
+fn mutated() -> impl Strategy<Value = Vec<u8>> {
+    let seeds: Vec<Vec<u8>> =
+        every_message().iter().map(|(_, m)| m.encode().unwrap()[4..].to_vec()).collect();
+    let edit = (0..4u8, any::<prop::sample::Index>(), any::<u8>());
+    (proptest::sample::select(seeds), proptest::collection::vec(edit, 1..8)).prop_map(
+        |(mut value, edits)| {
+            for (what, at, byte) in edits {
+                let at = at.index(value.len() + 1);
+                match what {
+                    0 if at < value.len() => value[at] = byte,
+                    1 => value.truncate(at),
+                    2 => value.extend_from_within(at..),
+                    _ => value.insert(at, byte),
+                }
+                value.truncate(64 * 1024);
+            }
+            value
+        },
+    )
+}
+
+/// What decodes is a value of its own: encoded and decoded again it is the same.
+fn decodes_safely(value: &[u8]) {
+    for kind in Kind::ALL {
+        let Ok(message) = kind.decode(value) else { continue };
+        let again = message.encode().unwrap();
+        // Never more than was received: postcard's shortest form of the same value.
+        assert!(again.len() - 4 <= value.len());
+        assert_eq!(kind.decode(&again[4..]).unwrap(), message);
+    }
+}
+
+fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_encoded_is_decoded(message in message()) {
+        let frame = message.encode().unwrap();
+        prop_assert_eq!(message.kind().decode(&frame[4..]).unwrap(), message);
+    }
+
+    #[test]
+    fn a_stream_of_frames_is_read_in_order(messages in proptest::collection::vec(host_message(), 1..6)) {
+        let stream: Vec<u8> =
+            messages.iter().flat_map(|m| kiln_protocol::frame::encode(m).unwrap()).collect();
+        block_on(async {
+            let mut reader = FrameReader::new(&stream[..]);
+            for message in &messages {
+                assert_eq!(reader.read::<HostToAgent>().await.unwrap(), *message);
+            }
+            assert!(matches!(reader.read::<HostToAgent>().await, Err(FrameError::Closed)));
+        });
+    }
+
+    #[test]
+    fn random_bytes_never_panic(value in proptest::collection::vec(any::<u8>(), 0..2048)) {
+        decodes_safely(&value);
+    }
+
+    #[test]
+    fn mutated_messages_never_panic(value in mutated()) {
+        decodes_safely(&value);
+    }
+
+    #[test]
+    fn a_random_stream_ends_in_an_error(stream in bytes()) {
+        block_on(async {
+            let mut reader = FrameReader::new(&stream[..]);
+            // Every read takes at least the prefix, so that this many are enough for an end.
+            for _ in 0..=stream.len() / 4 {
+                if let Err(FrameError::Closed | FrameError::Io(_) | FrameError::TooLarge(_)) =
+                    reader.read::<AgentToHost>().await
+                {
+                    return;
+                }
+            }
+            panic!("the stream goes on behind its end");
+        });
+    }
+
+    #[test]
+    fn preambles_go_both_ways_or_are_refused(bytes in any::<[u8; preamble::LEN]>(), head in any::<bool>()) {
+        let mut bytes = bytes;
+        if head {
+            bytes[..5].copy_from_slice(b"KLNP\x01");
+            bytes[5] %= 5;
+            bytes[6..8].fill(0);
+        }
+        if let Ok(preamble) = Preamble::decode(&bytes) {
+            prop_assert_eq!(preamble.encode(), bytes);
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! One value of every message there is, named, and generators of any.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test's values are known")]
+
+use kiln_protocol::event::{
+    Built, Event, Failure, FailureKind, Log, LogStream, NumberedEvent, Outcome, Phase, Step,
+    StepEnd, StepState,
+};
+use kiln_protocol::frame::{self, FrameError};
+use kiln_protocol::hello::{
+    Hello, HelloReply, MAGIC, Reject, RejectReason, Resume, TOKEN_LEN, Welcome,
+};
+use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
+use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::version::{Features, Version, VersionRange};
+
+/// Any frame's value of the control connection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    Hello(Hello),
+    Reply(HelloReply),
+    Host(HostToAgent),
+    Agent(AgentToHost),
+}
+
+/// Which of the four a frame is, by its place in the conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Hello,
+    Reply,
+    Host,
+    Agent,
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] = [Self::Hello, Self::Reply, Self::Host, Self::Agent];
+
+    /// Decodes a frame's value as this kind of message.
+    pub fn decode(self, value: &[u8]) -> Result<Message, FrameError> {
+        match self {
+            Self::Hello => frame::decode(value).map(Message::Hello),
+            Self::Reply => frame::decode(value).map(Message::Reply),
+            Self::Host => frame::decode(value).map(Message::Host),
+            Self::Agent => frame::decode(value).map(Message::Agent),
+        }
+    }
+}
+
+impl Message {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Reply(_) => Kind::Reply,
+            Self::Host(_) => Kind::Host,
+            Self::Agent(_) => Kind::Agent,
+        }
+    }
+
+    /// The frame, length included.
+    pub fn encode(&self) -> Result<Vec<u8>, FrameError> {
+        match self {
+            Self::Hello(m) => frame::encode(m),
+            Self::Reply(m) => frame::encode(m),
+            Self::Host(m) => frame::encode(m),
+            Self::Agent(m) => frame::encode(m),
+        }
+    }
+}
+
+/// Every message, with the name of its golden file.
+pub fn every_message() -> Vec<(String, Message)> {
+    let mut all = hellos();
+    all.extend(host_messages().into_iter().map(|m| (host_name(&m), Message::Host(m))));
+    all.extend(agent_messages().into_iter().map(|m| (agent_name(&m), Message::Agent(m))));
+    all
+}
+
+fn hellos() -> Vec<(String, Message)> {
+    let hello = |resume| Hello {
+        magic: MAGIC,
+        versions: VersionRange { min: Version(1), max: Version(300) },
+        features: Features::RESUME,
+        agent: "kiln-agent 0.1.0".into(),
+        image: "sha256:0123".into(),
+        resume,
+    };
+    let resume = Resume { token: token(0x10), acknowledged: 1000 };
+    let mut all = vec![
+        ("hello".to_owned(), Message::Hello(hello(None))),
+        ("hello-resume".to_owned(), Message::Hello(hello(Some(resume)))),
+        (
+            "reply-welcome".to_owned(),
+            Message::Reply(HelloReply::Welcome(Welcome {
+                version: Version(1),
+                features: Features::RESUME,
+                resume_token: token(0x20),
+                nonce: token(0x40),
+                time_ms: 1_767_225_600_000,
+                entropy: token(0x60),
+                acknowledged: 0,
+            })),
+        ),
+    ];
+    for reason in REASONS {
+        let reject = Reject { reason, message: "why, for people".into() };
+        let name = format!("reply-reject-{}", reason_name(reason));
+        all.push((name, Message::Reply(HelloReply::Reject(reject))));
+    }
+    all
+}
+
+pub const REASONS: [RejectReason; 4] =
+    [RejectReason::NotKiln, RejectReason::Version, RejectReason::Resume, RejectReason::Taken];
+
+fn host_messages() -> Vec<HostToAgent> {
+    vec![
+        job(Dockerfile::InSource("sub/Dockerfile".into()), StepNetwork::None),
+        job(Dockerfile::Inline(b"FROM scratch\n".to_vec()), StepNetwork::Proxy),
+        HostToAgent::Source(vec![0x1f, 0x8b, 0x00, 0xff]),
+        HostToAgent::SourceEnd { total: 5_000_000_000 },
+        HostToAgent::Acknowledge { seq: 129 },
+        HostToAgent::Cancel,
+        HostToAgent::Finish,
+    ]
+}
+
+fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
+    let inline = matches!(dockerfile, Dockerfile::Inline(_));
+    HostToAgent::Job(Box::new(Job {
+        build: BuildId::new("b0-1").unwrap(),
+        role: Role::Build(BuildJob {
+            dockerfile,
+            target: inline.then(|| "final".into()),
+            build_args: vec![("B".into(), "2".into()), ("A".into(), String::new())],
+            network,
+        }),
+        limits: Limits {
+            timeout_ms: 600_000,
+            log_bytes: 256 << 20,
+            processes: 1024,
+            source_bytes: 4096 << 20,
+            source_entries: 1_000_000,
+        },
+    }))
+}
+
+fn agent_messages() -> Vec<AgentToHost> {
+    let event =
+        |event| AgentToHost::Event(NumberedEvent { seq: 7, at_ms: 1_767_225_600_001, event });
+    let log = |stream, step, partial| {
+        event(Event::Log(Log { stream, step, partial, content: b"caf\xc3\xa9 \xff\x1b".to_vec() }))
+    };
+    let step = |state| event(Event::Step(Step { index: 2, name: "make -j2".into(), state }));
+    let mut all = vec![
+        log(LogStream::Stdout, Some(2), false),
+        log(LogStream::Stderr, Some(2), true),
+        log(LogStream::Kiln, None, false),
+        step(StepState::Started),
+        step(StepState::Ended(StepEnd {
+            exit_code: -1,
+            duration_ms: 1234,
+            memory_peak_bytes: 1 << 30,
+            oom_kills: 1,
+        })),
+        event(Event::Phase(Phase::Unpacking)),
+        event(Event::Phase(Phase::Building)),
+        event(Event::Phase(Phase::Pushing)),
+        AgentToHost::SourceTaken { total: 262_144 },
+        AgentToHost::EngineStarted,
+        AgentToHost::Outcome(Outcome::Built(Built {
+            digest: "sha256:abcd".into(),
+            engine: "buildah 1.39.3".into(),
+        })),
+        AgentToHost::Outcome(Outcome::Cancelled),
+    ];
+    all.extend(FailureKind::ALL.into_iter().map(|kind| {
+        let blames = kind == FailureKind::StepFailed;
+        AgentToHost::Outcome(Outcome::Failed(Failure {
+            kind,
+            message: "what happened".into(),
+            step: blames.then_some(3),
+            exit_code: blames.then_some(127),
+            detail: blames.then(|| "last lines".into()),
+        }))
+    }));
+    all
+}
+
+// The matches below name every variant: a new one does not compile until it has a name, and the
+// test over the names then asks for its golden file.
+
+fn reason_name(reason: RejectReason) -> &'static str {
+    match reason {
+        RejectReason::NotKiln => "not-kiln",
+        RejectReason::Version => "version",
+        RejectReason::Resume => "resume",
+        RejectReason::Taken => "taken",
+    }
+}
+
+fn host_name(message: &HostToAgent) -> String {
+    let name = match message {
+        HostToAgent::Job(job) => {
+            let Role::Build(build) = &job.role;
+            match (&build.dockerfile, build.network) {
+                (Dockerfile::InSource(_), StepNetwork::None) => "job-build-in-source-none",
+                (Dockerfile::InSource(_), StepNetwork::Proxy) => "job-build-in-source-proxy",
+                (Dockerfile::Inline(_), StepNetwork::None) => "job-build-inline-none",
+                (Dockerfile::Inline(_), StepNetwork::Proxy) => "job-build-inline-proxy",
+            }
+        }
+        HostToAgent::Source(_) => "source",
+        HostToAgent::SourceEnd { .. } => "source-end",
+        HostToAgent::Acknowledge { .. } => "acknowledge",
+        HostToAgent::Cancel => "cancel",
+        HostToAgent::Finish => "finish",
+    };
+    format!("host-{name}")
+}
+
+fn agent_name(message: &AgentToHost) -> String {
+    let name = match message {
+        AgentToHost::Event(numbered) => match &numbered.event {
+            Event::Log(log) => match log.stream {
+                LogStream::Stdout => "event-log-stdout",
+                LogStream::Stderr => "event-log-stderr",
+                LogStream::Kiln => "event-log-kiln",
+            },
+            Event::Step(step) => match step.state {
+                StepState::Started => "event-step-started",
+                StepState::Ended(_) => "event-step-ended",
+            },
+            Event::Phase(Phase::Unpacking) => "event-phase-unpacking",
+            Event::Phase(Phase::Building) => "event-phase-building",
+            Event::Phase(Phase::Pushing) => "event-phase-pushing",
+        },
+        AgentToHost::SourceTaken { .. } => "source-taken",
+        AgentToHost::EngineStarted => "engine-started",
+        AgentToHost::Outcome(Outcome::Built(_)) => "outcome-built",
+        AgentToHost::Outcome(Outcome::Cancelled) => "outcome-cancelled",
+        AgentToHost::Outcome(Outcome::Failed(failure)) => {
+            return format!("agent-outcome-failed-{}", failure.kind.as_str().replace('_', "-"));
+        }
+    };
+    format!("agent-{name}")
+}
+
+/// A token that shows in hex where it is and that its order is kept.
+pub fn token(first: u8) -> [u8; TOKEN_LEN] {
+    std::array::from_fn(|i| first + u8::try_from(i).unwrap())
+}
