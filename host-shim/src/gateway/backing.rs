@@ -1,0 +1,415 @@
+//! The registry behind Kiln, as everybody here talks to it: one request builder that adds the
+//! credential, and puts a deadline on every wait.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use tokio::time::Instant;
+use url::Url;
+
+use super::credential::Credential;
+use super::path::{Name, Route};
+
+/// Longest wait for an answer, and longest pause in a body. docker-registry hashes an uploaded blob
+/// again before it answers, and a disk may be slow: 100 GB take a minute.
+pub const PATIENCE: Duration = Duration::from_mins(2);
+/// Longest wait for a connection.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// Longest query that an upload's `Location` may have. docker-registry's has about 300 bytes.
+const MAX_QUERY_BYTES: usize = 8 * 1024;
+/// Redirects that an external registry may make, to its blobs' store for example.
+const MAX_REDIRECTS: usize = 5;
+
+/// A registry to keep images in. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Backing(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    client: reqwest::Client,
+    base: Url,
+    credential: Option<Credential>,
+    /// Keeps the directory that the Unix socket is reached through.
+    _socket_dir: Option<OwnedFd>,
+}
+
+/// Where a request goes: a path of the API, and a query.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The path.
+    pub route: Route,
+    /// The query's pairs, decoded.
+    pub query: Vec<(String, String)>,
+}
+
+/// The registry behind Kiln did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum BackingError {
+    /// The operator's URL cannot be one of a registry.
+    #[error("--registry {url:?}: {why}; write http(s)://HOST[:PORT]")]
+    Url {
+        /// What was given.
+        url: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// The operator's credentials cannot be read.
+    #[error("cannot read registry credentials from {path}: {why}")]
+    Config {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The HTTP client could not be made.
+    #[error("cannot make an HTTP client")]
+    Client(#[source] reqwest::Error),
+    /// The connection failed.
+    #[error("{method} {path} failed")]
+    Send {
+        /// Of the request.
+        method: Method,
+        /// Of the request.
+        path: String,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// Nothing moved for too long.
+    #[error("{method} {path}: nothing moved for {} s", PATIENCE.as_secs())]
+    Deadline {
+        /// Of the request.
+        method: Method,
+        /// Of the request.
+        path: String,
+    },
+    /// A body that broke off.
+    #[error("the answer broke off")]
+    Body(#[source] reqwest::Error),
+    /// A body that should have been small.
+    #[error("the answer is larger than {limit} bytes")]
+    AnswerTooLarge {
+        /// The limit.
+        limit: usize,
+    },
+    /// Its token service does not work as the distribution spec says.
+    #[error("its token service failed: {0}")]
+    Token(String),
+    /// It sends an upload to where Kiln cannot follow.
+    #[error("it sends the upload to a place outside of its distribution API")]
+    Location,
+}
+
+impl BackingError {
+    /// Whether the same request may go well a little later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Send { .. } | Self::Deadline { .. } | Self::Body(_) | Self::Token(_))
+    }
+}
+
+impl Backing {
+    /// A registry that the operator named, with credentials from a file in Docker's format.
+    pub fn external(url: &str, config: Option<&Path>) -> Result<Self, BackingError> {
+        let bad = |why| BackingError::Url { url: url.to_owned(), why };
+        let base = Url::parse(url).map_err(|_| bad("not a URL"))?;
+        if !matches!(base.scheme(), "http" | "https") || !base.has_host() {
+            return Err(bad("not an http or https URL"));
+        }
+        if !base.username().is_empty() || base.password().is_some() {
+            return Err(bad("credentials belong in --registry-config"));
+        }
+        if base.path() != "/" || base.query().is_some() || base.fragment().is_some() {
+            return Err(bad("it must not have a path"));
+        }
+        let credential = Credential::load(&base, config)?;
+        let client = builder()
+            .https_only(base.scheme() == "https")
+            .redirect(reqwest::redirect::Policy::limited(MAX_REDIRECTS))
+            .build()
+            .map_err(BackingError::Client)?;
+        Ok(Self(Arc::new(Inner { client, base, credential: Some(credential), _socket_dir: None })))
+    }
+
+    /// A registry that listens on the Unix socket `name` in a directory. It is reached through the
+    /// directory's handle, so that neither a long path nor a renamed parent is in the way.
+    pub(super) fn on_socket(dir: OwnedFd, name: &str) -> Result<Self, BackingError> {
+        let path = socket_path(&dir, name);
+        let client = builder()
+            .unix_socket(path)
+            // No TLS on a Unix socket: without this the system's certificates are loaded.
+            .tls_certs_only([])
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(BackingError::Client)?;
+        let base = Url::parse("http://registry.local/")
+            .map_err(|_| BackingError::Url { url: String::new(), why: "not a URL" })?;
+        Ok(Self(Arc::new(Inner { client, base, credential: None, _socket_dir: Some(dir) })))
+    }
+
+    /// A request for a path of the API.
+    pub fn request(&self, method: Method, route: Route) -> Request<'_> {
+        self.request_to(method, Target { route, query: vec![] })
+    }
+
+    /// A request for a path with a query, such as an upload's `Location`.
+    pub fn request_to(&self, method: Method, target: Target) -> Request<'_> {
+        Request { backing: self, method, target, headers: HeaderMap::new(), body: None }
+    }
+
+    /// Where the registry says that an upload goes on. Never outside of its own API.
+    pub fn location(&self, response: &reqwest::Response) -> Result<Target, BackingError> {
+        let text = response.headers().get(header::LOCATION).and_then(|v| v.to_str().ok());
+        let url = text.and_then(|t| response.url().join(t).ok()).ok_or(BackingError::Location)?;
+        let same_place = url.origin() == self.0.base.origin();
+        let query = url.query().unwrap_or_default();
+        let route = Route::parse(url.path()).map_err(|_| BackingError::Location)?;
+        if !same_place || query.len() > MAX_QUERY_BYTES {
+            return Err(BackingError::Location);
+        }
+        let query = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+        Ok(Target { route, query })
+    }
+}
+
+impl Target {
+    /// Path and query, as in a request line.
+    pub fn to_path_and_query(&self) -> String {
+        let path = self.route.to_path();
+        if self.query.is_empty() {
+            return path;
+        }
+        let query =
+            url::form_urlencoded::Serializer::new(String::new()).extend_pairs(&self.query).finish();
+        format!("{path}?{query}")
+    }
+
+    /// The same with one more pair.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl ToString) -> Self {
+        self.query.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// What a token must allow for this, in the words of the distribution token spec.
+    fn scopes(&self, method: &Method) -> Vec<String> {
+        let Some(name) = self.route.name() else { return vec![] };
+        let actions = match *method {
+            Method::GET | Method::HEAD => "pull",
+            Method::DELETE if !matches!(self.route, Route::Upload(..)) => "delete",
+            _ => "pull,push",
+        };
+        let mut scopes = vec![format!("repository:{name}:{actions}")];
+        let from = self.query.iter().find(|(key, _)| key == "from");
+        if let Some(from) = from.and_then(|(_, from)| Name::parse(from)) {
+            scopes.push(format!("repository:{from}:pull"));
+        }
+        scopes
+    }
+}
+
+/// A request that is being put together.
+pub struct Request<'a> {
+    backing: &'a Backing,
+    method: Method,
+    target: Target,
+    headers: HeaderMap,
+    body: Option<BoxStream<'static, Result<Bytes, BoxError>>>,
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Request<'_> {
+    /// Adds a header.
+    #[must_use]
+    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.append(name, value);
+        self
+    }
+
+    /// Adds those of the headers that are named.
+    #[must_use]
+    pub fn headers_of(mut self, headers: &HeaderMap, names: &[HeaderName]) -> Self {
+        for name in names {
+            for value in headers.get_all(name) {
+                self.headers.append(name.clone(), value.clone());
+            }
+        }
+        self
+    }
+
+    /// A small body.
+    #[must_use]
+    pub fn bytes(self, bytes: Bytes) -> Self {
+        let length = bytes.len() as u64;
+        self.stream(futures_util::stream::iter([Ok::<_, BoxError>(bytes)]), Some(length))
+    }
+
+    /// A body that streams; its length where it is known.
+    #[must_use]
+    pub fn stream<S, E>(mut self, stream: S, length: Option<u64>) -> Self
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+        E: Into<BoxError> + 'static,
+    {
+        if let Some(length) = length {
+            self.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        self.body = Some(stream.map_err(Into::into).boxed());
+        self
+    }
+
+    /// Sends it. Any status is an answer. A request without a body is sent once more when the
+    /// registry refuses a token that it had given before.
+    pub async fn send(mut self) -> Result<reqwest::Response, BackingError> {
+        let inner = &self.backing.0;
+        let scopes = self.target.scopes(&self.method);
+        let replayable = self.body.is_none();
+        let response = self.send_once(&scopes).await?;
+        let Some(credential) = &inner.credential else { return Ok(response) };
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
+        }
+        credential.forget(&scopes);
+        if replayable { self.send_once(&scopes).await } else { Ok(response) }
+    }
+
+    async fn send_once(&mut self, scopes: &[String]) -> Result<reqwest::Response, BackingError> {
+        let inner = &self.backing.0;
+        let path = self.target.route.to_path();
+        let url = inner.base.join(&self.target.to_path_and_query());
+        let url = url.map_err(|_| BackingError::Location)?;
+        let mut request = inner.client.request(self.method.clone(), url);
+        request = request.headers(self.headers.clone());
+        if let Some(credential) = &inner.credential
+            && let Some(value) = credential.header(&inner.client, &inner.base, scopes).await?
+        {
+            request = request.header(header::AUTHORIZATION, value);
+        }
+        let progress = Progress::default();
+        if let Some(body) = self.body.take() {
+            request = request.body(reqwest::Body::wrap_stream(progress.watch(body)));
+        }
+        match progress.deadline(request.send()).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(source)) => {
+                let (method, source) = (self.method.clone(), source.without_url());
+                Err(BackingError::Send { method, path, source })
+            }
+            None => Err(BackingError::Deadline { method: self.method.clone(), path }),
+        }
+    }
+}
+
+/// When something last moved in a request's body.
+#[derive(Clone)]
+struct Progress(Arc<Mutex<Instant>>);
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Progress {
+    fn watch(
+        &self,
+        body: BoxStream<'static, Result<Bytes, BoxError>>,
+    ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static {
+        let progress = self.clone();
+        body.inspect(move |_| *progress.lock() = Instant::now())
+    }
+
+    /// `None` when nothing moved for [`PATIENCE`].
+    async fn deadline<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(work);
+        loop {
+            let until = *self.lock() + PATIENCE;
+            tokio::select! {
+                done = &mut work => return Some(done),
+                () = tokio::time::sleep_until(until) => {
+                    if *self.lock() + PATIENCE <= Instant::now() {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Instant> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The path of a socket below an open directory, for this process.
+pub(super) fn socket_path(dir: &OwnedFd, name: &str) -> std::path::PathBuf {
+    format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).into()
+}
+
+fn builder() -> reqwest::ClientBuilder {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // `main` has done so; without it reqwest panics, in tests of this module for example. The
+        // error means that another thread was faster.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    }
+    reqwest::Client::builder()
+        .no_proxy()
+        .referer(false)
+        .connect_timeout(CONNECT_PATIENCE)
+        .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_external_registry_is_an_origin_and_nothing_more() {
+        for good in ["http://127.0.0.1:5000", "https://registry.example/"] {
+            assert!(Backing::external(good, None).is_ok(), "{good}");
+        }
+        for bad in [
+            "registry.example",
+            "ftp://registry.example",
+            "https://registry.example/prefix",
+            "https://user:secret@registry.example",
+            "https://registry.example/?q",
+            "unix:/run/registry",
+        ] {
+            assert!(matches!(Backing::external(bad, None), Err(BackingError::Url { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn scopes_follow_method_and_mount() {
+        let target = |path: &str| Target { route: Route::parse(path).unwrap(), query: vec![] };
+        let scopes = |method, target: Target| target.scopes(&method);
+        assert_eq!(scopes(Method::GET, target("/v2/")), Vec::<String>::new());
+        assert_eq!(scopes(Method::HEAD, target("/v2/a/manifests/t")), ["repository:a:pull"]);
+        assert_eq!(scopes(Method::DELETE, target("/v2/a/manifests/t")), ["repository:a:delete"]);
+        let mount = target("/v2/a/blobs/uploads/").with("mount", "x").with("from", "b/c");
+        assert_eq!(mount.to_path_and_query(), "/v2/a/blobs/uploads/?mount=x&from=b%2Fc");
+        assert_eq!(scopes(Method::POST, mount), ["repository:a:pull,push", "repository:b/c:pull"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_stands_still_is_given_up_and_one_that_moves_is_not() {
+        let progress = Progress::default();
+        assert!(progress.deadline(std::future::pending::<()>()).await.is_none());
+
+        let progress = Progress::default();
+        let moving = async {
+            for _ in 0..5 {
+                tokio::time::sleep(PATIENCE - Duration::from_secs(1)).await;
+                *progress.lock() = Instant::now();
+            }
+        };
+        assert!(progress.deadline(moving).await.is_some());
+    }
+}

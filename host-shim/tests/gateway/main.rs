@@ -1,0 +1,8 @@
+//! The registry gateway against a real docker-registry and real clients.
+#![allow(clippy::unwrap_used)]
+
+mod clients;
+mod guests;
+mod managed;
+mod publish;
+mod support;
