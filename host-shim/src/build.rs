@@ -83,7 +83,9 @@ pub const RESERVED_TENANTS: [&str; 3] = ["builds", "base", "upstream"];
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadTenant {
     /// Not of the form.
-    #[error("tenant {0:?} is not a name of 1 to 39 of a-z, 0-9 and -, starting with a letter or digit")]
+    #[error(
+        "tenant {0:?} is not a name of 1 to 39 of a-z, 0-9 and -, starting with a letter or digit"
+    )]
     Form(String),
     /// Taken by Kiln itself.
     #[error("tenant {0:?} is reserved; choose another name")]

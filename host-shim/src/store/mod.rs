@@ -139,7 +139,12 @@ pub trait Store: Send + Sync + 'static {
     /// Stores usage, pulls and the builder's digest of a claimed build (not its state).
     async fn annotate(&self, build: &Build, fence: Fence) -> Result<(), StoreError>;
     /// Cancels a build that nobody has claimed; `Refused` once it is claimed or final.
-    async fn cancel_queued(&self, id: &BuildId, now: Millis, events: &[NewEvent]) -> Result<Build, StoreError>;
+    async fn cancel_queued(
+        &self,
+        id: &BuildId,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError>;
     /// Takes over every build that a driver of an earlier process had claimed, with new fences.
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;
 
@@ -147,7 +152,12 @@ pub trait Store: Send + Sync + 'static {
     /// already are left out.
     async fn append_events(&self, id: &BuildId, events: &[NewEvent]) -> Result<u64, StoreError>;
     /// Stored events after a number, at most `limit`.
-    async fn events_after(&self, id: &BuildId, after: u64, limit: u32) -> Result<Vec<StoredEvent>, StoreError>;
+    async fn events_after(
+        &self,
+        id: &BuildId,
+        after: u64,
+        limit: u32,
+    ) -> Result<Vec<StoredEvent>, StoreError>;
 
     /// Stores a token.
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;
