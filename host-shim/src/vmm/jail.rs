@@ -1,0 +1,230 @@
+//! How a VM's processes are started: as a user of their own, in the VM's cgroup, without
+//! privileges, with no descriptor but those handed over.
+//!
+//! The programs are executed by descriptor. So they are the files that were there when the server
+//! started, and may lie where the VM's user cannot go. They outlive the server on purpose (no
+//! parent-death signal): the next one finds them by their records and ends them.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::process::Process;
+use super::sys;
+
+/// Who a VM's processes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// User and group.
+    pub uid: u32,
+    /// Supplementary groups: none, but for the one that may open `/dev/kvm`.
+    pub groups: Vec<u32>,
+}
+
+/// A program to start.
+pub(crate) struct Launch<'a> {
+    /// What `argv[0]` is.
+    pub name: &'static str,
+    /// Opened close-on-exec.
+    pub program: &'a File,
+    pub args: Vec<OsString>,
+    pub dir: &'a Path,
+    /// Stay open, by the same numbers.
+    pub keep: &'a [RawFd],
+    pub output: &'a Output,
+    /// Of the VM, opened for writing.
+    pub cgroup_procs: Option<&'a File>,
+    /// As the server itself when there is none.
+    pub identity: Option<&'a Identity>,
+    /// Most descriptors that it may open.
+    pub max_files: u64,
+}
+
+/// Most tasks of one VM's user: vCPUs, QEMU's disk workers (64 each) and the device's threads.
+const MAX_TASKS: u64 = 512;
+
+/// Starts it. Blocks until it was executed.
+pub(crate) fn launch(launch: &Launch<'_>) -> io::Result<Process> {
+    let mut command = Command::new(format!("/proc/self/fd/{}", launch.program.as_raw_fd()));
+    command
+        .arg0(launch.name)
+        .args(&launch.args)
+        .current_dir(launch.dir)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(launch.output.stdio()?)
+        .stderr(launch.output.stdio()?);
+    sys::prepare(
+        &mut command,
+        sys::Setup {
+            keep: launch.keep.to_vec(),
+            cgroup_procs: launch.cgroup_procs.map(AsFd::as_fd).map(|fd| fd.as_raw_fd()),
+            identity: launch.identity.cloned(),
+            max_files: launch.max_files,
+            max_tasks: MAX_TASKS,
+        },
+    );
+    let mut spawned = command.spawn()?;
+    Process::adopt(spawned.id()).inspect_err(|_| {
+        let _ = spawned.kill();
+        let _ = spawned.wait();
+    })
+}
+
+/// Where a program's own messages go: memory of a fixed size. However much a guest makes it
+/// say, what does not fit is refused by the kernel.
+#[derive(Debug)]
+pub(crate) struct Output(File);
+
+/// Enough for what a program says as it dies.
+const OUTPUT_BYTES: u64 = 64 * 1024;
+
+impl Output {
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = rustix::fs::memfd_create(name, flags)?;
+        rustix::fs::ftruncate(&memory, OUTPUT_BYTES)?;
+        rustix::fs::fcntl_add_seals(
+            &memory,
+            SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL,
+        )?;
+        Ok(Self(File::from(memory)))
+    }
+
+    /// What was written, bytes that are not plain text replaced.
+    pub(crate) fn text(&self) -> String {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = vec![0; usize::try_from(OUTPUT_BYTES).unwrap_or(0)];
+        let read = self.0.read_at(&mut bytes, 0).unwrap_or(0);
+        let end = bytes[..read].iter().rposition(|b| *b != 0).map_or(0, |at| at + 1);
+        printable(&String::from_utf8_lossy(&bytes[..end]))
+    }
+
+    fn stdio(&self) -> io::Result<Stdio> {
+        Ok(Stdio::from(self.0.try_clone()?))
+    }
+}
+
+/// Text that a terminal takes as text: control characters but newline and tab become `\u{fffd}`.
+pub(crate) fn printable(text: &str) -> String {
+    let shown = |c: char| if c == '\n' || c == '\t' || !c.is_control() { c } else { '\u{fffd}' };
+    text.replace("\r\n", "\n").chars().map(shown).collect()
+}
+
+/// A file that every user can open through `/proc/self/fd`: the file itself, or a sealed copy in
+/// memory when its mode says no.
+pub(crate) fn readable_by_all(mut file: File) -> io::Result<File> {
+    use std::os::unix::fs::PermissionsExt;
+    if file.metadata()?.permissions().mode() & 0o004 != 0 {
+        return Ok(file);
+    }
+    let memory: OwnedFd =
+        rustix::fs::memfd_create("kiln-copy", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut copy = File::from(memory);
+    io::copy(&mut file, &mut copy)?;
+    copy.seek(SeekFrom::Start(0))?;
+    rustix::fs::fcntl_add_seals(
+        &copy,
+        SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL,
+    )?;
+    Ok(copy)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    async fn run(script: &str, identity: Option<&Identity>, keep: &[RawFd]) -> String {
+        let output = Output::new("test").unwrap();
+        let shell = File::open(std::fs::canonicalize("/bin/sh").unwrap()).unwrap();
+        let process = launch(&Launch {
+            name: "sh",
+            program: &shell,
+            args: vec!["-c".into(), script.into()],
+            dir: Path::new("/"),
+            keep,
+            output: &output,
+            cgroup_procs: None,
+            identity,
+            max_files: 64,
+        })
+        .unwrap();
+        process.exited().await;
+        assert!(process.reap(Instant::now() + Duration::from_secs(5)));
+        output.text()
+    }
+
+    #[tokio::test]
+    async fn a_jailed_process_has_nothing() {
+        let who = Identity { uid: 0x7069_ffff, groups: vec![] };
+        let status =
+            run("cat /proc/self/status; ulimit -n; ulimit -c; umask; env", Some(&who), &[]).await;
+        let id = 0x7069_ffff;
+        for line in [
+            format!("Uid:\t{id}\t{id}\t{id}\t{id}"),
+            format!("Gid:\t{id}\t{id}\t{id}\t{id}"),
+            "Groups:\t ".to_owned(),
+            "CapInh:\t0000000000000000".to_owned(),
+            "CapPrm:\t0000000000000000".to_owned(),
+            "CapEff:\t0000000000000000".to_owned(),
+            "CapBnd:\t0000000000000000".to_owned(),
+            "CapAmb:\t0000000000000000".to_owned(),
+            "NoNewPrivs:\t1".to_owned(),
+            "64".to_owned(),
+            "0".to_owned(),
+            "0077".to_owned(),
+        ] {
+            assert!(status.lines().any(|l| l == line), "{line:?} is missing in\n{status}");
+        }
+        assert!(!status.contains("PATH=/root") && !status.contains("HOME="), "{status}");
+    }
+
+    #[tokio::test]
+    async fn only_what_was_handed_over_is_open() {
+        let given = tempfile::tempfile().unwrap();
+        let leaked = tempfile::tempfile().unwrap();
+        // A descriptor without close-on-exec, as a careless library would leave it.
+        rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
+        let listed = run("ls /proc/$$/fd", None, &[given.as_raw_fd()]).await;
+        let open: Vec<RawFd> = listed.lines().map(|l| l.parse().unwrap()).collect();
+        assert_eq!(open, [0, 1, 2, given.as_raw_fd()]);
+    }
+
+    #[tokio::test]
+    async fn what_it_says_is_bounded_and_plain() {
+        let said = run(
+            r"printf 'a\033[31mb\r\n'; head -c 200000 /dev/zero | tr '\0' x; exit 0",
+            None,
+            &[],
+        )
+        .await;
+        assert!(said.starts_with("a\u{fffd}[31mb\nxxx"), "{:?}", &said[..20]);
+        assert!(said.len() <= usize::try_from(OUTPUT_BYTES).unwrap() + 2);
+    }
+
+    #[test]
+    fn an_unreadable_file_is_copied() {
+        use std::os::unix::fs::PermissionsExt;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"kernel").unwrap();
+        let copy = readable_by_all(File::open(file.path()).unwrap()).unwrap();
+        assert_eq!(copy.metadata().unwrap().permissions().mode() & 0o777, 0o777);
+        assert_eq!(
+            std::fs::read(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap(),
+            b"kernel"
+        );
+        file.as_file().set_permissions(PermissionsExt::from_mode(0o644)).unwrap();
+        let same = readable_by_all(File::open(file.path()).unwrap()).unwrap();
+        assert_eq!(same.metadata().unwrap().permissions().mode() & 0o777, 0o644);
+    }
+}

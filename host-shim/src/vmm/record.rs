@@ -1,0 +1,50 @@
+//! What is written down of a VM, so that a server that comes after a killed one finds all of it:
+//! `<run>/<id>/record.json`, in a directory that the VM's user cannot write.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::process::ProcessId;
+
+/// Its name in the VM's directory.
+pub(crate) const FILE: &str = "record.json";
+
+/// Ours are a few hundred bytes.
+const MAX_BYTES: u64 = 64 * 1024;
+
+/// All that has to go when the VM goes, beside its directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// A pid means nothing after a reboot.
+    pub boot: String,
+    /// The user of its processes.
+    pub uid: u32,
+    /// Its cgroup.
+    pub cgroup: Option<PathBuf>,
+    /// Its processes, as far as they were started.
+    pub processes: Vec<ProcessId>,
+}
+
+impl Record {
+    /// Replaces the record, whole or not at all. A crash of the host takes the processes too, so nothing is synced.
+    pub(crate) fn write(&self, vm_dir: &Path) -> io::Result<()> {
+        let mut new = tempfile::NamedTempFile::new_in(vm_dir)?;
+        new.write_all(&serde_json::to_vec(self)?)?;
+        new.persist(vm_dir.join(FILE))?;
+        Ok(())
+    }
+
+    pub(crate) fn read(vm_dir: &Path) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        fs::File::open(vm_dir.join(FILE))?.take(MAX_BYTES).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+}
+
+/// The host's boot, by the kernel's random id for it.
+pub(crate) fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
