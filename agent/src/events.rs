@@ -26,3 +26,9 @@ impl Reporter {
         let _ = self.reports.send(report).await;
     }
 }
+
+/// A reporter and where its reports come out.
+pub fn channel() -> (Reporter, mpsc::Receiver<Report>) {
+    let (reports, receiver) = mpsc::channel(64);
+    (Reporter { reports }, receiver)
+}

@@ -1,1 +1,85 @@
-//! (to be written)
+//! The engine: what executes a Dockerfile. buildah now, another one later.
+//!
+//! An engine reports while it works and gives one outcome. What decides about a step comes from
+//! the runtime's wrapper ([`crate::runtime`]), not from what an engine prints.
+
+mod buildah;
+mod command;
+mod failure;
+mod files;
+mod output;
+mod parse;
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use kiln_protocol::event::Outcome;
+use kiln_protocol::job::StepNetwork;
+use tokio_util::sync::CancellationToken;
+
+pub use buildah::Buildah;
+
+use crate::events::Reporter;
+
+/// What an engine is to do.
+#[derive(Clone)]
+pub struct Work {
+    /// The unpacked source.
+    pub context: PathBuf,
+    /// The Dockerfile.
+    pub dockerfile: PathBuf,
+    /// The stage to build; the last one otherwise.
+    pub target: Option<String>,
+    /// Build arguments, in order. Never to be logged.
+    pub build_args: Vec<(String, String)>,
+    /// What steps may reach.
+    pub network: StepNetwork,
+    /// The most processes of one step.
+    pub processes: u32,
+}
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Work")
+            .field("context", &self.context)
+            .field("dockerfile", &self.dockerfile)
+            .field("target", &self.target)
+            .field("build_args", &format_args!("{} of them", self.build_args.len()))
+            .field("network", &self.network)
+            .field("processes", &self.processes)
+            .finish()
+    }
+}
+
+/// Executes a Dockerfile and pushes the image to the build's staging.
+pub trait Engine {
+    /// Works until the image is in staging, something fails, or it is cancelled. All its processes
+    /// are killed by then.
+    fn run(
+        &self,
+        work: Work,
+        reporter: Reporter,
+        cancel: CancellationToken,
+    ) -> impl Future<Output = Outcome> + Send;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn build_arguments_are_not_in_debug_output() {
+        let work = Work {
+            context: "/c".into(),
+            dockerfile: "/c/Dockerfile".into(),
+            target: None,
+            build_args: vec![("KEY".into(), "hunter2".into())],
+            network: StepNetwork::None,
+            processes: 1,
+        };
+        let shown = format!("{work:?}");
+        assert!(
+            shown.contains("1 of them") && !shown.contains("hunter2") && !shown.contains("KEY")
+        );
+    }
+}

@@ -1,0 +1,310 @@
+//! buildah as the engine: one `build`, one `push`, each a process of its own.
+//!
+//! Everything that it starts (steps, their monitors) is below one cgroup, so that ending it leaves
+//! nothing behind.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+
+use kiln_protocol::event::{Built, Event, LogStream, Outcome, Phase};
+use kiln_protocol::event::{Failure, FailureKind};
+use kiln_protocol::name;
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
+
+use super::files::Files;
+use super::output::{self, LastLines};
+use super::parse::Cause;
+use super::{Engine, Work, command, failure};
+use crate::events::{Report, Reporter};
+use crate::runtime::{self, Cgroup, Server, Settings, StepRecord};
+
+/// Memory that is the agent's and the engine's own. A step may have the rest, but never less than
+/// half of a small VM.
+const RESERVED_MEMORY: u64 = 192 * 1024 * 1024;
+
+/// buildah with its places. The default is how they are in the VM.
+#[derive(Clone, Debug)]
+pub struct Buildah {
+    /// The program.
+    pub program: PathBuf,
+    /// The agent's binary under the name of the runtime's wrapper.
+    pub wrapper: PathBuf,
+    /// The runtime that the wrapper calls.
+    pub runtime: PathBuf,
+    /// Where wrappers reach the agent.
+    pub socket: PathBuf,
+    /// Images and working containers; not on an overlay.
+    pub storage: PathBuf,
+    /// The storage's state.
+    pub run_root: PathBuf,
+    /// Bundles, and blobs on their way.
+    pub tmp: PathBuf,
+    /// Where its configuration is written.
+    pub files: PathBuf,
+    /// The network namespace of steps.
+    pub netns: PathBuf,
+    /// Where the cgroup hierarchy (version 2) is mounted.
+    pub cgroup_mount: PathBuf,
+    /// The cgroup of the engine and its steps, from the hierarchy's root.
+    pub cgroup: PathBuf,
+    /// What the built image is called in the storage.
+    pub image: String,
+    /// Where the built image goes, with its transport.
+    pub destination: String,
+}
+
+impl Default for Buildah {
+    fn default() -> Self {
+        let image =
+            format!("{}/{}:{}", name::REGISTRY, name::STAGING_REPOSITORY, name::STAGING_TAG);
+        Self {
+            program: "/usr/bin/buildah".into(),
+            wrapper: Path::new("/run/kiln").join(runtime::WRAPPER_NAME),
+            runtime: runtime::DEFAULT_PROGRAM.into(),
+            socket: runtime::DEFAULT_SOCKET.into(),
+            storage: "/var/lib/containers/storage".into(),
+            run_root: "/run/containers/storage".into(),
+            tmp: "/var/lib/containers/tmp".into(),
+            files: "/run/kiln/engine".into(),
+            netns: "/run/netns/steps".into(),
+            cgroup_mount: "/sys/fs/cgroup".into(),
+            cgroup: "/kiln".into(),
+            destination: format!("docker://{image}"),
+            image,
+        }
+    }
+}
+
+impl Engine for Buildah {
+    async fn run(&self, work: Work, reporter: Reporter, cancel: CancellationToken) -> Outcome {
+        let run = Run { buildah: self, reporter: &reporter, last: LastLines::default() };
+        let ended = tokio::select! {
+            ended = run.build_and_push(&work) => Some(ended),
+            () = cancel.cancelled() => None,
+        };
+        // Whatever happened, nothing of it runs on.
+        self.whole_cgroup().kill();
+        match ended {
+            Some(Ok(built)) => Outcome::Built(built),
+            Some(Err(failure)) => Outcome::Failed(*failure),
+            None => Outcome::Cancelled,
+        }
+    }
+}
+
+impl Buildah {
+    fn whole_cgroup(&self) -> Cgroup {
+        Cgroup::new(&self.cgroup_mount, &self.cgroup)
+    }
+
+    fn settings(&self, work: &Work) -> Settings {
+        Settings {
+            network: work.network,
+            netns: self.netns.clone(),
+            processes: work.processes,
+            memory: std::fs::read_to_string("/proc/meminfo").ok().and_then(|m| step_memory(&m)),
+            cgroup_mount: self.cgroup_mount.clone(),
+            steps_cgroup: self.cgroup.join("steps"),
+            scratch: self.storage.clone(),
+        }
+    }
+
+    /// A process of buildah, in a process group and cgroup of its own. Dropping it kills it.
+    fn spawn(&self, files: &Files, args: &[std::ffi::OsString]) -> io::Result<Engaged> {
+        let mut child = Command::new(&self.program)
+            .args(args)
+            .env_clear()
+            .envs(command::environment(self, files))
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        // It has not run long enough to have started anything, so all of it will be in there.
+        let cgroup = Cgroup::new(&self.cgroup_mount, &self.cgroup.join("engine"));
+        if let Err(error) = child.id().map_or(Ok(()), |pid| cgroup.adopt(pid)) {
+            tracing::warn!(%error, "the engine has no cgroup of its own");
+        }
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
+            return Err(io::Error::other("no pipes"));
+        };
+        Ok(Engaged { child, stdout, stderr, whole: self.whole_cgroup() })
+    }
+
+    /// What the engine calls itself. It takes a while to start, so this is asked while the image
+    /// is pushed.
+    async fn version(&self, files: &Files) -> String {
+        let asked = Command::new(&self.program)
+            .arg("--version")
+            .env_clear()
+            .envs(command::environment(self, files))
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await;
+        let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        version_of(&text.unwrap_or_default())
+    }
+}
+
+/// A running process of buildah. Dropped, it is killed with all that it started.
+struct Engaged {
+    child: Child,
+    stdout: tokio::process::ChildStdout,
+    stderr: tokio::process::ChildStderr,
+    whole: Cgroup,
+}
+
+impl Engaged {
+    /// Reports its output, and gives its end.
+    async fn finish(self, reporter: &Reporter, last: &LastLines) -> io::Result<ExitStatus> {
+        let Self { child, stdout, stderr, whole } = self;
+        let mut group = Group { child, whole };
+        let out = output::report(stdout, LogStream::Stdout, reporter.clone(), last.clone());
+        let err = output::report(stderr, LogStream::Stderr, reporter.clone(), last.clone());
+        let ended = async {
+            let status = group.child.wait().await;
+            // What it left behind must not keep its pipes open.
+            group.kill();
+            status
+        };
+        let (status, (), ()) = tokio::join!(ended, out, err);
+        status
+    }
+}
+
+struct Group {
+    child: Child,
+    whole: Cgroup,
+}
+
+impl Group {
+    fn kill(&self) {
+        if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
+            let group = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+        }
+        self.whole.kill();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// One build on its way.
+struct Run<'a> {
+    buildah: &'a Buildah,
+    reporter: &'a Reporter,
+    last: LastLines,
+}
+
+type Ended<T> = Result<T, Box<Failure>>;
+
+impl Run<'_> {
+    async fn build_and_push(&self, work: &Work) -> Ended<Built> {
+        if tokio::fs::metadata(&work.dockerfile).await.is_err() {
+            return Err(Box::new(missing_dockerfile(work)));
+        }
+        let files = self.prepare().map_err(could_not("write the engine's configuration"))?;
+        self.build(&files, work).await?;
+        self.push(&files).await
+    }
+
+    fn prepare(&self) -> io::Result<Files> {
+        let buildah = self.buildah;
+        std::fs::create_dir_all(&buildah.tmp)?;
+        std::fs::create_dir_all(&buildah.storage)?;
+        Files::write(&buildah.files, &buildah.storage, &buildah.run_root)
+    }
+
+    async fn build(&self, files: &Files, work: &Work) -> Ended<()> {
+        let buildah = self.buildah;
+        let server = Server::bind(&buildah.socket, buildah.settings(work))
+            .map_err(could_not("listen for the container runtime"))?;
+        self.reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
+        let engine = buildah
+            .spawn(files, &command::build(buildah, files, work))
+            .map_err(could_not("start the build engine"))?;
+        self.reporter.report(Report::EngineStarted).await;
+
+        let stop = CancellationToken::new();
+        let engine = async {
+            let status = engine.finish(self.reporter, &self.last).await;
+            stop.cancel();
+            status
+        };
+        let steps = server.run(self.reporter.clone(), stop.clone());
+        let (status, steps) = tokio::join!(engine, steps);
+        let status = status.map_err(could_not("wait for the build engine"))?;
+        if status.success() { Ok(()) } else { Err(Box::new(self.build_failure(status, &steps))) }
+    }
+
+    fn build_failure(&self, status: ExitStatus, steps: &[StepRecord]) -> Failure {
+        failure::of_build(status, steps, &self.last.stderr(), self.last.text())
+    }
+
+    async fn push(&self, files: &Files) -> Ended<Built> {
+        let buildah = self.buildah;
+        self.reporter.report(Report::Event(Event::Phase(Phase::Pushing))).await;
+        let digest_file = buildah.files.join("digest");
+        let engine = buildah
+            .spawn(files, &command::push(buildah, files, &digest_file))
+            .map_err(could_not("start the build engine to push"))?;
+        let (status, engine) =
+            tokio::join!(engine.finish(self.reporter, &self.last), buildah.version(files));
+        let status = status.map_err(could_not("wait for the push"))?;
+        if !status.success() {
+            let (stderr, text) = (self.last.stderr(), self.last.text());
+            return Err(Box::new(failure::of_push(status, &stderr, text)));
+        }
+        let digest = tokio::fs::read_to_string(&digest_file)
+            .await
+            .map_err(could_not("read the digest of the pushed image"))?;
+        Ok(Built { digest: checked_digest(digest.trim())?, engine })
+    }
+}
+
+fn missing_dockerfile(work: &Work) -> Failure {
+    // Outside, the path is known relative to the source.
+    let path = work.dockerfile.strip_prefix(&work.context).unwrap_or(&work.dockerfile);
+    let message =
+        format!("the source has no {}: name the Dockerfile if it is elsewhere", path.display());
+    failure::failure(Cause { kind: FailureKind::DockerfileMissing, message }, String::new())
+}
+
+fn could_not(action: &'static str) -> impl FnOnce(io::Error) -> Box<Failure> {
+    move |error| Box::new(failure::internal(format!("the agent could not {action}: {error}")))
+}
+
+fn checked_digest(digest: &str) -> Ended<String> {
+    let hex = digest.strip_prefix("sha256:").unwrap_or_default();
+    if hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+        Ok(digest.to_owned())
+    } else {
+        let message = "the build engine pushed the image but gave no digest of it".to_owned();
+        Err(Box::new(failure::internal(message)))
+    }
+}
+
+/// `buildah version 1.39.3 (image-spec …)` as `buildah 1.39.3`.
+fn version_of(text: &str) -> String {
+    let version = text.split_whitespace().nth(2).filter(|word| word.len() <= 64);
+    version.map_or_else(|| "buildah".to_owned(), |version| format!("buildah {version}"))
+}
+
+/// How much memory a step may have, by `/proc/meminfo`.
+fn step_memory(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    let total = kib.checked_mul(1024)?;
+    Some(total.saturating_sub(RESERVED_MEMORY).max(total / 2))
+}

@@ -1,0 +1,183 @@
+//! Why a build failed: from the steps' records, the engine's end, and last its words. Pure.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use kiln_protocol::event::{Failure, FailureKind, cut_text};
+
+use super::parse::{self, Cause, DISK_FULL};
+use crate::runtime::StepRecord;
+
+/// With less than this free, a step that failed most likely failed for want of space: the last
+/// blocks of a disk go to nobody.
+const NEARLY_FULL: u64 = 4 * 1024 * 1024;
+
+/// The failure of a build whose engine ended with `status`.
+pub fn of_build(
+    status: ExitStatus,
+    steps: &[StepRecord],
+    stderr: &[String],
+    detail: String,
+) -> Failure {
+    // The engine stops at the first step that fails, so it is the last one.
+    if let Some(step) = steps.last().filter(|step| step.exit_code != 0) {
+        return of_step(step, detail);
+    }
+    let cause = engine_killed(status)
+        .or_else(|| parse::build_failure(stderr))
+        .unwrap_or_else(|| without_words(status));
+    failure(cause, detail)
+}
+
+/// The failure of a push that ended with `status`.
+pub fn of_push(status: ExitStatus, stderr: &[String], detail: String) -> Failure {
+    failure(engine_killed(status).unwrap_or_else(|| parse::push_failure(stderr)), detail)
+}
+
+/// A failure of the agent itself: what it could not do.
+pub fn internal(message: String) -> Failure {
+    failure(Cause { kind: FailureKind::Internal, message }, String::new())
+}
+
+/// A cause as a failure.
+pub fn failure(cause: Cause, detail: String) -> Failure {
+    Failure {
+        kind: cause.kind,
+        message: cut_text(&cause.message),
+        step: None,
+        exit_code: None,
+        detail: Some(cut_start(&detail)).filter(|detail| !detail.is_empty()),
+    }
+}
+
+fn of_step(step: &StepRecord, detail: String) -> Failure {
+    let StepRecord { index, name, exit_code, usage, .. } = step;
+    let (kind, message) = if !step.started {
+        let why = &step.last_words;
+        (FailureKind::StepFailed, format!("step {index} could not be started: RUN {name}: {why}"))
+    } else if usage.oom_kills > 0 {
+        (
+            FailureKind::OutOfMemory,
+            format!("step {index} ran out of memory: RUN {name}: ask for more with memory_mb"),
+        )
+    } else if step.disk_free.is_some_and(|free| free < NEARLY_FULL) {
+        (FailureKind::DiskFull, format!("step {index}: RUN {name}: {DISK_FULL}"))
+    } else if usage.forks_refused > 0 {
+        (
+            FailureKind::ProcessLimit,
+            format!("step {index} had too many processes at one time: RUN {name}"),
+        )
+    } else {
+        (
+            FailureKind::StepFailed,
+            format!("step {index} failed with exit code {exit_code}: RUN {name}"),
+        )
+    };
+    let cause = Cause { kind, message };
+    Failure { step: Some(*index), exit_code: Some(*exit_code), ..failure(cause, detail) }
+}
+
+fn engine_killed(status: ExitStatus) -> Option<Cause> {
+    let signal = status.signal()?;
+    let message = format!("the build engine was killed by signal {signal}");
+    Some(Cause { kind: FailureKind::EngineCrashed, message })
+}
+
+fn without_words(status: ExitStatus) -> Cause {
+    let code = status.code().unwrap_or_default();
+    let message = format!("the build engine ended with exit code {code} and no reason");
+    Cause { kind: FailureKind::EngineCrashed, message }
+}
+
+/// Cuts a text to the bound of a report from its start: the end tells the cause.
+fn cut_start(text: &str) -> String {
+    let mut start = text.len().saturating_sub(kiln_protocol::event::MAX_REPORT_TEXT);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    text[start..].to_owned()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::runtime::Usage;
+    use kiln_protocol::event::{MAX_REPORT_TEXT, Outcome};
+
+    fn step() -> StepRecord {
+        StepRecord {
+            index: 2,
+            name: "make".into(),
+            started: true,
+            exit_code: 7,
+            usage: Usage::default(),
+            disk_free: Some(1 << 30),
+            last_words: "make: *** [all] Error 7".into(),
+        }
+    }
+
+    fn exited(code: i32) -> ExitStatus {
+        ExitStatus::from_raw(code << 8)
+    }
+
+    #[test]
+    fn the_step_that_failed_is_named() {
+        let failure = of_build(exited(7), &[step()], &["Error: whatever".into()], "tail".into());
+        assert_eq!(failure.kind, FailureKind::StepFailed);
+        assert_eq!(failure.message, "step 2 failed with exit code 7: RUN make");
+        assert_eq!((failure.step, failure.exit_code), (Some(2), Some(7)));
+        assert_eq!(failure.detail.as_deref(), Some("tail"));
+    }
+
+    #[test]
+    fn what_the_kernel_counted_outweighs_the_exit_code() {
+        let kind = |change: fn(&mut StepRecord)| {
+            let mut step = step();
+            change(&mut step);
+            of_build(exited(1), &[step], &[], String::new()).kind
+        };
+        assert_eq!(kind(|step| step.usage.oom_kills = 1), FailureKind::OutOfMemory);
+        assert_eq!(kind(|step| step.usage.forks_refused = 1), FailureKind::ProcessLimit);
+        assert_eq!(kind(|step| step.disk_free = Some(NEARLY_FULL - 1)), FailureKind::DiskFull);
+        assert_eq!(kind(|step| step.disk_free = Some(NEARLY_FULL)), FailureKind::StepFailed);
+        assert_eq!(kind(|step| step.disk_free = None), FailureKind::StepFailed);
+    }
+
+    #[test]
+    fn a_step_that_succeeded_is_not_to_blame() {
+        let mut done = step();
+        done.exit_code = 0;
+        done.usage.oom_kills = 1;
+        let lost = of_build(exited(125), &[done.clone()], &[], String::new());
+        assert_eq!((lost.kind, lost.step), (FailureKind::EngineCrashed, None));
+        let killed = of_build(ExitStatus::from_raw(9), &[done], &[], String::new());
+        assert_eq!(killed.message, "the build engine was killed by signal 9");
+    }
+
+    #[test]
+    fn a_step_that_could_not_start_says_why() {
+        let not_started = StepRecord {
+            started: false,
+            exit_code: 127,
+            last_words: "executable file `nosuch` not found".into(),
+            ..step()
+        };
+        let failure = of_build(exited(1), &[not_started], &[], String::new());
+        assert_eq!(
+            failure.message,
+            "step 2 could not be started: RUN make: executable file `nosuch` not found"
+        );
+        assert_eq!(failure.exit_code, Some(127));
+    }
+
+    #[test]
+    fn reports_keep_their_bounds() {
+        let mut long = step();
+        long.name = "n".repeat(MAX_REPORT_TEXT);
+        let detail = format!("{}end", "é".repeat(MAX_REPORT_TEXT));
+        let failure = of_build(exited(1), &[long], &[], detail);
+        assert!(failure.detail.clone().unwrap().ends_with("end"));
+        assert_eq!(Outcome::Failed(failure).check(), Ok(()));
+    }
+}

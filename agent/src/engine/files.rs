@@ -1,0 +1,106 @@
+//! The configuration files that Kiln gives to buildah, so that none of the builder image's count.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kiln_protocol::name;
+
+/// Where the gateway's registry is reached in the VM's own network namespace.
+const GATEWAY: &str = "127.0.0.1:5000";
+
+/// Registries that the gateway forwards to, under its reserved `upstream` namespace. The first one
+/// is also where names without a registry lead, as Docker's users expect.
+const UPSTREAMS: [&str; 1] = ["docker.io"];
+
+/// Where the files are.
+#[derive(Clone, Debug)]
+pub struct Files {
+    directory: PathBuf,
+}
+
+impl Files {
+    /// Writes the files into a directory, which is made.
+    pub fn write(directory: &Path, storage: &Path, run_root: &Path) -> io::Result<Self> {
+        let files = Self { directory: directory.to_owned() };
+        fs::create_dir_all(files.registries_directory())?;
+        fs::write(files.registries(), registries())?;
+        fs::write(files.policy(), POLICY)?;
+        fs::write(files.storage(), storage_conf(storage, run_root))?;
+        fs::write(files.containers(), CONTAINERS)?;
+        Ok(files)
+    }
+
+    /// `registries.conf`
+    pub fn registries(&self) -> PathBuf {
+        self.directory.join("registries.conf")
+    }
+
+    /// An empty `registries.conf.d`: the distribution's short names lead to other registries.
+    pub fn registries_directory(&self) -> PathBuf {
+        self.directory.join("registries.conf.d")
+    }
+
+    /// `policy.json`
+    pub fn policy(&self) -> PathBuf {
+        self.directory.join("policy.json")
+    }
+
+    /// `storage.conf`
+    pub fn storage(&self) -> PathBuf {
+        self.directory.join("storage.conf")
+    }
+
+    /// `containers.conf`
+    pub fn containers(&self) -> PathBuf {
+        self.directory.join("containers.conf")
+    }
+}
+
+/// Signatures are the host's affair: it decides what the gateway serves.
+const POLICY: &str = r#"{"default":[{"type":"insecureAcceptAnything"}]}
+"#;
+
+/// Nothing but the defaults, and no variables of the VM in the steps.
+const CONTAINERS: &str = "[containers]\nhttp_proxy = false\n";
+
+fn storage_conf(storage: &Path, run_root: &Path) -> String {
+    // TOML's basic strings and Rust's debug strings agree on what a path of ours may hold.
+    format!("[storage]\ndriver = \"overlay\"\ngraphroot = {storage:?}\nrunroot = {run_root:?}\n")
+}
+
+fn registries() -> String {
+    let mut text = format!(
+        "unqualified-search-registries = [\"{}\"]\nshort-name-mode = \"permissive\"\n",
+        UPSTREAMS[0]
+    );
+    let mut lead = |prefix: &str, location: &str| {
+        text.push_str(&format!(
+            "\n[[registry]]\nprefix = \"{prefix}\"\nlocation = \"{location}\"\ninsecure = true\n"
+        ));
+    };
+    lead(name::REGISTRY, GATEWAY);
+    for upstream in UPSTREAMS {
+        lead(upstream, &format!("{GATEWAY}/upstream/{upstream}"));
+    }
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden() {
+        let directory = tempfile::tempdir().unwrap();
+        let conf = directory.path().join("engine");
+        let files = Files::write(&conf, Path::new("/s"), Path::new("/r")).unwrap();
+        // Again over what is there.
+        Files::write(&conf, Path::new("/s"), Path::new("/r")).unwrap();
+        let all = [files.registries(), files.policy(), files.storage(), files.containers()]
+            .map(|path| fs::read_to_string(path).unwrap());
+        insta::assert_snapshot!(all.join("---\n"));
+        assert_eq!(fs::read_dir(files.registries_directory()).unwrap().count(), 0);
+    }
+}

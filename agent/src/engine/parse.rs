@@ -1,0 +1,250 @@
+//! What buildah's last words mean. Pure; it names a cause and decides nothing else.
+//!
+//! What a step prints does not come here: it has pipes of its own.
+
+use kiln_protocol::event::FailureKind;
+
+/// A cause and its words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
+    /// For programs.
+    pub kind: FailureKind,
+    /// For people.
+    pub message: String,
+}
+
+impl Cause {
+    fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// The cause of a failed `buildah build`, by its last lines on stderr.
+pub fn build_failure(stderr: &[String]) -> Option<Cause> {
+    if let Some(cause) = crash(stderr).or_else(|| disk_full(stderr)) {
+        return Some(cause);
+    }
+    let error = error_text(stderr)?;
+    let error = error.as_str();
+    let invalid = |message: &str| Some(Cause::new(FailureKind::DockerfileInvalid, message));
+
+    if let Some(problem) = error.strip_prefix("parsing main Dockerfile: ") {
+        // The path of the file is the VM's and means nothing outside.
+        let problem = problem.split_once(": ").map_or(problem, |(_path, problem)| problem);
+        return invalid(&format!("the Dockerfile could not be parsed: {problem}"));
+    }
+    if error.starts_with("no contents in ") {
+        return invalid("the Dockerfile is empty");
+    }
+    if error.starts_with("no FROM statement found") {
+        return invalid("the Dockerfile has no FROM");
+    }
+    if let Some(rest) = error.strip_prefix("The target \"") {
+        let target = rest.split('"').next().unwrap_or(rest);
+        return invalid(&format!("the Dockerfile has no stage \"{target}\""));
+    }
+    if let Some(cause) = pull_failure(error) {
+        return Some(cause);
+    }
+    if let Some((instruction, problem)) = at_step(error) {
+        if let Some((_, unknown)) = problem.split_once("Unknown instruction: ") {
+            return invalid(&format!("unknown instruction {}", unknown.trim()));
+        }
+        // A RUN that fails is known by its step; here it is the engine's own trouble with it.
+        if !instruction.to_ascii_uppercase().starts_with("RUN ") {
+            return invalid(&format!("{instruction}: {problem}"));
+        }
+    }
+    Some(Cause::new(FailureKind::Internal, format!("the build engine failed: {error}")))
+}
+
+/// The cause of a failed `buildah push`, by its last lines on stderr.
+pub fn push_failure(stderr: &[String]) -> Cause {
+    if let Some(cause) = crash(stderr).or_else(|| disk_full(stderr)) {
+        return cause;
+    }
+    let error = error_text(stderr).unwrap_or_default();
+    let problem = error.split_once("\": ").filter(|_| error.starts_with("pushing image "));
+    // `pushing image "A" to "B": problem`
+    let problem = problem.map_or(error.as_str(), |(_, rest)| {
+        rest.split_once("\": ").map_or(rest, |(_, problem)| problem)
+    });
+    Cause::new(FailureKind::PushFailed, format!("the image could not be pushed: {problem}"))
+}
+
+/// The text after the last `Error: `, with the lines that belong to it.
+fn error_text(stderr: &[String]) -> Option<String> {
+    let start = stderr.iter().rposition(|line| line.starts_with("Error: "))?;
+    let text = stderr[start..].join("\n");
+    Some(text["Error: ".len()..].trim_end().to_owned())
+}
+
+/// `building at STEP "COPY x /y": problem`
+fn at_step(error: &str) -> Option<(&str, &str)> {
+    let rest = error.strip_prefix("building at STEP \"")?;
+    rest.split_once("\": ")
+}
+
+fn pull_failure(error: &str) -> Option<Cause> {
+    let creating = error.strip_prefix("creating build container: ");
+    if let Some(problem) = creating {
+        if let Some(rest) = problem.strip_prefix("parsing reference \"") {
+            let name = rest.split('"').next().unwrap_or(rest);
+            let message = format!("\"{name}\" is not an image's name");
+            return Some(Cause::new(FailureKind::DockerfileInvalid, message));
+        }
+    }
+    if let Some(rest) = error.strip_prefix("COPY --from=") {
+        if let Some((name, problem)) = rest.split_once(": ") {
+            return Some(pull(name, problem));
+        }
+    }
+    if let Some((_, rest)) = error.split_once("docker://") {
+        if let Some((image, problem)) = rest.split_once(": ") {
+            return Some(pull(image, problem));
+        }
+    }
+    let problem = creating?;
+    if let Some(rest) = problem.strip_prefix("short-name \"") {
+        if let Some((name, problem)) = rest.split_once("\" ") {
+            return Some(pull(name, problem));
+        }
+    }
+    let message = format!("a base image could not be pulled: {problem}");
+    Some(Cause::new(FailureKind::PullFailed, message))
+}
+
+fn pull(image: &str, problem: &str) -> Cause {
+    let image = image.trim_matches('"');
+    Cause::new(FailureKind::PullFailed, format!("the image {image} could not be pulled: {problem}"))
+}
+
+fn crash(stderr: &[String]) -> Option<Cause> {
+    const MARKS: [&str; 4] = ["panic: ", "fatal error: ", "SIGSEGV", "runtime: out of memory"];
+    let line = stderr.iter().find(|line| MARKS.iter().any(|mark| line.starts_with(mark)))?;
+    Some(Cause::new(FailureKind::EngineCrashed, format!("the build engine crashed: {line}")))
+}
+
+fn disk_full(stderr: &[String]) -> Option<Cause> {
+    let full = stderr.iter().any(|line| line.contains("no space left on device"));
+    full.then(|| Cause::new(FailureKind::DiskFull, DISK_FULL))
+}
+
+/// What to say when the scratch disk is full.
+pub const DISK_FULL: &str = "the build's disk is full: ask for more with disk_gb";
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use FailureKind::{
+        DiskFull, DockerfileInvalid, EngineCrashed, Internal, PullFailed, PushFailed,
+    };
+
+    fn lines(text: &str) -> Vec<String> {
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn build(text: &str) -> (FailureKind, String) {
+        let cause = build_failure(&lines(text)).unwrap();
+        (cause.kind, cause.message)
+    }
+
+    /// Every text was printed by buildah 1.39.3 of Debian trixie.
+    #[test]
+    fn recorded_failures_of_a_build() {
+        for (text, kind, message) in [
+            (
+                r#"Error: building at STEP "FOO ": Build error: Unknown instruction: "FOO" "#,
+                DockerfileInvalid,
+                r#"unknown instruction "FOO""#,
+            ),
+            (r#"Error: no contents in "ctx/D""#, DockerfileInvalid, "the Dockerfile is empty"),
+            ("Error: no FROM statement found", DockerfileInvalid, "the Dockerfile has no FROM"),
+            (
+                r#"Error: building at STEP "COPY x": COPY requires at least two arguments"#,
+                DockerfileInvalid,
+                "COPY x: COPY requires at least two arguments",
+            ),
+            (
+                r#"Error: building at STEP "COPY nofile /x": checking on sources under "/mnt/ctx": copier: stat: "/nofile": no such file or directory"#,
+                DockerfileInvalid,
+                r#"COPY nofile /x: checking on sources under "/mnt/ctx": copier: stat: "/nofile": no such file or directory"#,
+            ),
+            (
+                r#"Error: building at STEP "COPY --parents D /x": COPY --parents is not supported"#,
+                DockerfileInvalid,
+                "COPY --parents D /x: COPY --parents is not supported",
+            ),
+            (
+                r#"Error: The target "nope" was not found in the provided Dockerfile"#,
+                DockerfileInvalid,
+                r#"the Dockerfile has no stage "nope""#,
+            ),
+            (
+                "Error: parsing main Dockerfile: ctx/D: EOT: unterminated heredoc",
+                DockerfileInvalid,
+                "the Dockerfile could not be parsed: EOT: unterminated heredoc",
+            ),
+            (
+                r#"Error: parsing main Dockerfile: ctx/D: Syntax error - can't find = in "\"x". Must be of the form: name=value"#,
+                DockerfileInvalid,
+                r#"the Dockerfile could not be parsed: Syntax error - can't find = in "\"x". Must be of the form: name=value"#,
+            ),
+            (
+                r#"Error: creating build container: parsing reference "Not_A@Name": invalid reference format"#,
+                DockerfileInvalid,
+                r#""Not_A@Name" is not an image's name"#,
+            ),
+            (
+                "Trying to pull 127.0.0.1:1/base/debian:trixie...\n\
+                 Error: creating build container: initializing source docker://127.0.0.1:1/base/debian:trixie: pinging container registry 127.0.0.1:1: Get \"http://127.0.0.1:1/v2/\": dial tcp 127.0.0.1:1: connect: network is unreachable",
+                PullFailed,
+                "the image 127.0.0.1:1/base/debian:trixie could not be pulled: pinging container registry 127.0.0.1:1: Get \"http://127.0.0.1:1/v2/\": dial tcp 127.0.0.1:1: connect: network is unreachable",
+            ),
+            (
+                r#"Error: creating build container: short-name "nosuchimage" did not resolve to an alias and no unqualified-search registries are defined in "/etc/containers/registries.conf""#,
+                PullFailed,
+                r#"the image nosuchimage could not be pulled: did not resolve to an alias and no unqualified-search registries are defined in "/etc/containers/registries.conf""#,
+            ),
+            (
+                "Error: COPY --from=nostage: no stage or image found with that name",
+                PullFailed,
+                "the image nostage could not be pulled: no stage or image found with that name",
+            ),
+            (
+                "Error: building at STEP \"RUN nosuch\": while running runtime: exit status 1",
+                Internal,
+                "the build engine failed: building at STEP \"RUN nosuch\": while running runtime: exit status 1",
+            ),
+        ] {
+            assert_eq!(build(text), (kind, message.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn recorded_failures_of_a_push() {
+        let cause = push_failure(&lines(
+            r#"Error: pushing image "x" to "docker://127.0.0.1:1/staging/image:result": x: image not known"#,
+        ));
+        let message = "the image could not be pushed: x: image not known".to_owned();
+        assert_eq!(cause, Cause { kind: PushFailed, message });
+        assert_eq!(push_failure(&[]).kind, PushFailed);
+    }
+
+    #[test]
+    fn a_crash_or_a_full_disk_outweighs_what_else_is_said() {
+        let text =
+            "panic: runtime error: index out of range [0] with length 0\n\ngoroutine 1 [running]:";
+        assert_eq!(build(text).0, EngineCrashed);
+        let text = "Error: building at STEP \"COPY a /b\": write /b: no space left on device";
+        assert_eq!(build(text), (DiskFull, DISK_FULL.to_owned()));
+        assert_eq!(push_failure(&lines("Error: write: no space left on device")).kind, DiskFull);
+    }
+
+    #[test]
+    fn silence_has_no_cause() {
+        assert_eq!(build_failure(&[]), None);
+        assert_eq!(build_failure(&lines("Trying to pull x...")), None);
+    }
+}
