@@ -1,1 +1,178 @@
-//! (to be written)
+//! `kiln serve`: puts the parts together, serves, and takes them apart again.
+//!
+//! Order matters at the start: the data directory is locked, what an earlier process left is swept,
+//! its builds are ended, and only then is anything claimed or answered.
+
+mod parts;
+mod signals;
+
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{self, ApiState};
+use crate::config::{ServeArgs, ServeConfig};
+use crate::gateway::clients::{self, GatewayState};
+use crate::gateway::token::TokenKeys;
+use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
+use crate::vmm::{Swept, Vmm};
+
+/// How long builds may go on after the server was asked to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long a publication that was recorded may go on after that, and a VM be removed.
+const LAST: Duration = Duration::from_secs(15);
+
+/// How long open requests may go on at the end. Followers of builds have all seen the end by then.
+const HANG_UP: Duration = Duration::from_secs(2);
+
+/// `kiln serve`, and how it tells that it serves.
+#[derive(Debug, clap::Args)]
+pub struct ServeCommand {
+    #[command(flatten)]
+    settings: ServeArgs,
+    /// Write "ready ADDRESS:PORT" to this open descriptor once it serves, and close it
+    #[arg(long, value_name = "FD")]
+    notify_fd: Option<RawFd>,
+}
+
+impl ServeCommand {
+    /// Serves until it is told to stop.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let notify = self.notify_fd.map(take_descriptor).transpose()?;
+        // First of all: a signal during the start stops it, and is not lost.
+        let stop = signals::stop().context("cannot listen for signals")?;
+        serve(self.settings.resolve()?, notify, stop).await
+    }
+}
+
+/// Removes what a server on this data directory left when it was killed. Refused while one runs.
+pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
+    let config = settings.resolve()?;
+    let _lock = parts::lock(&config.data_dir)?;
+    let swept = Vmm::sweep_leftovers(&parts::instance(&config), &parts::run_dir(&config)).await;
+    swept.context("cannot remove what an earlier server left")
+}
+
+async fn serve(
+    config: ServeConfig,
+    notify: Option<OwnedFd>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let _lock = parts::lock(&config.data_dir)?;
+    let bundle = parts::bundle(&config)?;
+    let store = parts::store(&config).await?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let address = listener.local_addr()?;
+    let vmm = parts::vmm(&config, &bundle).await?;
+    let swept = vmm.sweep().await?;
+    if swept.vms > 0 {
+        tracing::warn!(vms = swept.vms, "removed the VMs of an earlier server");
+    }
+    let (registry, backing) = parts::registry(&config).await?;
+    let builds_dir = config.data_dir.join("builds");
+    let events = crate::events::EventLog::new(Arc::clone(&store));
+    let workshop = Arc::new(Workshop {
+        store: Arc::clone(&store),
+        events: events.clone(),
+        vmm,
+        backing: backing.clone(),
+        builds_dir: builds_dir.clone(),
+        builder_digest: bundle.digest.clone(),
+        log_limit: config.log_limit_bytes,
+        egress: parts::egress(&config),
+    });
+    let owner = format!("{}-{}", std::process::id(), hex::encode(crate::random::bytes::<8>()));
+    recover(&workshop, &owner).await.context("cannot end the builds of an earlier server")?;
+    api::sweep(&builds_dir, store.as_ref()).await.context("cannot remove sources that nobody owns")?;
+
+    let public_host = parts::public_host(&config, address);
+    let scheduling = Scheduling::new(Arc::clone(&store));
+    let router = api::router(ApiState {
+        store: Arc::clone(&store),
+        events,
+        scheduler: Arc::new(scheduling.clone()),
+        sources: builds_dir,
+        limits: config.limits,
+        public_host: public_host.clone(),
+        ready: Arc::new(parts::RegistryReady(backing.clone())),
+        clock: api::system_clock(),
+    });
+    let router = router.merge(clients::router(GatewayState {
+        backing,
+        authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store))),
+        keys: Arc::new(TokenKeys::load_or_create(&config.data_dir.join("registry-token.key"))?),
+        public_url: format!("http://{public_host}").parse().context("--public-host")?,
+    }));
+
+    let abandon = CancellationToken::new();
+    let dispatcher =
+        Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
+    let queue = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
+    let hang_up = CancellationToken::new();
+    let serving = axum::serve(listener, router).with_graceful_shutdown(hang_up.clone().cancelled_owned());
+    let mut server = tokio::spawn(serving.into_future());
+    tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
+    if let Some(notify) = notify {
+        // Nobody may be listening any more.
+        let _ = writeln!(std::fs::File::from(notify), "ready {address}");
+    }
+
+    tokio::select! {
+        () = stop.cancelled() => {}
+        ended = &mut server => {
+            stop.cancel();
+            tracing::error!(?ended, "the listener ended");
+        }
+    }
+    tracing::info!("stopping");
+    let drained = drain(queue, abandon).await;
+    hang_up.cancel();
+    if tokio::time::timeout(HANG_UP, &mut server).await.is_err() {
+        server.abort();
+    }
+    if let Some(registry) = registry {
+        registry.stop().await;
+    }
+    drained
+}
+
+/// Lets builds end, then ends them, then gives up.
+async fn drain(
+    mut queue: tokio::task::JoinHandle<()>,
+    abandon: CancellationToken,
+) -> anyhow::Result<()> {
+    if tokio::time::timeout(DRAIN, &mut queue).await.is_ok() {
+        return Ok(());
+    }
+    abandon.cancel();
+    if tokio::time::timeout(LAST, &mut queue).await.is_err() {
+        bail!("builds did not end within {} s; the next start ends them", (DRAIN + LAST).as_secs());
+    }
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn take_descriptor(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    if fd < 3 {
+        bail!("--notify-fd is {fd}; it must be 3 or more");
+    }
+    if nix::fcntl::fcntl(
+        // SAFETY: only asked whether it is open; nothing is kept.
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) },
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )
+    .is_err()
+    {
+        bail!("--notify-fd {fd} is not open");
+    }
+    // SAFETY: it is open, and the caller of the program gave it to us: nothing else in here owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,167 @@
+//! The parts of a server, made from its configuration.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use async_trait::async_trait;
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+
+use crate::api::Readiness;
+use crate::build::{BuildId, Tenant};
+use crate::config::ServeConfig;
+use crate::egress;
+use crate::gateway::managed::Managed;
+use crate::gateway::path::Route;
+use crate::gateway::rights::{Authorizer, Caller};
+use crate::gateway::{Backing, error::chain};
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Store, StoreError};
+use crate::token::{self, AuthError};
+use crate::vmm::{Vmm, VmmConfig};
+
+/// One server for a data directory: the lock is held as long as the process lives.
+pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data_dir)
+        .with_context(|| format!("cannot make the data directory {}", data_dir.display()))?;
+    let path = data_dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            bail!("another kiln serve uses {}; stop it, or choose another --data-dir", data_dir.display())
+        }
+        Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// What VMs run.
+pub(super) struct Bundle {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    pub root: PathBuf,
+    pub digest: String,
+}
+
+pub(super) fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
+    let dir = Path::new(&config.builder);
+    let bundle = kiln_image::bundle::Bundle::open(dir).with_context(|| {
+        format!("--builder {} is no builder image; make one with kiln-image build", dir.display())
+    })?;
+    bundle.check_protocol()?;
+    Ok(Bundle {
+        kernel: bundle.kernel().to_owned(),
+        initrd: bundle.initrd().to_owned(),
+        root: bundle.root().to_owned(),
+        digest: bundle.digest().to_string(),
+    })
+}
+
+pub(super) async fn store(config: &ServeConfig) -> anyhow::Result<Arc<dyn Store>> {
+    let path = config.data_dir.join("kiln.db");
+    let store = SqliteStore::open(&path)
+        .await
+        .with_context(|| format!("cannot open the database {}", path.display()))?;
+    Ok(Arc::new(store))
+}
+
+/// Tells this server's VMs from another's on the same host: by its data directory.
+pub(super) fn instance(config: &ServeConfig) -> String {
+    let hash = Sha256::digest(config.data_dir.as_os_str().as_encoded_bytes());
+    hex::encode(&hash[..6])
+}
+
+/// This server's part of the run directory. Short: the path of a socket holds 107 bytes.
+pub(super) fn run_dir(config: &ServeConfig) -> PathBuf {
+    config.run_dir.join(instance(config))
+}
+
+pub(super) async fn vmm(config: &ServeConfig, bundle: &Bundle) -> anyhow::Result<Vmm> {
+    let vmm = Vmm::new(VmmConfig {
+        instance: instance(config),
+        run_dir: run_dir(config),
+        disk_dir: config.data_dir.join("vm"),
+        qemu: config.qemu.clone(),
+        vsock_device: config.vhost_device_vsock.clone(),
+        kernel: bundle.kernel.clone(),
+        initrd: bundle.initrd.clone(),
+        root: bundle.root.clone(),
+        accel: config.accel,
+        require_isolation: config.require_isolation,
+        default_disk_gb: 10,
+        uid_base: Some(crate::vmm::DEFAULT_UID_BASE),
+    });
+    vmm.await.context("cannot prepare for VMs")
+}
+
+/// The registry behind the gateway, and its process where it is Kiln's own.
+pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Managed>, Backing)> {
+    if let Some(url) = &config.registry {
+        let backing = Backing::external(url.as_str(), config.registry_config.as_deref())?;
+        return Ok((None, backing));
+    }
+    let dir = config.data_dir.join("registry");
+    let managed = Managed::start(&config.docker_registry, &dir).await.context("cannot start the registry")?;
+    let backing = managed.backing().clone();
+    Ok((Some(managed), backing))
+}
+
+pub(super) fn egress(config: &ServeConfig) -> egress::Policy {
+    egress::Policy::new(config.egress_permit.clone())
+}
+
+/// `HOST:PORT` of image references. A port of 0 was chosen by the system.
+pub(super) fn public_host(config: &ServeConfig, address: SocketAddr) -> String {
+    match config.public_host.strip_suffix(":0") {
+        Some(host) => format!("{host}:{}", address.port()),
+        None => config.public_host.clone(),
+    }
+}
+
+/// Whether the registry answers.
+pub(super) struct RegistryReady(pub Backing);
+
+#[async_trait]
+impl Readiness for RegistryReady {
+    async fn ready(&self) -> Result<(), String> {
+        let answer = self.0.request(http::Method::GET, Route::Base).send().await;
+        match answer {
+            Ok(answer) if answer.status().is_success() => Ok(()),
+            Ok(answer) => Err(format!("the registry answers {}", answer.status())),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "the registry does not answer");
+                Err("the registry does not answer".into())
+            }
+        }
+    }
+}
+
+/// API tokens and builds, as the gateway asks for them.
+pub(super) struct StoreAuthorizer(pub Arc<dyn Store>);
+
+#[async_trait]
+impl Authorizer for StoreAuthorizer {
+    async fn api_token(&self, token: &str) -> Result<Option<Caller>, StoreError> {
+        match token::verify(self.0.as_ref(), token, crate::clock::now()).await {
+            Ok(caller) => Ok(Some(Caller { tenant: caller.tenant, role: caller.role })),
+            Err(AuthError::Store(error)) => Err(error),
+            Err(_) => Ok(None),
+        }
+    }
+
+    async fn build_owner(&self, id: &BuildId) -> Result<Option<Tenant>, StoreError> {
+        Ok(self.0.build(id).await?.map(|build| build.tenant))
+    }
+}
