@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use url::form_urlencoded;
 
-use super::error::{ApiError, shown};
+use super::error::{ApiError, log, shown};
 use super::get_build::{Wanted, find};
 use super::{Clock, Shared, types};
 use crate::build::Millis;
@@ -60,7 +60,7 @@ impl Reader {
     /// last id that it saw.
     async fn next(mut self) -> Result<Option<(Bytes, Self)>, std::io::Error> {
         let batch = self.follower.next().await.map_err(|error| {
-            let _ = ApiError::internal(&error);
+            log(&error);
             std::io::Error::other("the event stream broke")
         })?;
         let mut text = String::new();

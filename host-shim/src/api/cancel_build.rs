@@ -15,7 +15,7 @@ use crate::store::{Role, StoreError};
 use crate::token::Caller;
 
 /// How long the answer waits for a VM to go. The cancellation goes on behind it.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 /// A build can be requeued between the look at the queue and the look at the drivers; each try
 /// needs another such race.
 const TRIES: usize = 3;
@@ -29,15 +29,13 @@ pub(super) async fn cancel_build(
     let build = find(&api, &caller, &id).await?;
     // A task of its own: a client that goes away does not stop what it has asked for.
     let task = tokio::spawn(cancel(Arc::clone(&api), build));
-    match tokio::time::timeout(DEADLINE, task).await {
-        Ok(joined) => joined.map_err(|error| ApiError::internal(&error))?,
-        Err(_) => {
-            let message =
-                format!("{id} is being cancelled, but its VM has not gone yet; look again soon");
-            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "still_cancelling", message)
-                .retry_after(5))
-        }
-    }
+    let Ok(joined) = tokio::time::timeout(DEADLINE, task).await else {
+        let message =
+            format!("{id} is being cancelled, but its VM has not gone yet; look again soon");
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        return Err(ApiError::new(status, "still_cancelling", message).retry_after(5));
+    };
+    joined.map_err(|error| ApiError::internal(&error))?
 }
 
 async fn cancel(api: Arc<Api>, build: Build) -> Result<StatusCode, ApiError> {

@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 use tokio::sync::SemaphorePermit;
 
-use super::error::{ApiError, shown};
+use super::error::{ApiError, log, shown};
 use super::fields::{self, Fields, SOURCE};
 use super::get_build::shape;
 use super::multipart::{self, Part, Parts};
@@ -119,23 +119,25 @@ async fn receive(
 
 async fn receive_source(api: &Api, id: &BuildId, mut part: Part<'_>) -> Result<Received, ApiError> {
     let limit = api.state.limits.max_source_bytes;
-    let mut upload = Upload::begin(&api.state.sources, id, limit).await.map_err(source_refused)?;
+    let mut upload = Upload::begin(&api.state.sources, id, limit).await?;
     while let Some(chunk) = part.chunk().await? {
-        upload.write(&chunk).await.map_err(source_refused)?;
+        upload.write(&chunk).await?;
     }
-    upload.finish().await.map_err(source_refused)
+    Ok(upload.finish().await?)
 }
 
-fn source_refused(error: SourceError) -> ApiError {
-    match &error {
-        SourceError::NotAnArchive => ApiError::bad_request("invalid_source", error.to_string()),
-        SourceError::TooLarge(_) => ApiError::too_large(error.to_string()),
-        SourceError::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => {
-            let _ = ApiError::internal(&error);
-            let message = "the host has no room for the source; ask its operator";
-            ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
+impl From<SourceError> for ApiError {
+    fn from(error: SourceError) -> Self {
+        match &error {
+            SourceError::NotAnArchive => Self::bad_request("invalid_source", error.to_string()),
+            SourceError::TooLarge(_) => Self::too_large(error.to_string()),
+            SourceError::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => {
+                log(&error);
+                let message = "the host has no room for the source; ask its operator";
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
+            }
+            SourceError::Io(_) => Self::internal(&error),
         }
-        SourceError::Io(_) => ApiError::internal(&error),
     }
 }
 
@@ -204,7 +206,8 @@ fn digest(wanted: &build::Request) -> String {
     hex::encode(Sha256::digest(text))
 }
 
-/// A new id: sortable by time, not to be guessed, a name for a directory and a repository.
+/// A new id: sortable by time, a name for a directory and a repository. Nothing depends on its not
+/// being guessed.
 fn new_id() -> Result<BuildId, ApiError> {
     BuildId::new(uuid::Uuid::now_v7().simple().to_string())
         .map_err(|error| ApiError::internal(&error))

@@ -81,7 +81,7 @@ impl ApiError {
     /// The host's own fault. The cause goes to the log, with its chain; the client gets no more
     /// than that it happened.
     pub(super) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
-        tracing::error!(error = chain(error), "a request failed");
+        log(error);
         let message = "the host failed; its log says why, under this response's x-request-id";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     }
@@ -102,7 +102,11 @@ pub(super) fn shown(text: &str) -> String {
     }
 }
 
-/// An error with its causes.
+/// Writes a request's failure to the log, with its causes.
+pub(super) fn log(error: &(dyn std::error::Error + 'static)) {
+    tracing::error!(error = chain(error), "a request failed");
+}
+
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::Shared;
-use super::error::ApiError;
+use super::error::{ApiError, log};
 
 /// The process answers.
 pub(super) async fn health() -> Json<Value> {
@@ -17,8 +17,8 @@ pub(super) async fn health() -> Json<Value> {
 pub(super) async fn ready(State(api): State<Shared>) -> Result<Json<Value>, ApiError> {
     let not_ready = |why: String| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", why);
     if let Err(error) = api.state.store.ready().await {
-        // Logged in full; a caller without a token is told no more.
-        let _ = ApiError::internal(&error);
+        // A caller without a token is told no more.
+        log(&error);
         return Err(not_ready("the store cannot be written".into()));
     }
     api.state.ready.ready().await.map_err(not_ready)?;

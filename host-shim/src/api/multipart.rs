@@ -27,7 +27,7 @@ const PIECE: usize = 64 * 1024;
 /// may hold the next ones too.
 const MAX_BETWEEN: usize = 64 * 1024;
 /// A client that sends nothing for so long has gone.
-const STALLED: Duration = Duration::from_secs(60);
+const STALLED: Duration = Duration::from_mins(1);
 /// What is read and thrown away after a refusal, so that the client has sent its request and
 /// listens to the answer. More than this is cut off.
 const DRAIN: usize = 16 * 1024 * 1024;
@@ -65,15 +65,12 @@ impl Parts {
         let gate = Arc::new(Mutex::new(gate));
         let body = Body::from_stream(Paced::new(Arc::clone(&gate)));
         let request = Request::from_parts(head, body);
-        match Multipart::from_request(request, &()).await {
-            Ok(multipart) => Ok(Self { multipart, gate }),
-            Err(_) => {
-                drain(&gate).await;
-                let message = "send multipart/form-data with a boundary";
-                let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-                Err(ApiError::new(status, "unsupported_media_type", message))
-            }
+        if let Ok(multipart) = Multipart::from_request(request, &()).await {
+            return Ok(Self { multipart, gate });
         }
+        drain(&gate).await;
+        let message = "send multipart/form-data with a boundary";
+        Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
     }
 
     /// The next part.

@@ -7,7 +7,7 @@ use crate::build::{NetworkMode, Request, Tenant};
 use crate::store::sqlite::SqliteStore;
 
 /// Silence that no test reaches unless it wants to.
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 
 struct Bench {
     _dir: tempfile::TempDir,

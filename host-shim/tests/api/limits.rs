@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::support::{Server, form, gzip, refusal, server, server_with};
 
 async fn limited(limits: Limits) -> Server {
-    server_with(limits, Duration::from_secs(600)).await
+    server_with(limits, Duration::from_mins(10)).await
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ impl Drop for Server {
 }
 
 pub async fn server() -> Server {
-    server_with(Limits::default(), Duration::from_secs(600)).await
+    server_with(Limits::default(), Duration::from_mins(10)).await
 }
 
 pub async fn server_with(limits: Limits, quiet: Duration) -> Server {

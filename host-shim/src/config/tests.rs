@@ -1,0 +1,232 @@
+//! Precedence, bounds, and the table in the docs.
+
+use clap::{Args, Parser};
+
+use super::*;
+
+#[derive(Parser)]
+struct Command {
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+fn host() -> Host {
+    Host { root: true, cpus: 2, ..Host::default() }
+}
+
+fn parse(args: &[&str]) -> ServeArgs {
+    Command::try_parse_from(["kiln"].iter().chain(args)).unwrap_or_else(|e| panic!("{e}")).serve
+}
+
+fn resolve(args: &[&str]) -> Result<ServeConfig, String> {
+    parse(args).resolve_on(&host()).map_err(|error| error.to_string())
+}
+
+fn with_file(text: &str, args: &[&str]) -> Result<ServeConfig, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kiln.toml");
+    std::fs::write(&file, text).unwrap();
+    let mut all = vec!["--config", file.to_str().unwrap()];
+    all.extend(args);
+    resolve(&all)
+}
+
+#[test]
+fn defaults_need_nothing() {
+    let config = resolve(&[]).unwrap();
+    assert_eq!(config.listen.to_string(), "127.0.0.1:4973");
+    assert_eq!(config.public_host, "127.0.0.1:4973");
+    assert_eq!(config.data_dir, Path::new("/var/lib/kiln"));
+    assert_eq!(config.run_dir, Path::new("/run/kiln"));
+    assert_eq!(config.builder, "/var/lib/kiln/builder");
+    assert_eq!((config.max_vms, config.accel, config.require_isolation), (2, Accel::Auto, false));
+    assert_eq!(config.log_limit_bytes, 256 * 1024 * 1024);
+    assert_eq!(config.limits, Limits::default());
+    assert_eq!((config.registry, config.egress_permit), (None, vec![]));
+}
+
+#[test]
+fn a_user_has_directories_of_its_own() {
+    let user = Host { root: false, home: Some("/home/u".into()), ..host() };
+    let at = |host: &Host| parse(&[]).resolve_on(host).map(|c| (c.data_dir, c.run_dir));
+    let error = at(&user).unwrap_err().to_string();
+    assert!(error.contains("--run-dir") && error.contains("XDG_RUNTIME_DIR"), "{error}");
+    let user = Host { runtime_dir: Some("/run/user/1".into()), ..user };
+    assert_eq!(at(&user).unwrap(), ("/home/u/.local/share/kiln".into(), "/run/user/1/kiln".into()));
+    let user = Host { data_home: Some("/data".into()), home: None, ..user };
+    assert_eq!(at(&user).unwrap().0, Path::new("/data/kiln"));
+    assert!(at(&Host { data_home: None, ..user }).unwrap_err().to_string().contains("--data-dir"));
+}
+
+#[test]
+fn the_file_has_every_setting_and_flags_win_over_it() {
+    let text = r#"
+        listen = "0.0.0.0:80"
+        data_dir = "/d"
+        run_dir = "/r"
+        builder = "/b"
+        max_vms = 7
+        accel = "kvm"
+        require_isolation = true
+        network_default = "none"
+        egress_permit = ["10.0.0.0/8", "fd00::/8"]
+        registry = "https://registry.example"
+        registry_config = "/c.json"
+        log_limit_mb = 1
+        max_source_mb = 2
+        max_timeout_seconds = 3
+        max_memory_mb = 512
+        max_cpus = 4
+        max_disk_gb = 5
+        max_queued = 6
+        max_uploads = 8
+        qemu = "/bin/sh"
+        vhost_device_vsock = "/bin/sh"
+        docker_registry = "/bin/sh"
+    "#;
+    let config = with_file(text, &[]).unwrap();
+    assert_eq!(config.public_host, "127.0.0.1:80");
+    assert_eq!((config.max_vms, config.accel, config.require_isolation), (7, Accel::Kvm, true));
+    assert_eq!(config.egress_permit, ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()]);
+    assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
+    assert_eq!(
+        config.limits,
+        Limits {
+            max_source_bytes: 2 * 1024 * 1024,
+            max_timeout_seconds: 3,
+            max_memory_mb: 512,
+            max_cpus: 4,
+            max_disk_gb: 5,
+            max_queued: 6,
+            max_uploads: 8,
+            network_default: NetworkMode::None,
+        }
+    );
+    assert_eq!(config.qemu, Path::new("/bin/sh"));
+    let args = [
+        "--max-vms",
+        "9",
+        "--require-isolation=false",
+        "--accel",
+        "tcg",
+        "--egress-permit",
+        "127.0.0.1",
+    ];
+    let config = with_file(text, &args).unwrap();
+    assert_eq!((config.max_vms, config.accel, config.require_isolation), (9, Accel::Tcg, false));
+    assert_eq!(config.egress_permit, ["127.0.0.1/32".parse().unwrap()]);
+    assert_eq!(config.log_limit_bytes, 1024 * 1024);
+}
+
+#[test]
+fn the_file_is_refused_by_the_name_of_what_is_wrong() {
+    for (text, named) in [
+        ("max_vm = 2", "max_vm"),
+        ("config = \"x\"", "config"),
+        ("max-vms = 2", "max-vms"),
+        ("max_vms = \"two\"", "max_vms = \"two\""),
+        ("accel = \"xen\"", "xen"),
+        ("egress_permit = [\"10.0.0.1/8\"]", "10.0.0.1/8"),
+        ("[serve]\nlisten = \"x\"", "serve"),
+    ] {
+        let error = with_file(text, &[]).unwrap_err();
+        assert!(error.contains("--config") && error.contains(named), "{text}: {error}");
+    }
+    assert!(resolve(&["--config", "/does/not/exist"]).unwrap_err().contains("/does/not/exist"));
+    let large = "#".repeat(usize::try_from(MAX_FILE).unwrap());
+    assert!(with_file(&large, &[]).is_ok());
+    assert!(with_file(&format!("{large}#"), &[]).unwrap_err().contains("larger"));
+}
+
+#[test]
+fn values_are_refused_by_flag_and_what_is_allowed() {
+    for (args, needs) in [
+        (["--max-vms", "0"], "--max-vms is 0; it must be a number from 1 to 1024"),
+        (["--max-vms", "1025"], "1024"),
+        (["--log-limit-mb", "0"], "--log-limit-mb"),
+        (["--log-limit-mb", "65537"], "65536"),
+        (["--max-source-mb", "1048577"], "1048576"),
+        (["--max-memory-mb", "255"], "256"),
+        (["--max-timeout-seconds", "2592001"], "2592000"),
+        (["--max-cpus", "256"], "255"),
+        (["--max-disk-gb", "16385"], "16384"),
+        (["--max-queued", "0"], "--max-queued"),
+        (["--max-uploads", "0"], "--max-uploads"),
+        (["--network-default", "allowlist"], "none or open"),
+        (["--builder", ""], "--builder"),
+        (["--registry", "ftp://x"], "http(s)"),
+        (["--registry", "https://user:hunter2@x"], "--registry-config"),
+        (["--public-host", "kiln"], "HOST:PORT"),
+        (["--public-host", "http://kiln.example"], "HOST:PORT"),
+        (["--public-host", "kiln.example/x"], "HOST:PORT"),
+        (["--qemu", "/etc/passwd"], "--qemu"),
+    ] {
+        let error = resolve(&args).unwrap_err();
+        assert!(error.contains(needs) && error.contains(args[0]), "{args:?}: {error}");
+        assert!(!error.contains("hunter2"));
+    }
+    for args in [
+        ["--max-vms", "1024"],
+        ["--log-limit-mb", "65536"],
+        ["--max-memory-mb", "256"],
+        ["--public-host", "kiln.example"],
+        ["--public-host", "kiln:4973"],
+        ["--public-host", "kiln.example:80"],
+        ["--public-host", "[::1]:4973"],
+    ] {
+        assert!(resolve(&args).is_ok(), "{args:?}: {:?}", resolve(&args));
+    }
+    let error = resolve(&["--require-isolation", "--accel", "tcg"]).unwrap_err();
+    assert!(error.contains("--accel") && error.contains("isolates nothing"), "{error}");
+    let strict = resolve(&["--require-isolation"]).unwrap();
+    assert!(strict.require_isolation && strict.accel == Accel::Auto);
+    for bad in [["--accel", "xen"], ["--data-dir", ""], ["--listen", "4973"]] {
+        assert!(Command::try_parse_from(["kiln"].iter().chain(&bad)).is_err(), "{bad:?}");
+    }
+    assert!(with_file("data_dir = \"\"", &[]).unwrap_err().contains("--data-dir"));
+}
+
+#[test]
+fn lists_come_repeated_or_with_commas() {
+    let one = resolve(&["--egress-permit", "10.0.0.0/8", "--egress-permit", "::1"]).unwrap();
+    let other = resolve(&["--egress-permit", "10.0.0.0/8,::1"]).unwrap();
+    assert_eq!(one.egress_permit, other.egress_permit);
+    assert_eq!(one.egress_permit.len(), 2);
+}
+
+#[test]
+fn programs_are_looked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let bin = dir.path().join(".cargo/bin");
+    std::fs::create_dir_all(&bin).unwrap();
+    let program = bin.join("vhost-device-vsock");
+    let host = Host { home: Some(dir.path().into()), path: Some("relative:".into()), ..host() };
+    let look = || host.program("f", None, "vhost-device-vsock").unwrap();
+    std::fs::write(&program, "").unwrap();
+    assert_ne!(look(), program, "what cannot be executed is no program");
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    if !USUALLY_INSTALLED.iter().any(|place| Path::new(place).join("vhost-device-vsock").exists()) {
+        assert_eq!(look(), program);
+    }
+    let first = Host { path: Some(bin.clone().into()), ..host.clone() };
+    assert_eq!(first.program("f", None, "vhost-device-vsock").unwrap(), program);
+    assert_eq!(host.program("f", None, "no-such-program").unwrap(), Path::new("no-such-program"));
+}
+
+const USUALLY_INSTALLED: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
+
+#[test]
+fn the_docs_have_every_setting() {
+    let docs = include_str!("../../../docs/CONFIG.md");
+    let command = ServeArgs::augment_args(clap::Command::new("serve"));
+    for arg in command.get_arguments() {
+        let flag = arg.get_long().unwrap();
+        let (key, variable) =
+            (flag.replace('-', "_"), format!("KILN_{}", flag.replace('-', "_").to_uppercase()));
+        assert_eq!(arg.get_env().unwrap(), variable.as_str());
+        let key = if flag == "config" { "–".to_owned() } else { format!("`{key}`") };
+        let row = format!("| `--{flag}` | `{variable}` | {key} |");
+        assert!(docs.contains(&row), "docs/CONFIG.md has no row {row}");
+    }
+}
