@@ -17,6 +17,7 @@ use url::Url;
 
 pub use self::cidr::{BadCidr, Cidr};
 pub use self::host::Host;
+pub use crate::vmm::Accel;
 use crate::api::Limits;
 use crate::build::NetworkMode;
 
@@ -146,19 +147,6 @@ pub struct ServeConfig {
     pub vhost_device_vsock: PathBuf,
     /// A program's path; its bare name where it was not found.
     pub docker_registry: PathBuf,
-}
-
-/// How VMs run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum Accel {
-    /// With KVM where it runs guests, else by emulation.
-    #[default]
-    Auto,
-    /// With KVM.
-    Kvm,
-    /// By emulation, which isolates nothing.
-    Tcg,
 }
 
 /// A setting that cannot be.

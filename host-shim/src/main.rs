@@ -1,10 +1,11 @@
-//! `kiln`: the client commands.
+//! `kiln`: the server, and the client commands.
 
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use kiln::cli::{ClientCommand, Global};
+use kiln::serve::ServeCommand;
 
 /// Builds container images, each in a microVM of its own.
 #[derive(Debug, Parser)]
@@ -18,6 +19,11 @@ struct Cli {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    /// Run the server: queue, API, registry gateway, VMs
+    Serve(Box<ServeCommand>),
+    /// Remove what a server that was killed left: VMs, sockets, cgroups
+    #[command(hide = true)]
+    Sweep(Box<kiln::config::ServeArgs>),
     #[command(flatten)]
     Client(ClientCommand),
 }
@@ -43,8 +49,23 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         .context("cannot start the async runtime")?;
     let code = match cli.command {
         Command::Client(command) => runtime.block_on(command.run(&cli.global)),
+        Command::Serve(command) => {
+            log_to_stderr();
+            runtime.block_on(command.run()).map(|()| ExitCode::SUCCESS)?
+        }
+        Command::Sweep(settings) => {
+            log_to_stderr();
+            runtime.block_on(kiln::serve::sweep(*settings)).map(|_| ExitCode::SUCCESS)?
+        }
     };
     // A thread that waits for standard input must not keep a command that was interrupted.
     runtime.shutdown_background();
     Ok(code)
+}
+
+/// The server's log: its level by `RUST_LOG`, and "info" without.
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }

@@ -73,8 +73,8 @@ async fn serve(
     let address = listener.local_addr()?;
     let vmm = parts::vmm(&config, &bundle).await?;
     let swept = vmm.sweep().await?;
-    if swept.vms > 0 {
-        tracing::warn!(vms = swept.vms, "removed the VMs of an earlier server");
+    if !swept.vms.is_empty() {
+        tracing::warn!(vms = ?swept.vms, "removed the VMs of an earlier server");
     }
     let (registry, backing) = parts::registry(&config).await?;
     let builds_dir = config.data_dir.join("builds");

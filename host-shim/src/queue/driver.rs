@@ -18,11 +18,11 @@ use super::sink::BuildSink;
 use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
 use crate::egress::{self, EgressContext};
 use crate::events::{EventLog, payload};
-use crate::gateway::backing::Backing;
+use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
 use crate::publish;
 use crate::session::{self, End};
-use crate::staging::Staging;
+use crate::staging::{self, Staging};
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
 use crate::tunnel;
 use crate::vmm::{Vm, VmSpec, Vmm};
@@ -47,6 +47,9 @@ const MAX_SOURCE_ENTRIES: u64 = 1_000_000;
 /// Of the disk, how much an unpacked source may fill; the rest is for the build.
 const SOURCE_SHARE: u64 = 2;
 
+/// Layers and configs that one build may stage. An image has at most some hundred.
+const MAX_STAGED_BLOBS: usize = 1024;
+
 const GIB: u64 = 1 << 30;
 
 /// What every driver works with.
@@ -58,7 +61,7 @@ pub struct Workshop {
     /// Starts VMs.
     pub vmm: Vmm,
     /// The registry behind the gateway.
-    pub backing: Arc<Backing>,
+    pub backing: Backing,
     /// One directory for each build: its source and its staging.
     pub builds_dir: PathBuf,
     /// What VMs run: the digest of the builder bundle.
@@ -111,7 +114,7 @@ impl Driver {
             match error {
                 // Somebody else owns the build now: it is theirs to end.
                 StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
-                error => tracing::error!(error = %crate::api::chain(&error), "cannot record the build's state"),
+                error => tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state"),
             }
         }
     }
@@ -120,20 +123,23 @@ impl Driver {
         tracing::info!("building");
         let Worked { mut next, context } = self.work().await;
         self.workshop.store.annotate(&self.build, self.fence).await?;
-        if let (Next::Publish { digest }, Some(context)) = (&next, &context) {
-            let digest = digest.clone();
-            match self.publish(&digest, context).await? {
-                None => return self.end(Change::Finish).await,
-                Some(instead) => next = instead,
-            }
+        if let Next::Publish { digest } = next {
+            next = match context {
+                Some(context) => match self.publish(digest, context).await? {
+                    None => return self.end(Change::Finish).await,
+                    Some(instead) => instead,
+                },
+                None => Next::Fail(Failure::new(
+                    FailureKind::Internal,
+                    "an image was reported but nothing was staged",
+                )),
+            };
         }
         match next {
             Next::Fail(failure) => self.end(Change::Fail(failure)).await,
             Next::Cancel => self.end(Change::Cancel).await,
-            Next::Publish { .. } => {
-                let why = "an image was reported but nothing was staged";
-                self.end(Change::Fail(Failure::new(FailureKind::Internal, why))).await
-            }
+            // Was published above.
+            Next::Publish { .. } => Ok(()),
         }
     }
 
@@ -145,8 +151,8 @@ impl Driver {
             Ok(source) => source,
             Err(error) => return fail(FailureKind::Internal, format!("the build's source cannot be read: {error}")),
         };
-        let staging = match Staging::create(&dir.join("staging")) {
-            Ok(staging) => staging,
+        let staging = match Staging::new(dir.join("staging"), self.staging_limits()) {
+            Ok(staging) => Arc::new(staging),
             Err(error) => return fail(FailureKind::Internal, format!("the build's staging cannot be made: {error}")),
         };
         let cancel = self.entry.cancel.clone();
@@ -160,7 +166,7 @@ impl Driver {
         let vm = match started {
             None => return Worked { next: Next::Cancel, context: None },
             Some(Err(error)) => {
-                tracing::error!(error = %crate::api::chain(&error), "cannot start a VM");
+                tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
                 return fail(FailureKind::Internal, format!("the host could not start a VM: {error}"));
             }
             Some(Ok(vm)) => vm,
@@ -172,7 +178,7 @@ impl Driver {
             self.build.id.clone(),
             self.build.tenant.clone(),
             staging,
-            Arc::clone(&self.workshop.backing),
+            self.workshop.backing.clone(),
         ));
         let next = self.attend(vm, source, &context).await;
         self.build.pulled = context.pulled();
@@ -181,20 +187,19 @@ impl Driver {
 
     /// Serves a VM until its session ends, and destroys it.
     async fn attend(&mut self, vm: Vm, source: tokio::fs::File, context: &Arc<GuestContext>) -> Next {
-        let (control, registry, egress, vm) = vm.into_parts();
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
         let tunnels = TaskTracker::new();
         {
             let (context, stop) = (Arc::clone(context), gone.clone());
-            tunnels.spawn(tunnel::accept(registry, Channel::Registry, nonce, gone.clone(), move |stream| {
+            tunnels.spawn(tunnel::accept(Arc::clone(&vm.registry), Channel::Registry, nonce, gone.clone(), move |stream| {
                 guests::serve(stream, Arc::clone(&context), stop.clone())
             }));
         }
         if self.build.request.network != NetworkMode::None {
             let context = Arc::new(EgressContext::new(self.workshop.egress.clone()));
             let stop = gone.clone();
-            tunnels.spawn(tunnel::accept(egress, Channel::Egress, nonce, gone.clone(), move |stream| {
+            tunnels.spawn(tunnel::accept(Arc::clone(&vm.egress), Channel::Egress, nonce, gone.clone(), move |stream| {
                 egress::serve(stream, Arc::clone(&context), stop.clone())
             }));
         }
@@ -209,7 +214,7 @@ impl Driver {
         let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
         let cancel = self.entry.cancel.clone();
         let next = {
-            let session = session::run(control, &mut sink, params, cancel);
+            let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
             tokio::pin!(session);
             tokio::select! {
                 biased;
@@ -251,16 +256,20 @@ impl Driver {
         tunnels.close();
         tunnels.wait().await;
         if let Err(error) = vm.destroy().await {
-            tracing::error!(error = %crate::api::chain(&error), "the VM was not removed completely");
+            tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
         }
         next
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.
-    async fn publish(&mut self, digest: &str, context: &GuestContext) -> Result<Option<Next>, StoreError> {
-        let checked = match publish::check(context, digest).await {
+    async fn publish(
+        &mut self,
+        digest: String,
+        context: Arc<GuestContext>,
+    ) -> Result<Option<Next>, StoreError> {
+        let checked = match publish::check(&context, &digest).await {
             Ok(checked) => checked,
-            Err(error) => return Ok(Some(Next::Fail(error.into_failure()))),
+            Err(error) => return Ok(Some(Next::Fail(publish_failure(&error)))),
         };
         if self.build.status != crate::build::Status::Pushing {
             self.change(Change::Push, &[]).await?;
@@ -268,11 +277,11 @@ impl Driver {
         if self.entry.cancel.is_cancelled() {
             return Ok(Some(Next::Cancel));
         }
-        self.change(Change::Publish(digest.to_owned()), &[]).await?;
+        self.change(Change::Publish(digest), &[]).await?;
         let (repository, tag) = (self.build.repository(), self.build.tag().to_owned());
         match publish::push(&checked, &self.workshop.backing, &repository, &tag).await {
             Ok(()) => Ok(None),
-            Err(error) => Ok(Some(Next::Fail(error.into_failure()))),
+            Err(error) => Ok(Some(Next::Fail(publish_failure(&error)))),
         }
     }
 
@@ -304,6 +313,11 @@ impl Driver {
         Ok(())
     }
 
+    fn staging_limits(&self) -> staging::Limits {
+        let max_bytes = u64::from(self.build.request.disk_gb) * GIB;
+        staging::Limits { max_bytes, max_blobs: MAX_STAGED_BLOBS }
+    }
+
     fn job(&self) -> Job {
         let request = &self.build.request;
         let dockerfile = match &request.dockerfile {
@@ -328,4 +342,9 @@ impl Driver {
         };
         Job { build: self.build.id.clone(), role: Role::Build(build), limits }
     }
+}
+
+/// The failure of a build whose image was not published.
+pub(super) fn publish_failure(error: &publish::PublishError) -> Failure {
+    Failure::new(error.failure_kind(), error.to_string()).with_detail(error.detail())
 }

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::driver::Workshop;
+use super::driver::{Workshop, publish_failure};
 use crate::build::{Build, Change, Failure, FailureKind};
 use crate::events::payload;
-use crate::gateway::guests::GuestContext;
-use crate::publish;
-use crate::staging::Staging;
+use crate::publish::{self, Checked};
+use crate::staging::Digest;
 use crate::store::{Claimed, StoreError};
 
 /// Ends every build that was under way when the last process ended. VMs were swept before.
@@ -42,26 +41,22 @@ pub async fn recover(workshop: &Arc<Workshop>, owner: &str) -> Result<(), StoreE
     Ok(())
 }
 
-async fn republish(workshop: &Arc<Workshop>, build: &Build, digest: &str) -> Result<(), Failure> {
+async fn republish(workshop: &Workshop, build: &Build, digest: &str) -> Result<(), Failure> {
+    let lost = || {
+        Failure::new(
+            FailureKind::HostRestarted,
+            "the host was restarted while the image was published, and what was staged is gone; submit the build again",
+        )
+    };
+    let digest = Digest::parse(digest).map_err(|_| lost())?;
     let repository = build.repository();
-    if publish::is_published(&workshop.backing, &repository, digest)
-        .await
-        .map_err(publish::PublishError::into_failure)?
-    {
+    let published = publish::is_published(&workshop.backing, &repository, digest).await;
+    if published.map_err(|e| publish_failure(&e))? {
         return Ok(());
     }
-    let staging = Staging::open(&workshop.build_dir(build).join("staging")).map_err(|error| {
-        Failure::new(FailureKind::HostRestarted, format!("the staged image is gone ({error}); submit the build again"))
-    })?;
-    let context = GuestContext::new(
-        build.id.clone(),
-        build.tenant.clone(),
-        staging,
-        Arc::clone(&workshop.backing),
-    );
-    let checked =
-        publish::check(&context, digest).await.map_err(publish::PublishError::into_failure)?;
-    publish::push(&checked, &workshop.backing, &repository, build.tag())
-        .await
-        .map_err(publish::PublishError::into_failure)
+    let staging = workshop.build_dir(build).join("staging");
+    let checked = Checked::load(&staging).await.map_err(|e| publish_failure(&e))?;
+    let checked = checked.filter(|checked| checked.digest == digest).ok_or_else(lost)?;
+    let pushed = publish::push(&checked, &workshop.backing, &repository, build.tag()).await;
+    pushed.map_err(|e| publish_failure(&e))
 }

@@ -45,7 +45,8 @@ impl<'d> BuildSink<'d> {
 
     async fn store(&mut self, batch: &mut Vec<NewEvent>) -> anyhow::Result<()> {
         if !batch.is_empty() {
-            self.workshop.events.append(&self.build.id, std::mem::take(batch)).await?;
+            self.workshop.events.append(&self.build.id, batch).await?;
+            batch.clear();
         }
         Ok(())
     }
@@ -60,7 +61,8 @@ impl<'d> BuildSink<'d> {
             };
             let now = crate::clock::now();
             let id = &self.build.id;
-            let change = self.workshop.events.change(id, self.fence, Change::Push, now, &[told]);
+            let told = [told];
+            let change = self.workshop.events.change(id, self.fence, Change::Push, now, &told);
             // What the driver knows beyond the stored state is stored at the end.
             self.build.status = change.await?.status;
         }

@@ -70,10 +70,10 @@ pub(super) fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
 }
 
 pub(super) async fn store(config: &ServeConfig) -> anyhow::Result<Arc<dyn Store>> {
-    let path = config.data_dir.join("kiln.db");
-    let store = SqliteStore::open(&path)
+    let dir = &config.data_dir;
+    let store = SqliteStore::open(dir)
         .await
-        .with_context(|| format!("cannot open the database {}", path.display()))?;
+        .with_context(|| format!("cannot open the database in {}", dir.display()))?;
     Ok(Arc::new(store))
 }
 
@@ -113,7 +113,7 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
         return Ok((None, backing));
     }
     let dir = config.data_dir.join("registry");
-    let managed = Managed::start(&config.docker_registry, &dir).await.context("cannot start the registry")?;
+    let managed = Managed::start(&dir).await.context("cannot start the registry")?;
     let backing = managed.backing().clone();
     Ok((Some(managed), backing))
 }

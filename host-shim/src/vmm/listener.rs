@@ -7,8 +7,11 @@ use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::session::Connections;
 
 /// Bound before the VM starts, so that a guest never finds nobody there.
 #[derive(Debug)]
@@ -48,6 +51,14 @@ impl GuestListener {
                 }
             }
         }
+    }
+}
+
+impl Connections for Arc<GuestListener> {
+    type Stream = UnixStream;
+
+    async fn accept(&mut self) -> io::Result<UnixStream> {
+        GuestListener::accept(self).await
     }
 }
 

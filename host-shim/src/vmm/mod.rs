@@ -32,6 +32,7 @@ mod sys;
 mod vm;
 mod vsock;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -242,6 +243,18 @@ impl Vmm {
         });
         let swept = swept.await.map_err(io::Error::other);
         swept.map_err(VmmError::io("sweep", &self.config.run_dir))
+    }
+
+    /// The same where no server runs: `instance` and `run_dir` are those of the one that was killed.
+    pub async fn sweep_leftovers(instance: &str, run_dir: &Path) -> Result<Swept, VmmError> {
+        let boot =
+            record::boot_id().map_err(VmmError::io("read", Path::new("the kernel's boot id")))?;
+        let (instance, dir) = (instance.to_owned(), run_dir.to_owned());
+        let swept = tokio::task::spawn_blocking(move || {
+            let cgroups = CgroupRoot::find(&instance);
+            sweep::sweep(&dir, cgroups.as_ref(), &boot, &BTreeSet::new())
+        });
+        swept.await.map_err(io::Error::other).map_err(VmmError::io("sweep", run_dir))
     }
 
     async fn choose_engine(&mut self) -> Result<(), VmmError> {

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::net::UnixStream;
@@ -97,9 +98,9 @@ impl Vmm {
         }
         tracing::info!(vm = id, pid = remains.processes[1].id().pid, took = ?(started - began), "started a VM");
         Ok(Vm {
-            control,
-            registry,
-            egress,
+            control: Arc::new(control),
+            registry: Arc::new(registry),
+            egress: Arc::new(egress),
             id,
             started,
             qmp,

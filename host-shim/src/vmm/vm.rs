@@ -7,7 +7,7 @@
 //! ```
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::cgroup::Cgroup;
@@ -22,11 +22,11 @@ use super::{REMOVAL_DEADLINE, VmmError};
 #[derive(Debug)]
 pub struct Vm {
     /// Port 5001: the agent.
-    pub control: GuestListener,
+    pub control: Arc<GuestListener>,
     /// Port 5003: the engine's pulls and pushes.
-    pub registry: GuestListener,
+    pub registry: Arc<GuestListener>,
     /// Port 5004: the steps' egress.
-    pub egress: GuestListener,
+    pub egress: Arc<GuestListener>,
     pub(super) id: String,
     pub(super) started: Instant,
     pub(super) qmp: Qmp,
