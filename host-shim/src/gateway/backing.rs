@@ -1,20 +1,17 @@
-//! The registry behind Kiln, as everybody here talks to it: one request builder that adds the
-//! credential, and puts a deadline on every wait.
+//! The registry behind Kiln, as everybody here talks to it: managed or external, where it is, and
+//! how it is reached. [`super::request`] does the talking.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures_util::stream::BoxStream;
-use futures_util::{Stream, StreamExt, TryStreamExt};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use tokio::time::Instant;
+use http::{Method, header};
 use url::Url;
 
 use super::credential::Credential;
 use super::path::{Name, Route};
+use super::request::Request;
 
 /// Longest wait for an answer, and longest pause in a body. docker-registry hashes an uploaded blob
 /// again before it answers, and a disk may be slow: 100 GB take a minute.
@@ -28,13 +25,13 @@ const MAX_REDIRECTS: usize = 5;
 
 /// A registry to keep images in. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Backing(Arc<Inner>);
+pub struct Backing(pub(super) Arc<Inner>);
 
 #[derive(Debug)]
-struct Inner {
-    client: reqwest::Client,
-    base: Url,
-    credential: Option<Credential>,
+pub(super) struct Inner {
+    pub client: reqwest::Client,
+    pub base: Url,
+    pub credential: Option<Credential>,
     /// Keeps the directory that the Unix socket is reached through.
     _socket_dir: Option<OwnedFd>,
 }
@@ -159,7 +156,7 @@ impl Backing {
 
     /// A request for a path with a query, such as an upload's `Location`.
     pub fn request_to(&self, method: Method, target: Target) -> Request<'_> {
-        Request { backing: self, method, target, headers: HeaderMap::new(), body: None }
+        Request::new(self, method, target)
     }
 
     /// Where the registry says that an upload goes on. Never outside of its own API.
@@ -191,13 +188,13 @@ impl Target {
 
     /// The same with one more pair.
     #[must_use]
-    pub fn with(mut self, key: &str, value: impl ToString) -> Self {
+    pub fn with(mut self, key: &str, value: &dyn ToString) -> Self {
         self.query.push((key.to_owned(), value.to_string()));
         self
     }
 
     /// What a token must allow for this, in the words of the distribution token spec.
-    fn scopes(&self, method: &Method) -> Vec<String> {
+    pub(super) fn scopes(&self, method: &Method) -> Vec<String> {
         let Some(name) = self.route.name() else { return vec![] };
         let actions = match *method {
             Method::GET | Method::HEAD => "pull",
@@ -210,139 +207,6 @@ impl Target {
             scopes.push(format!("repository:{from}:pull"));
         }
         scopes
-    }
-}
-
-/// A request that is being put together.
-pub struct Request<'a> {
-    backing: &'a Backing,
-    method: Method,
-    target: Target,
-    headers: HeaderMap,
-    body: Option<BoxStream<'static, Result<Bytes, BoxError>>>,
-}
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-impl Request<'_> {
-    /// Adds a header.
-    #[must_use]
-    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.append(name, value);
-        self
-    }
-
-    /// Adds those of the headers that are named.
-    #[must_use]
-    pub fn headers_of(mut self, headers: &HeaderMap, names: &[HeaderName]) -> Self {
-        for name in names {
-            for value in headers.get_all(name) {
-                self.headers.append(name.clone(), value.clone());
-            }
-        }
-        self
-    }
-
-    /// A small body.
-    #[must_use]
-    pub fn bytes(self, bytes: Bytes) -> Self {
-        let length = bytes.len() as u64;
-        self.stream(futures_util::stream::iter([Ok::<_, BoxError>(bytes)]), Some(length))
-    }
-
-    /// A body that streams; its length where it is known.
-    #[must_use]
-    pub fn stream<S, E>(mut self, stream: S, length: Option<u64>) -> Self
-    where
-        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
-        E: Into<BoxError> + 'static,
-    {
-        if let Some(length) = length {
-            self.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
-        }
-        self.body = Some(stream.map_err(Into::into).boxed());
-        self
-    }
-
-    /// Sends it. Any status is an answer. A request without a body is sent once more when the
-    /// registry refuses a token that it had given before.
-    pub async fn send(mut self) -> Result<reqwest::Response, BackingError> {
-        let inner = &self.backing.0;
-        let scopes = self.target.scopes(&self.method);
-        let replayable = self.body.is_none();
-        let response = self.send_once(&scopes).await?;
-        let Some(credential) = &inner.credential else { return Ok(response) };
-        if response.status() != StatusCode::UNAUTHORIZED {
-            return Ok(response);
-        }
-        credential.forget(&scopes);
-        if replayable { self.send_once(&scopes).await } else { Ok(response) }
-    }
-
-    async fn send_once(&mut self, scopes: &[String]) -> Result<reqwest::Response, BackingError> {
-        let inner = &self.backing.0;
-        let path = self.target.route.to_path();
-        let url = inner.base.join(&self.target.to_path_and_query());
-        let url = url.map_err(|_| BackingError::Location)?;
-        let mut request = inner.client.request(self.method.clone(), url);
-        request = request.headers(self.headers.clone());
-        if let Some(credential) = &inner.credential
-            && let Some(value) = credential.header(&inner.client, &inner.base, scopes).await?
-        {
-            request = request.header(header::AUTHORIZATION, value);
-        }
-        let progress = Progress::default();
-        if let Some(body) = self.body.take() {
-            request = request.body(reqwest::Body::wrap_stream(progress.watch(body)));
-        }
-        match progress.deadline(request.send()).await {
-            Some(Ok(response)) => Ok(response),
-            Some(Err(source)) => {
-                let (method, source) = (self.method.clone(), source.without_url());
-                Err(BackingError::Send { method, path, source })
-            }
-            None => Err(BackingError::Deadline { method: self.method.clone(), path }),
-        }
-    }
-}
-
-/// When something last moved in a request's body.
-#[derive(Clone)]
-struct Progress(Arc<Mutex<Instant>>);
-
-impl Default for Progress {
-    fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
-    }
-}
-
-impl Progress {
-    fn watch(
-        &self,
-        body: BoxStream<'static, Result<Bytes, BoxError>>,
-    ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static {
-        let progress = self.clone();
-        body.inspect(move |_| *progress.lock() = Instant::now())
-    }
-
-    /// `None` when nothing moved for [`PATIENCE`].
-    async fn deadline<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        tokio::pin!(work);
-        loop {
-            let until = *self.lock() + PATIENCE;
-            tokio::select! {
-                done = &mut work => return Some(done),
-                () = tokio::time::sleep_until(until) => {
-                    if *self.lock() + PATIENCE <= Instant::now() {
-                        return None;
-                    }
-                }
-            }
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Instant> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -393,23 +257,8 @@ mod tests {
         assert_eq!(scopes(Method::GET, target("/v2/")), Vec::<String>::new());
         assert_eq!(scopes(Method::HEAD, target("/v2/a/manifests/t")), ["repository:a:pull"]);
         assert_eq!(scopes(Method::DELETE, target("/v2/a/manifests/t")), ["repository:a:delete"]);
-        let mount = target("/v2/a/blobs/uploads/").with("mount", "x").with("from", "b/c");
+        let mount = target("/v2/a/blobs/uploads/").with("mount", &"x").with("from", &"b/c");
         assert_eq!(mount.to_path_and_query(), "/v2/a/blobs/uploads/?mount=x&from=b%2Fc");
         assert_eq!(scopes(Method::POST, mount), ["repository:a:pull,push", "repository:b/c:pull"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_body_that_stands_still_is_given_up_and_one_that_moves_is_not() {
-        let progress = Progress::default();
-        assert!(progress.deadline(std::future::pending::<()>()).await.is_none());
-
-        let progress = Progress::default();
-        let moving = async {
-            for _ in 0..5 {
-                tokio::time::sleep(PATIENCE - Duration::from_secs(1)).await;
-                *progress.lock() = Instant::now();
-            }
-        };
-        assert!(progress.deadline(moving).await.is_some());
     }
 }

@@ -161,10 +161,9 @@ fn answer(state: &GatewayState, from: reqwest::Response, head: bool) -> Result<R
     if from.status().is_redirection() && from.status() != StatusCode::NOT_MODIFIED {
         return Err(BackingError::Location.into());
     }
-    let location = match from.headers().contains_key(header::LOCATION) {
-        true => Some(state.backing.location(&from)?.to_path_and_query()),
-        false => None,
-    };
+    let located = from.headers().contains_key(header::LOCATION);
+    let location = located.then(|| state.backing.location(&from)).transpose()?;
+    let location = location.map(|target| target.to_path_and_query());
     let link = from.headers().get(header::LINK).and_then(|link| next_page(link.to_str().ok()?));
     let mut to = relay::relay(from, head);
     for (name, text) in [(header::LOCATION, location), (header::LINK, link)] {
@@ -206,21 +205,21 @@ impl GatewayState {
     fn unauthorized(&self, scope: Option<(&Name, Action)>, insufficient: bool) -> Refusal {
         let realm = self.public_url.join(TOKEN_PATH);
         let realm = realm.map_or_else(|_| TOKEN_PATH.to_owned(), Into::into);
-        let mut challenge = format!("Bearer realm=\"{realm}\",service=\"{SERVICE}\"");
+        let mut challenge = vec![format!("Bearer realm=\"{realm}\",service=\"{SERVICE}\"")];
         if let Some((name, action)) = scope {
             let actions = match action {
                 Action::Push => "pull,push",
                 action => action.as_str(),
             };
-            challenge.push_str(&format!(",scope=\"repository:{name}:{actions}\""));
+            challenge.push(format!("scope=\"repository:{name}:{actions}\""));
         }
         let message = if insufficient {
-            challenge.push_str(",error=\"insufficient_scope\"");
+            challenge.push("error=\"insufficient_scope\"".into());
             "the token does not allow this"
         } else {
             "a registry token is required; log in with a Kiln API token as the password"
         };
         Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", message)
-            .with_challenge(HeaderValue::try_from(challenge).ok())
+            .with_challenge(HeaderValue::try_from(challenge.join(",")).ok())
     }
 }

@@ -88,13 +88,12 @@ impl Credential {
         scopes: &[String],
     ) -> Result<Option<HeaderValue>, BackingError> {
         let known = self.lock().challenge.clone();
-        let challenge = match known {
-            Some(challenge) => challenge,
-            None => {
-                let challenge = ask(client, base).await?;
-                self.lock().challenge = Some(challenge.clone());
-                challenge
-            }
+        let challenge = if let Some(challenge) = known {
+            challenge
+        } else {
+            let challenge = ask(client, base).await?;
+            self.lock().challenge = Some(challenge.clone());
+            challenge
         };
         match challenge {
             Challenge::Nothing => Ok(None),

@@ -18,6 +18,7 @@ pub mod guests;
 pub mod managed;
 pub mod path;
 pub(crate) mod relay;
+pub mod request;
 pub mod rights;
 pub mod token;
 mod token_endpoint;

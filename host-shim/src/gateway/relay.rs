@@ -7,7 +7,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::backing::{BackingError, PATIENCE, Request};
+use super::backing::{BackingError, PATIENCE};
+use super::request::Request;
 
 /// `Docker-Content-Digest`.
 pub(crate) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");

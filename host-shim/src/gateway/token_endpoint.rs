@@ -125,7 +125,7 @@ fn asked(form: &[u8]) -> Result<Asked, Refusal> {
         match &*key {
             "service" => asked.service = Some(value.into_owned()),
             "scope" => {
-                asked.scopes.extend(value.split(' ').filter(|s| !s.is_empty()).map(Into::into))
+                asked.scopes.extend(value.split(' ').filter(|s| !s.is_empty()).map(Into::into));
             }
             _ => {}
         }
@@ -179,12 +179,12 @@ fn unavailable(error: crate::store::StoreError) -> Refusal {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::Action::{Delete, Pull, Push};
     use super::*;
 
     #[test]
     fn scopes_are_read_by_the_spec() {
         let parse = |scope| parse_scope(scope).map(|(name, actions)| (name.to_string(), actions));
-        use Action::{Delete, Pull, Push};
         assert_eq!(parse("repository:a/b:pull,push"), Some(("a/b".into(), vec![Pull, Push])));
         assert_eq!(parse("repository:a/b:*"), Some(("a/b".into(), vec![Pull, Push, Delete])));
         assert_eq!(parse("repository:a/b:fly"), Some(("a/b".into(), vec![])));
@@ -201,8 +201,8 @@ mod tests {
         assert_eq!(asked(form(MAX_SCOPES).as_bytes()).unwrap().scopes.len(), MAX_SCOPES);
         assert!(asked(form(MAX_SCOPES + 1).as_bytes()).is_err());
         assert!(asked(format!("scope={}", "+a".repeat(MAX_SCOPES + 1)).as_bytes()).is_err());
-        assert!(asked(&[b'a'; MAX_FORM_BYTES]).is_ok());
-        assert!(asked(&[b'a'; MAX_FORM_BYTES + 1]).is_err());
+        assert!(asked(&vec![b'a'; MAX_FORM_BYTES]).is_ok());
+        assert!(asked(&vec![b'a'; MAX_FORM_BYTES + 1]).is_err());
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Destination<'_> {
         let Some(upload) = self.begin(blob).await? else { return Ok(()) };
         let operation = || format!("take {digest}");
         let octets = HeaderValue::from_static("application/octet-stream");
-        let request = self.backing.request_to(Method::PUT, upload.with("digest", digest));
+        let request = self.backing.request_to(Method::PUT, upload.with("digest", &digest));
         let request = request.header(header::CONTENT_TYPE, octets);
         let request =
             if blob.staged {
@@ -106,7 +106,7 @@ impl Destination<'_> {
         let operation = || format!("start an upload of {}", blob.digest);
         let mut target = Target { route: Route::Uploads(self.name.clone()), query: vec![] };
         if let Some(source) = &blob.source {
-            target = target.with("mount", blob.digest).with("from", source);
+            target = target.with("mount", &blob.digest).with("from", source);
         }
         let answer = self.backing.request_to(Method::POST, target).send().await;
         let answer = answer.map_err(failed(operation))?;

@@ -69,7 +69,7 @@ impl Staging {
     }
 
     /// How many bytes the upload has.
-    pub async fn upload_offset(&self, id: UploadId) -> Result<u64, StagingError> {
+    pub fn upload_offset(&self, id: UploadId) -> Result<u64, StagingError> {
         let upload = self.upload(id)?;
         let upload = upload.try_lock().map_err(|_| StagingError::Busy)?;
         Ok(upload.written)

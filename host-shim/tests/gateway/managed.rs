@@ -13,6 +13,9 @@ use kiln::gateway::{Managed, ManagedError};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+/// Only a test that fails waits so long.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn pid(dir: &Path) -> i32 {
     let text = std::fs::read_to_string(dir.join("pid")).unwrap();
     text.split_whitespace().next().unwrap().parse().unwrap()
@@ -26,7 +29,7 @@ async fn answers(registry: &Managed) -> bool {
 /// A connection that ends when the registry does.
 fn connection(dir: &Path) -> UnixStream {
     let stream = UnixStream::connect(dir.join("run/registry.sock")).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
 }
 
@@ -71,11 +74,16 @@ async fn one_that_is_killed_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Managed::start(dir.path()).await.unwrap();
     let first = pid(dir.path());
+    let open = connection(dir.path());
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    ended(open).await;
     // The next request that goes through is the event.
-    while !answers(&registry).await {
-        tokio::task::yield_now().await;
-    }
+    let back = async {
+        while !answers(&registry).await {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, back).await.unwrap();
     assert_ne!(pid(dir.path()), first);
 }
 

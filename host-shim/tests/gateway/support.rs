@@ -39,7 +39,7 @@ impl World {
         let gateway = listener.local_addr().unwrap();
         let state = GatewayState {
             backing: registry.backing().clone(),
-            authorizer: Arc::new(People::default()),
+            authorizer: Arc::new(People),
             keys: keys.clone(),
             public_url: format!("http://{gateway}").parse().unwrap(),
         };
@@ -134,7 +134,6 @@ pub fn fails(output: &Output) -> String {
 }
 
 /// Who the test's tokens and builds belong to.
-#[derive(Default)]
 pub struct People;
 
 #[async_trait]

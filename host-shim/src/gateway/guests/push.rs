@@ -58,16 +58,16 @@ async fn get_blob(ctx: &GuestContext, parts: &Parts, digest: Digest) -> Result<R
         if parts.method == Method::GET {
             *response.body_mut() = Body::from_stream(ReaderStream::new(file));
         }
-        put(&mut response, header::CONTENT_LENGTH, size);
-        put(&mut response, header::CONTENT_TYPE, "application/octet-stream");
-        put(&mut response, relay::CONTENT_DIGEST, digest);
+        put(&mut response, header::CONTENT_LENGTH, &size);
+        put(&mut response, header::CONTENT_TYPE, &"application/octet-stream");
+        put(&mut response, relay::CONTENT_DIGEST, &digest);
         return Ok(response);
     }
     match ctx.pulled_blob(&digest) {
         Some(blob) if parts.method == Method::HEAD => {
             let mut response = Response::new(Body::empty());
-            put(&mut response, header::CONTENT_LENGTH, blob.size);
-            put(&mut response, relay::CONTENT_DIGEST, digest);
+            put(&mut response, header::CONTENT_LENGTH, &blob.size);
+            put(&mut response, relay::CONTENT_DIGEST, &digest);
             Ok(response)
         }
         Some(blob) => pull::blob(ctx, parts, blob.repository, digest).await,
@@ -110,7 +110,7 @@ async fn upload(
 ) -> Result<Response, Refusal> {
     match *method {
         Method::GET => {
-            let offset = ctx.staging.upload_offset(id).await?;
+            let offset = ctx.staging.upload_offset(id)?;
             Ok(progress(StatusCode::NO_CONTENT, id, offset))
         }
         Method::PATCH => {
@@ -176,8 +176,8 @@ async fn put_manifest(
     }
     ctx.staging.put_manifest(tag, media_type, bytes).await?;
     let mut response = status(StatusCode::CREATED);
-    put(&mut response, header::LOCATION, format!("/v2/{STAGING_REPOSITORY}/manifests/{digest}"));
-    put(&mut response, relay::CONTENT_DIGEST, digest);
+    put(&mut response, header::LOCATION, &format!("/v2/{STAGING_REPOSITORY}/manifests/{digest}"));
+    put(&mut response, relay::CONTENT_DIGEST, &digest);
     Ok(response)
 }
 
@@ -200,8 +200,8 @@ async fn get_manifest(
     })?;
     let mut response = Response::new(Body::empty());
     put(&mut response, header::CONTENT_TYPE, &staged.media_type);
-    put(&mut response, header::CONTENT_LENGTH, staged.bytes.len());
-    put(&mut response, relay::CONTENT_DIGEST, staged.digest);
+    put(&mut response, header::CONTENT_LENGTH, &staged.bytes.len());
+    put(&mut response, relay::CONTENT_DIGEST, &staged.digest);
     if method == Method::GET {
         *response.body_mut() = Body::from(staged.bytes);
     }
@@ -237,18 +237,18 @@ fn chunk_start(parts: &Parts) -> Result<Option<u64>, Refusal> {
 
 fn created(digest: Digest) -> Response {
     let mut response = status(StatusCode::CREATED);
-    put(&mut response, header::LOCATION, format!("/v2/{STAGING_REPOSITORY}/blobs/{digest}"));
-    put(&mut response, relay::CONTENT_DIGEST, digest);
+    put(&mut response, header::LOCATION, &format!("/v2/{STAGING_REPOSITORY}/blobs/{digest}"));
+    put(&mut response, relay::CONTENT_DIGEST, &digest);
     response
 }
 
 fn progress(code: StatusCode, id: UploadId, offset: u64) -> Response {
     let mut response = status(code);
     let location = format!("/v2/{STAGING_REPOSITORY}/blobs/uploads/{id}");
-    put(&mut response, header::LOCATION, location);
+    put(&mut response, header::LOCATION, &location);
     // The spec's range is inclusive; both ends are 0 when there is nothing, as in docker-registry.
-    put(&mut response, header::RANGE, format!("0-{}", offset.saturating_sub(1)));
-    put(&mut response, relay::UPLOAD_UUID, id);
+    put(&mut response, header::RANGE, &format!("0-{}", offset.saturating_sub(1)));
+    put(&mut response, relay::UPLOAD_UUID, &id);
     response
 }
 
@@ -258,7 +258,7 @@ fn status(code: StatusCode) -> Response {
     response
 }
 
-fn put(response: &mut Response, name: HeaderName, value: impl ToString) {
+fn put(response: &mut Response, name: HeaderName, value: &dyn ToString) {
     if let Ok(value) = HeaderValue::try_from(value.to_string()) {
         response.headers_mut().insert(name, value);
     }
