@@ -78,7 +78,7 @@ impl std::fmt::Display for Status {
 pub struct Tenant(String);
 
 /// Names that no tenant may have: they are namespaces of the registry.
-pub const RESERVED_TENANTS: [&str; 3] = ["builds", "base", "upstream"];
+pub const RESERVED_TENANTS: [&str; 4] = ["builds", "base", "upstream", "staging"];
 
 /// A text that cannot be a tenant's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

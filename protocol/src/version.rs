@@ -52,6 +52,7 @@ impl Features {
     pub const RESUME: Self = Self(1);
 
     /// The abilities that both sides have.
+    #[must_use]
     pub const fn common(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }

@@ -37,8 +37,8 @@ pub async fn push(
     let name = Name::parse(repository).filter(|_| is_tag(tag));
     let name = name.ok_or_else(|| PublishError::BadName(format!("{repository}:{tag}")))?;
     let to = Destination { checked, backing, name: &name };
-    futures_util::stream::iter(&checked.blobs)
-        .map(|blob| async move { retry(|| to.blob(blob)).await })
+    futures_util::stream::iter(checked.blobs.clone())
+        .map(|blob| async move { retry(|| to.blob(&blob)).await })
         .buffer_unordered(PARALLEL)
         .try_collect::<()>()
         .await?;

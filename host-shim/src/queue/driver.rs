@@ -180,18 +180,18 @@ impl Driver {
             staging,
             self.workshop.backing.clone(),
         ));
-        let next = self.attend(vm, source, &context).await;
+        let next = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
         Worked { next, context: Some(context) }
     }
 
     /// Serves a VM until its session ends, and destroys it.
-    async fn attend(&mut self, vm: Vm, source: tokio::fs::File, context: &Arc<GuestContext>) -> Next {
+    async fn attend(&mut self, vm: Vm, source: tokio::fs::File, context: Arc<GuestContext>) -> Next {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
         let tunnels = TaskTracker::new();
         {
-            let (context, stop) = (Arc::clone(context), gone.clone());
+            let (context, stop) = (Arc::clone(&context), gone.clone());
             tunnels.spawn(tunnel::accept(Arc::clone(&vm.registry), Channel::Registry, nonce, gone.clone(), move |stream| {
                 guests::serve(stream, Arc::clone(&context), stop.clone())
             }));
@@ -209,7 +209,7 @@ impl Driver {
             nonce,
             boot_deadline: BOOT_DEADLINE,
         };
-        let mut sink = BuildSink::new(&self.workshop, &mut self.build, self.fence, Arc::clone(context));
+        let mut sink = BuildSink::new(&self.workshop, &mut self.build, self.fence, context);
         let allowed = sink.timeout();
         let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
         let cancel = self.entry.cancel.clone();
