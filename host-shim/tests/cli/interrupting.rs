@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr};
 
-use super::server::{Ending, Script, Server, problem, sse};
+use super::server::{Delete, Ending, Script, Server, problem, sse};
 use super::*;
 
 struct Running {
@@ -70,7 +70,7 @@ async fn the_first_one_cancels_the_build() {
 
 #[tokio::test]
 async fn the_second_one_leaves_at_once() {
-    let server = Server::start(Script { refuse_delete: Some(None), ..hanging() }).await;
+    let server = Server::start(Script { refuse_delete: Delete::Hang, ..hanging() }).await;
     let mut running = Running::start(&server).await;
     running.signal(Signal::SIGINT);
     server.until(|script| !script.deleted.is_empty()).await;
@@ -82,7 +82,7 @@ async fn the_second_one_leaves_at_once() {
 #[tokio::test]
 async fn a_build_that_is_being_published_is_awaited() {
     let refusal = problem(StatusCode::CONFLICT, "it is being published");
-    let mut script = Script { refuse_delete: Some(Some(refusal)), ..hanging() };
+    let mut script = Script { refuse_delete: Delete::Refuse(refusal), ..hanging() };
     script.streams.push_back((sse(2, &[status("pushing"), status("ready")]), None));
     let server = Server::start(script).await;
     let mut running = Running::start(&server).await;
@@ -99,7 +99,7 @@ async fn one_while_the_source_is_sent_leaves_no_build() {
     let mut command = kiln(&server, &["build", "-"]);
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut stdin, &[0; 256 * 1024]).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, &vec![0; 256 * 1024]).await.unwrap();
     server.until(|script| script.source_bytes > 0).await;
     kill(Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()), Signal::SIGINT).unwrap();
     let output = child.wait_with_output().await.unwrap();

@@ -4,7 +4,7 @@ use axum::http::StatusCode;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-use super::server::{Ending, Script, Server, problem, sse};
+use super::server::{Delete, Ending, Script, Server, problem, sse};
 use super::*;
 
 #[tokio::test]
@@ -45,7 +45,7 @@ async fn cancel_tells_a_conflict() {
     ended(&output(kiln(&server, &["cancel", "b1"])).await, 0, "", &[]);
     assert_eq!(server.script().deleted, ["b1"]);
     let refusal = problem(StatusCode::CONFLICT, "the build is already ready");
-    server.script().refuse_delete = Some(Some(refusal));
+    server.script().refuse_delete = Delete::Refuse(refusal);
     ended(
         &output(kiln(&server, &["cancel", "b1"])).await,
         1,

@@ -1,6 +1,7 @@
 //! The real `kiln`, against a small real server.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(missing_docs, reason = "tests")]
 
 mod server;
 

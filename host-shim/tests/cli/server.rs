@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
+use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use axum::Router;
@@ -23,6 +24,18 @@ pub enum Ending {
     Hang,
 }
 
+/// What DELETE does.
+#[derive(Clone, Debug, Default)]
+pub enum Delete {
+    /// 204.
+    #[default]
+    Cancel,
+    /// Another answer.
+    Refuse((StatusCode, Value)),
+    /// No answer.
+    Hang,
+}
+
 /// What the server says, and what it was told.
 #[derive(Debug, Default)]
 pub struct Script {
@@ -32,8 +45,8 @@ pub struct Script {
     pub build: Value,
     /// Answer to POST, if not 202.
     pub refuse_post: Option<(StatusCode, Value)>,
-    /// Answer to DELETE, if not 204; `None` inside hangs.
-    pub refuse_delete: Option<Option<(StatusCode, Value)>>,
+    /// What DELETE does.
+    pub refuse_delete: Delete,
     /// Parts of the form.
     pub parts: BTreeMap<String, Vec<u8>>,
     /// `Last-Event-ID` and `follow` of every connection.
@@ -44,6 +57,8 @@ pub struct Script {
     pub authorization: Option<String>,
     /// Bytes of a source that is counted, not kept; by the process whose memory is watched.
     pub watch: Option<u32>,
+    /// A file that is written to when the first of the source is here.
+    pub meddle: Option<std::path::PathBuf>,
     /// Peak resident memory of the watched process, in kB, when its source was complete.
     pub peak_kb: Option<u64>,
     pub source_bytes: u64,
@@ -101,16 +116,12 @@ pub fn problem(status: StatusCode, detail: &str) -> (StatusCode, Value) {
 
 /// Blocks of SSE, numbered from `first`.
 pub fn sse(first: u64, events: &[Value]) -> String {
-    (first..)
-        .zip(events)
-        .map(|(id, event)| {
-            let retry = if id == 1 { "retry: 100\n" } else { "" };
-            format!(
-                "{retry}id: {id}\nevent: {}\ndata: {event}\n\n",
-                event["type"].as_str().unwrap()
-            )
-        })
-        .collect()
+    let blocks = (first..).zip(events).map(|(id, event)| {
+        let retry = if id == 1 { "retry: 100\n" } else { "" };
+        let kind = event["type"].as_str().unwrap();
+        format!("{retry}id: {id}\nevent: {kind}\ndata: {event}\n\n")
+    });
+    blocks.collect::<Vec<_>>().concat()
 }
 
 async fn keep_authorization(
@@ -128,7 +139,8 @@ async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
     if let Some((status, body)) = server.script().refuse_post.clone() {
         return (status, axum::Json(body)).into_response();
     }
-    while let Some(mut field) = form.next_field().await.unwrap() {
+    // An error is a client that went away.
+    while let Ok(Some(mut field)) = form.next_field().await {
         let name = field.name().unwrap().to_owned();
         let mut bytes = vec![];
         loop {
@@ -137,6 +149,10 @@ async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
                     let mut script = server.script();
                     if script.watch.is_some() && name == "source" {
                         script.source_bytes += chunk.len() as u64;
+                        if let Some(path) = script.meddle.take() {
+                            let file = std::fs::File::options().append(true).open(path);
+                            file.unwrap().write_all(b"more").unwrap();
+                        }
                     } else {
                         bytes.extend_from_slice(&chunk);
                     }
@@ -178,9 +194,11 @@ async fn events(
     let text = stream::iter([Ok(Bytes::from(text))]);
     let body = match ending.unwrap_or(Ending::Close) {
         Ending::Close => Body::from_stream(text),
-        Ending::Abort => {
-            Body::from_stream(text.chain(stream::iter([Err(std::io::Error::other("cut"))])))
-        }
+        Ending::Abort => Body::from_stream(text.chain(stream::once(async {
+            // What was written goes out while this waits.
+            tokio::task::yield_now().await;
+            Err(std::io::Error::other("cut"))
+        }))),
         Ending::Hang => Body::from_stream(
             text.map(|part: Result<_, std::io::Error>| Ok::<_, Infallible>(part.unwrap()))
                 .chain(stream::pending()),
@@ -206,9 +224,9 @@ async fn cancel(State(server): State<Server>, Path(id): Path<String>) -> Respons
     };
     server.asked.notify_waiters();
     match refuse {
-        None => StatusCode::NO_CONTENT.into_response(),
-        Some(Some((status, body))) => (status, axum::Json(body)).into_response(),
-        Some(None) => std::future::pending().await,
+        Delete::Cancel => StatusCode::NO_CONTENT.into_response(),
+        Delete::Refuse((status, body)) => (status, axum::Json(body)).into_response(),
+        Delete::Hang => std::future::pending().await,
     }
 }
 
