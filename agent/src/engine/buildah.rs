@@ -308,3 +308,195 @@ fn step_memory(meminfo: &str) -> Option<u64> {
     let total = kib.checked_mul(1024)?;
     Some(total.saturating_sub(RESERVED_MEMORY).max(total / 2))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::events::channel;
+    use kiln_protocol::job::StepNetwork;
+    use std::os::unix::fs::PermissionsExt as _;
+    use tokio::sync::mpsc;
+
+    const DIGEST: &str = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+
+    /// An engine whose program is a script: `$verb` is `build`, `push` or `--version`, `$digest`
+    /// the file for the digest, `$here` a directory of the test's.
+    struct Bench {
+        directory: tempfile::TempDir,
+        buildah: Buildah,
+    }
+
+    impl Bench {
+        fn new(script: &str) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let here = directory.path().to_owned();
+            let program = here.join("buildah");
+            let head = format!(
+                "#!/bin/sh\nhere={}\nfor arg; do case $arg in build|push|--version) verb=$arg;; \
+                 --digestfile=*) digest=${{arg#*=}};; esac; done\n",
+                here.display()
+            );
+            std::fs::write(&program, head + script).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            std::fs::create_dir(here.join("context")).unwrap();
+            std::fs::write(here.join("context/Dockerfile"), "FROM scratch").unwrap();
+            let buildah = Buildah {
+                program,
+                socket: here.join("socket"),
+                storage: here.join("storage"),
+                run_root: here.join("run"),
+                tmp: here.join("tmp"),
+                files: here.join("files"),
+                cgroup_mount: here.join("cgroup"),
+                ..Buildah::default()
+            };
+            Self { directory, buildah }
+        }
+
+        fn work(&self) -> Work {
+            let context = self.directory.path().join("context");
+            Work {
+                dockerfile: context.join("Dockerfile"),
+                context,
+                target: None,
+                build_args: vec![("TOKEN".into(), "hunter2".into())],
+                network: StepNetwork::None,
+                processes: 9,
+            }
+        }
+
+        async fn run(&self) -> (Outcome, Vec<Report>) {
+            let (reporter, reports) = channel();
+            let run = self.buildah.run(self.work(), reporter, CancellationToken::new());
+            tokio::join!(run, all(reports))
+        }
+    }
+
+    async fn all(mut reports: mpsc::Receiver<Report>) -> Vec<Report> {
+        let mut seen = vec![];
+        while let Some(report) = reports.recv().await {
+            seen.push(report);
+        }
+        seen
+    }
+
+    fn failure(outcome: Outcome) -> Failure {
+        match outcome {
+            Outcome::Failed(failure) => failure,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_was_built_is_pushed_and_named_by_its_digest() {
+        let bench = Bench::new(&format!(
+            "case $verb in build) echo STEP 1/1: FROM scratch;; push) printf {DIGEST} > $digest;; \
+             *) echo buildah version 1.39.3 '(image-spec 1.1.0, runtime-spec 1.2.0)';; esac"
+        ));
+        let (outcome, reports) = bench.run().await;
+        let engine = "buildah 1.39.3".to_owned();
+        assert_eq!(outcome, Outcome::Built(Built { digest: DIGEST.into(), engine }));
+        let kinds: Vec<_> = reports.iter().map(|report| format!("{report:?}")).collect();
+        assert_eq!(kinds[0], "Event(Phase(Building))");
+        assert_eq!(kinds[1], "EngineStarted");
+        assert!(kinds[2].starts_with("Event(Log("), "{}", kinds[2]);
+        assert_eq!(kinds[3], "Event(Phase(Pushing))");
+    }
+
+    #[tokio::test]
+    async fn what_the_engine_says_names_the_cause_but_no_build_argument() {
+        let bench = Bench::new(
+            "echo \"Error: building at STEP \\\"FOO \\\": Build error: Unknown instruction: \\\"FOO\\\" \
+             &imagebuilder.Step{Env:[]string{\\\"TOKEN=hunter2\\\"}}\" >&2; exit 125",
+        );
+        let (outcome, reports) = bench.run().await;
+        let failure = failure(outcome);
+        assert_eq!(failure.kind, FailureKind::DockerfileInvalid);
+        assert_eq!(failure.message, "unknown instruction \"FOO\"");
+        let events: String = reports
+            .iter()
+            .filter_map(|report| match report {
+                Report::Event(Event::Log(log)) => {
+                    Some(String::from_utf8_lossy(&log.content).into_owned())
+                }
+                _ => None,
+            })
+            .collect();
+        assert!(events.contains("Unknown instruction") && !events.contains("hunter2"));
+        assert!(!format!("{failure:?}").contains("hunter2"));
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_dies_or_lies_is_found_out() {
+        let killed = failure(Bench::new("kill -KILL $$").run().await.0);
+        assert_eq!(killed.kind, FailureKind::EngineCrashed);
+        let push = "[ $verb = push ] && { echo 'Error: pushing image \"a\" to \"b\": no' >&2; exit 125; }; :";
+        let refused = failure(Bench::new(push).run().await.0);
+        assert_eq!(refused.kind, FailureKind::PushFailed);
+        let lied = failure(Bench::new("[ $verb = push ] && echo x > $digest; :").run().await.0);
+        assert_eq!(lied.kind, FailureKind::Internal);
+        let mut absent = Bench::new("");
+        absent.buildah.program = "/nonexistent/buildah".into();
+        assert_eq!(failure(absent.run().await.0).kind, FailureKind::Internal);
+    }
+
+    #[tokio::test]
+    async fn a_missing_dockerfile_is_named_as_the_source_knows_it() {
+        let bench = Bench::new("");
+        std::fs::remove_file(bench.directory.path().join("context/Dockerfile")).unwrap();
+        let failure = failure(bench.run().await.0);
+        assert_eq!(failure.kind, FailureKind::DockerfileMissing);
+        assert!(
+            failure.message.starts_with("the source has no Dockerfile:"),
+            "{}",
+            failure.message
+        );
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_engine_is_killed_with_its_children() {
+        let bench =
+            Bench::new("exec 3>$here/alive; sh -c 'echo ready; read forever < /dev/zero' & wait");
+        let alive = bench.directory.path().join("alive");
+        nix::unistd::mkfifo(&alive, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let pipe = tokio::net::unix::pipe::OpenOptions::new().open_receiver(&alive).unwrap();
+        let cancel = CancellationToken::new();
+        let (reporter, mut reports) = channel();
+        let run = bench.buildah.run(bench.work(), reporter, cancel.clone());
+        let cancelling = async {
+            while let Some(report) = reports.recv().await {
+                if matches!(&report, Report::Event(Event::Log(log)) if log.content == b"ready") {
+                    cancel.cancel();
+                }
+            }
+        };
+        let (outcome, ()) = tokio::join!(run, cancelling);
+        assert_eq!(outcome, Outcome::Cancelled);
+        // Both held the write end of this pipe: it ends when both are dead.
+        pipe.readable().await.unwrap();
+        let ended = pipe.try_read(&mut [0]).unwrap();
+        assert_eq!(ended, 0);
+        let kill = bench.directory.path().join("cgroup/kiln/cgroup.kill");
+        assert_eq!(std::fs::read_to_string(kill).unwrap(), "1");
+    }
+
+    #[test]
+    fn versions_and_digests_are_checked() {
+        assert_eq!(version_of("buildah version 1.39.3 (image-spec 1.1.0)"), "buildah 1.39.3");
+        assert_eq!(version_of(""), "buildah");
+        assert_eq!(version_of(&format!("buildah version {}", "9".repeat(65))), "buildah");
+        assert!(checked_digest(DIGEST).is_ok());
+        for bad in ["", "sha256:", &DIGEST[..70], &DIGEST.to_uppercase(), "sha512:00"] {
+            assert!(checked_digest(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_step_leaves_memory_for_the_engine() {
+        let of = |mib: u64| step_memory(&format!("MemTotal: {} kB\nMemFree: 1 kB\n", mib * 1024));
+        assert_eq!(of(2048), Some((2048 - 192) << 20));
+        assert_eq!(of(256), Some(128 << 20));
+        assert_eq!(step_memory("nonsense"), None);
+    }
+}

@@ -95,6 +95,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
                 program: program.to_owned(),
                 args: call.runtime_args(),
                 id: call.id.clone(),
+                locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),
                 pid_file: call.pid_file.clone(),
             };

@@ -7,7 +7,7 @@
 //! buildah ─ create ▶ wrapper ─ forks ▶ monitor ─ crun create ▶ the step's init
 //!                      │                  │ reaps it, reports its exit code      │ stdout, stderr
 //!                      └── who, policy ───┴──────────▶ agent (server) ◀──────────┘
-//! buildah ─ start, state, kill, delete ▶ wrapper becomes crun
+//! buildah ─ start, state, kill, delete ▶ wrapper becomes crun (for `state`, see [`watch`])
 //! ```
 //!
 //! [`create`] and [`monitor`] run in the wrapper's processes, [`server`] in the agent; [`wire`] is
@@ -22,6 +22,7 @@ mod name;
 mod seccomp;
 mod server;
 mod sys;
+mod watch;
 mod wire;
 
 use std::env;
@@ -55,13 +56,18 @@ pub fn is_wrapper_call(argv0: &OsStr) -> bool {
 /// The wrapper's `main`. Single-threaded: it forks.
 pub fn wrapper_main() -> ExitCode {
     let args: Vec<OsString> = env::args_os().skip(1).collect();
+    let verb = args.first().and_then(|verb| verb.to_str());
     let program = path_from(PROGRAM_VARIABLE, DEFAULT_PROGRAM);
-    if args.first().is_some_and(|verb| verb == "create") {
-        let socket = path_from(SOCKET_VARIABLE, DEFAULT_SOCKET);
+    let socket = path_from(SOCKET_VARIABLE, DEFAULT_SOCKET);
+    if verb == Some("create") {
         return match create::create(&program, &socket, &args[1..]) {
             Ok(code) => ExitCode::from(code),
             Err(error) => complain(&error),
         };
+    }
+    if let (Some("state"), Some(id)) = (verb, args.last().and_then(|id| id.to_str())) {
+        // If it cannot be waited for, it can be asked for all the same.
+        let _ = watch::wait_until_over(&locks(&socket), id);
     }
     // Only comes back when it fails.
     let error = Command::new(&program).args(&args).exec();
@@ -73,6 +79,11 @@ pub fn wrapper_main() -> ExitCode {
 struct NoRuntime {
     program: PathBuf,
     source: std::io::Error,
+}
+
+/// Where the locks of running steps are: beside the agent's socket.
+fn locks(socket: &Path) -> PathBuf {
+    socket.with_file_name("steps")
 }
 
 fn path_from(variable: &str, default: &str) -> PathBuf {

@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 
 use super::create::Agent;
 use super::sys;
+use super::watch::Held;
 use super::wire::FromWrapper;
 
 /// The exit code of a failure of our own, as container tools have it.
@@ -33,6 +34,8 @@ pub struct Monitor {
     pub args: Vec<OsString>,
     /// The container's name.
     pub id: OsString,
+    /// Where the locks of running steps are.
+    pub locks: PathBuf,
     /// Where crun writes the pid of the container's init.
     pub init_pid_file: PathBuf,
     /// Where the engine reads the pid that it waits for.
@@ -50,7 +53,7 @@ pub fn run(
 ) -> ! {
     let mut complaint = stderr.try_clone().ok();
     match monitor.create(stdout, stderr) {
-        Ok(init) => {
+        Ok((init, held)) => {
             drop(complaint);
             let _ = ready.write_all(&[0]);
             drop(ready);
@@ -58,6 +61,7 @@ pub fn run(
             // Without the agent nobody is left to wait for: the end is still the step's.
             let _ = agent.tell(&FromWrapper::Ended { code: end.code() });
             let _ = agent.wait_for_ack();
+            held.release();
             end.imitate()
         }
         Err(failure) => {
@@ -93,7 +97,7 @@ impl Failed {
 }
 
 impl Monitor {
-    fn create(&self, stdout: PipeWriter, stderr: PipeWriter) -> Result<Pid, Failed> {
+    fn create(&self, stdout: PipeWriter, stderr: PipeWriter) -> Result<(Pid, Held), Failed> {
         set_child_subreaper(true).map_err(|errno| Failed::Own(errno.into()))?;
         // The command is a temporary, so that the write ends of the pipes are closed right here.
         let status = Command::new(&self.program)
@@ -113,12 +117,13 @@ impl Monitor {
         })
     }
 
-    fn take_over(&self) -> io::Result<Pid> {
+    fn take_over(&self) -> io::Result<(Pid, Held)> {
+        let held = Held::take(&self.locks, &self.id.to_string_lossy())?;
         let init = read_pid(&self.init_pid_file)?;
         fs::write(&self.pid_file, std::process::id().to_string())?;
         // The engine reads its end of these to the end.
         sys::detach_stdio()?;
-        Ok(init)
+        Ok((init, held))
     }
 }
 
