@@ -90,7 +90,6 @@ pub enum SourceError {
 
 /// What is wrong with an entry.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum Problem {
     #[error("has no name; leave it out")]
     NoName,

@@ -104,7 +104,6 @@ impl Unpacking<'_> {
                 Some(Err(cause)) => return Err(self.damaged(format, cause)),
             }
         }
-        drop(entries);
         self.padding(archive.into_inner(), format)
     }
 
