@@ -208,10 +208,7 @@ mod tests {
     #[test]
     fn an_acknowledgement_of_the_future_is_refused() {
         let mut outbox = outbox_of(2);
-        assert_eq!(
-            outbox.acknowledge(3),
-            Err(BadAcknowledgement { acknowledged: 3, last: 2 })
-        );
+        assert_eq!(outbox.acknowledge(3), Err(BadAcknowledgement { acknowledged: 3, last: 2 }));
         assert_eq!(outbox.acknowledged(), 0);
     }
 
@@ -240,7 +237,8 @@ mod tests {
 
     #[test]
     fn what_is_too_long_is_cut() {
-        let long = Step { index: 1, name: "n".repeat(MAX_REPORT_TEXT + 1), state: StepState::Started };
+        let long =
+            Step { index: 1, name: "n".repeat(MAX_REPORT_TEXT + 1), state: StepState::Started };
         assert!(fit(Event::Step(long)).check().is_ok());
         assert!(fit(line(&vec![0; MAX_LOG_BYTES + 1])).check().is_ok());
     }

@@ -88,7 +88,7 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
     let prepare = |job: &Job| {
         open_tunnels(job, nonce, &tunnels).map_err(|error| format!("no way to the host: {error}"))
     };
-    session.run(Buildah, places, prepare).await?;
+    session.run(Buildah::default(), places, prepare).await?;
     Ok(())
 }
 

@@ -39,7 +39,7 @@ pub trait Engine {
 
 /// buildah, from Debian.
 #[derive(Debug, Default)]
-pub struct Buildah;
+pub struct Buildah {}
 
 impl Engine for Buildah {
     async fn run(&self, _: Work, _: Reporter, _: CancellationToken) -> Outcome {

@@ -20,7 +20,9 @@ pub fn load_all() -> anyhow::Result<()> {
         match load(&path) {
             Ok(()) => {}
             Err(error) if is_required(name) => {
-                bail!("the kernel module {name} cannot be loaded: {error}; rebuild the builder image");
+                bail!(
+                    "the kernel module {name} cannot be loaded: {error}; rebuild the builder image"
+                );
             }
             Err(error) => eprintln!("kiln-agent: the kernel module {name} is left out: {error}"),
         }
@@ -84,7 +86,9 @@ mod tests {
 
     #[test]
     fn boot_needs_some_modules_and_not_others() {
-        for name in ["virtio_pci_legacy_dev", "vmw_vsock_virtio_transport", "vsock", "overlay", "erofs"] {
+        for name in
+            ["virtio_pci_legacy_dev", "vmw_vsock_virtio_transport", "vsock", "overlay", "erofs"]
+        {
             assert!(is_required(name), "{name}");
         }
         for name in ["crc32c-intel", "libcrc32c", "fuse"] {

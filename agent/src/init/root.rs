@@ -37,7 +37,13 @@ pub fn mount_kernel_file_systems() -> anyhow::Result<()> {
     mount_new("proc", "/proc", "proc", plain, "")?;
     mount_new("sysfs", "/sys", "sysfs", plain, "")?;
     mount_new("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755")?;
-    mount_new("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")?;
+    mount_new(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        "gid=5,mode=620,ptmxmode=666",
+    )?;
     mount_new("tmpfs", "/dev/shm", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777")?;
     for (target, link) in [
         ("/proc/self/fd", "/dev/fd"),
@@ -71,7 +77,8 @@ pub fn build_and_switch() -> anyhow::Result<()> {
     for directory in ["upper", "work"] {
         make_directory(&format!("{SCRATCH}/{directory}"), 0o755)?;
     }
-    let layers = format!("lowerdir={LOWER},upperdir={SCRATCH}/upper,workdir={SCRATCH}/work,volatile");
+    let layers =
+        format!("lowerdir={LOWER},upperdir={SCRATCH}/upper,workdir={SCRATCH}/work,volatile");
     mount_new("overlay", NEW, "overlay", MsFlags::MS_NOATIME, &layers)?;
     for (directory, target, mode) in ON_SCRATCH {
         let directory = format!("{SCRATCH}/{directory}");

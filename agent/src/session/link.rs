@@ -104,7 +104,11 @@ pub async fn dial<C: Connector>(
         let error = match timeout(ATTEMPT, attempt(&*connector, &hello)).await {
             Ok(Ok((link, HelloReply::Welcome(welcome)))) => {
                 let known = SUPPORTED.min <= welcome.version && welcome.version <= SUPPORTED.max;
-                return if known { Ok((link, welcome)) } else { Err(DialError::Version(welcome.version)) };
+                return if known {
+                    Ok((link, welcome))
+                } else {
+                    Err(DialError::Version(welcome.version))
+                };
             }
             Ok(Ok((_, HelloReply::Reject(reject)))) => return Err(DialError::Rejected(reject)),
             Ok(Err(error)) => error,

@@ -34,7 +34,9 @@ impl Progress {
             Event::Phase(phase) => self.phase = Some(*phase),
             Event::Step(step) => match step.state {
                 StepState::Started => self.step = Some((step.index, step.name.clone())),
-                StepState::Ended(_) if self.step.as_ref().is_some_and(|(i, _)| *i == step.index) => {
+                StepState::Ended(_)
+                    if self.step.as_ref().is_some_and(|(i, _)| *i == step.index) =>
+                {
                     self.step = None;
                 }
                 StepState::Ended(_) => {}
@@ -101,7 +103,9 @@ mod tests {
 
     fn message(stop: Stop, events: &[Event]) -> String {
         let mut progress = Progress::default();
-        events.iter().for_each(|event| progress.see(event));
+        for event in events {
+            progress.see(event);
+        }
         match stop.outcome(&progress) {
             Outcome::Failed(failure) => failure.message,
             other => panic!("{other:?}"),
@@ -110,10 +114,19 @@ mod tests {
 
     #[test]
     fn messages_name_the_limit_the_phase_and_the_step() {
-        let ended =
-            StepState::Ended(StepEnd { exit_code: 0, duration_ms: 1, memory_peak_bytes: 0, oom_kills: 0 });
+        let ended = StepState::Ended(StepEnd {
+            exit_code: 0,
+            duration_ms: 1,
+            memory_peak_bytes: 0,
+            oom_kills: 0,
+        });
         let building = Event::Phase(Phase::Building);
-        let running = [building.clone(), step(1, StepState::Started), step(1, ended.clone()), step(2, StepState::Started)];
+        let running = [
+            building.clone(),
+            step(1, StepState::Started),
+            step(1, ended.clone()),
+            step(2, StepState::Started),
+        ];
         let timed_out = Stop::TimedOut { timeout_ms: 600_000 };
         assert_eq!(
             message(timed_out, &running),

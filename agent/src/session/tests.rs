@@ -2,22 +2,28 @@
 //! A scripted host on the other end of the wire, and a scripted engine. Time is paused: it moves
 //! only when everybody waits.
 
+use std::future::Future;
 use std::io;
 
 use kiln_protocol::event::{
-    Built, Failure, Log, LogStream, NumberedEvent, Phase, Step, StepState,
+    Built, Event, Failure, FailureKind, Log, LogStream, NumberedEvent, Outcome, Phase, Step,
+    StepState,
 };
 use kiln_protocol::frame::{self, FrameReader};
-use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason};
+use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason, TOKEN_LEN};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Limits, Role, StepNetwork};
-use kiln_protocol::message::{MAX_SOURCE_CHUNK, SOURCE_WINDOW};
-use kiln_protocol::version::{SUPPORTED, Version};
+use kiln_protocol::message::{AgentToHost, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW};
+use kiln_protocol::version::{Features, SUPPORTED, Version};
 use tokio::io::{AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
+use super::link::DIAL_DEADLINE;
+use super::work::fail;
 use super::*;
 use crate::engine::Work;
-use crate::events::{MAX_UNACKNOWLEDGED, Reporter, WAITING_REPORTS};
+use crate::events::{MAX_UNACKNOWLEDGED, Report, Reporter, WAITING_REPORTS};
 
 /// Each dial arrives at the test.
 struct ToTest(mpsc::UnboundedSender<DuplexStream>);
@@ -150,10 +156,8 @@ where
 {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
-    let places = Places {
-        source: dir.path().join("source"),
-        dockerfile: dir.path().join("Dockerfile"),
-    };
+    let places =
+        Places { source: dir.path().join("source"), dockerfile: dir.path().join("Dockerfile") };
     let identity = Identity { agent: "kiln-agent test".into(), image: "image".into() };
     let session = tokio::spawn(async move {
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
@@ -436,7 +440,9 @@ async fn a_cancel_gets_through_when_nothing_else_does() {
             () = cancel.cancelled() => built(),
         }
     });
-    let mut peer = fixture.building(Job { limits: Limits { log_bytes: u64::MAX, ..job().limits }, ..job() }).await;
+    let mut peer = fixture
+        .building(Job { limits: Limits { log_bytes: u64::MAX, ..job().limits }, ..job() })
+        .await;
     // Nothing is acknowledged, so the flood stands still; the host does not even read.
     peer.send(HostToAgent::Cancel).await;
     let (outcome, events) = peer.outcome().await;
@@ -499,13 +505,14 @@ async fn a_build_out_of_time_fails_and_names_the_step() {
 #[tokio::test(start_paused = true)]
 async fn the_log_limit_holds_at_and_breaks_above() {
     for (bytes, fits) in [(10, true), (11, false)] {
-        let mut fixture = start(move |_, reporter: Reporter, cancel: CancellationToken| async move {
-            reporter.report(Report::Event(line(&"x".repeat(bytes)))).await;
-            if !fits {
-                cancel.cancelled().await;
-            }
-            built()
-        });
+        let mut fixture =
+            start(move |_, reporter: Reporter, cancel: CancellationToken| async move {
+                reporter.report(Report::Event(line(&"x".repeat(bytes)))).await;
+                if !fits {
+                    cancel.cancelled().await;
+                }
+                built()
+            });
         let limits = Limits { log_bytes: 10, ..job().limits };
         let mut peer = fixture.building(Job { limits, ..job() }).await;
         let outcome = peer.outcome().await.0;

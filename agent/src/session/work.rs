@@ -95,8 +95,9 @@ fn find(source: &Path, path: &str) -> Result<PathBuf, Failure> {
         let hint = "name another with -f, or add it to what is sent (see .dockerignore)";
         fail(FailureKind::DockerfileMissing, format!("the Dockerfile `{shown}` {why}; {hint}"))
     };
-    let root = Dir::open_ambient_dir(source, ambient_authority())
-        .map_err(|error| fail(FailureKind::Internal, format!("the source cannot be read: {error}")))?;
+    let root = Dir::open_ambient_dir(source, ambient_authority()).map_err(|error| {
+        fail(FailureKind::Internal, format!("the source cannot be read: {error}"))
+    })?;
     let found = root.canonicalize(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
             missing("is not in the source")
@@ -105,7 +106,8 @@ fn find(source: &Path, path: &str) -> Result<PathBuf, Failure> {
         _ => missing(&format!("cannot be opened ({error})")),
     })?;
     // Not a FIFO and not a device: the source has none.
-    let file = root.open(&found).map_err(|error| missing(&format!("cannot be opened ({error})")))?;
+    let file =
+        root.open(&found).map_err(|error| missing(&format!("cannot be opened ({error})")))?;
     if !file.metadata().is_ok_and(|meta| meta.is_file()) {
         return Err(missing("is not a file"));
     }
@@ -153,7 +155,18 @@ mod tests {
         symlink("../outside", dir.path().join("source/out")).unwrap();
         symlink("/etc/passwd", dir.path().join("source/abs")).unwrap();
         symlink("loop", dir.path().join("source/loop")).unwrap();
-        for path in ["Dockerfile", "docker", "docker/app/x", "../outside", "/etc/passwd", "out", "abs", "loop", "", "a\u{1b}[2J"] {
+        for path in [
+            "Dockerfile",
+            "docker",
+            "docker/app/x",
+            "../outside",
+            "/etc/passwd",
+            "out",
+            "abs",
+            "loop",
+            "",
+            "a\u{1b}[2J",
+        ] {
             let (kind, message) = find_in(&dir, path).unwrap_err();
             assert_eq!(kind, FailureKind::DockerfileMissing, "{path}: {message}");
             assert!(!message.contains('\u{1b}'), "{message:?}");

@@ -14,9 +14,7 @@ pub enum SourceError {
     #[error("unpacking the source was stopped")]
     Stopped,
     /// The bytes are no tar.
-    #[error(
-        "the source is not a tar archive: send a tar, plain or compressed with gzip or zstd"
-    )]
+    #[error("the source is not a tar archive: send a tar, plain or compressed with gzip or zstd")]
     NotAnArchive,
     /// The bytes are something else.
     #[error("the source is packed with {0}: send a tar, plain or compressed with gzip or zstd")]
@@ -155,8 +153,11 @@ impl SourceError {
 /// A name of the archive as it may be shown: no control characters, no endless text.
 pub fn shown(name: &[u8]) -> String {
     let name = &name[..name.len().min(SHOWN_NAME + 1)];
-    let mut text: String =
-        String::from_utf8_lossy(name).chars().take(SHOWN_NAME).flat_map(char::escape_debug).collect();
+    let mut text: String = String::from_utf8_lossy(name)
+        .chars()
+        .take(SHOWN_NAME)
+        .flat_map(char::escape_debug)
+        .collect();
     if name.len() > SHOWN_NAME {
         text.push('…');
     }

@@ -111,8 +111,12 @@ fn survey(root: &Path, except: &str) -> BTreeMap<String, String> {
             if name == except {
                 continue;
             }
-            let content = if meta.is_file() { fs::read_to_string(&path).unwrap() } else { String::new() };
-            found.insert(name, format!("{:o} {} {} {content}", meta.mode(), meta.nlink(), meta.uid()));
+            let content =
+                if meta.is_file() { fs::read_to_string(&path).unwrap() } else { String::new() };
+            found.insert(
+                name,
+                format!("{:o} {} {} {content}", meta.mode(), meta.nlink(), meta.uid()),
+            );
             if meta.is_dir() {
                 todo.push(path);
             }
@@ -149,8 +153,14 @@ fn an_ordinary_archive_is_unpacked_in_every_packing() {
         .end();
     let (first, second) = tar.split_at(700);
     let members = [gzip(first), gzip(second)].concat();
-    let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4][..], &zstd::encode_all(&tar[..], 3).unwrap()].concat();
-    for archive in [tar.clone(), gzip(&tar), members, zstd::encode_all(&tar[..], 3).unwrap(), skippable] {
+    let skippable = [
+        &[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4][..],
+        &zstd::encode_all(&tar[..], 3).unwrap(),
+    ]
+    .concat();
+    for archive in
+        [tar.clone(), gzip(&tar), members, zstd::encode_all(&tar[..], 3).unwrap(), skippable]
+    {
         let place = Place::new();
         place.unpack(&archive).unwrap();
         assert_eq!(place.read("Dockerfile"), "FROM scratch\n");
@@ -173,7 +183,9 @@ fn modes_are_kept_without_the_bits_that_raise_rights() {
     sticky.set_uid(1000);
     sticky.set_cksum();
     let place = Place::new();
-    place.unpack(&Tar::default().raw(&setuid, b"").raw(&sticky, b"").file("tmp/x", b"").end()).unwrap();
+    place
+        .unpack(&Tar::default().raw(&setuid, b"").raw(&sticky, b"").file("tmp/x", b"").end())
+        .unwrap();
     assert_eq!(place.stat("tool").mode() & 0o7777, 0o755);
     assert_eq!(place.stat("tmp").mode() & 0o7777, 0o1777);
     assert_eq!(place.stat("tmp").uid(), 0);
@@ -294,13 +306,15 @@ fn hard_links_join_files_of_the_source_only() {
     assert_eq!(place.stat("b").ino(), place.stat("d/a").ino());
 
     for target in ["../secret", "/etc/passwd", "missing", "", ".", "d", "out/victim", "d/missing"] {
-        let archive = Tar::default().dir("d/").symlink("out", "../outside").of(link, "h", target).end();
+        let archive =
+            Tar::default().dir("d/").symlink("out", "../outside").of(link, "h", target).end();
         let (name, problem) = problem(&archive);
         assert_eq!((name.as_str(), problem), ("h", Problem::BadHardLink(target.into())));
     }
     // To a link, not to what it leads to; writing to the new name replaces it.
     let place = Place::new();
-    let archive = Tar::default().symlink("s", "../secret").of(link, "h", "s").file("h", b"new").end();
+    let archive =
+        Tar::default().symlink("s", "../secret").of(link, "h", "s").file("h", b"new").end();
     place.unpack(&archive).unwrap();
     assert_eq!(place.read("h"), "new");
 }
@@ -348,7 +362,10 @@ fn an_archive_that_is_cut_anywhere_is_refused() {
         assert_eq!(error.kind(), FailureKind::SourceInvalid);
         let is_cut = matches!(error, SourceError::Truncated { .. });
         // Within the first header nothing shows that it is a tar at all.
-        assert!(is_cut || (cut < 512 && matches!(error, SourceError::NotAnArchive)), "{cut}: {error}");
+        assert!(
+            is_cut || (cut < 512 && matches!(error, SourceError::NotAnArchive)),
+            "{cut}: {error}"
+        );
     }
     for packed in [gzip(&whole), zstd::encode_all(&whole[..], 3).unwrap()] {
         for cut in 1..packed.len() {
@@ -362,7 +379,10 @@ fn damaged_compression_and_other_files_are_refused() {
     let mut packed = gzip(&Tar::default().file("a", b"x").end());
     let crc = packed.len() - 6;
     packed[crc] ^= 1;
-    assert!(matches!(Place::new().unpack(&packed).unwrap_err(), SourceError::Damaged { format: "gzip", .. }));
+    assert!(matches!(
+        Place::new().unpack(&packed).unwrap_err(),
+        SourceError::Damaged { format: "gzip", .. }
+    ));
     let text = b"this is no archive ".repeat(100);
     assert!(matches!(Place::new().unpack(&text).unwrap_err(), SourceError::NotAnArchive));
     let xz = [&[0xfd, b'7', b'z', b'X', b'Z', 0][..], &text].concat();
@@ -414,8 +434,12 @@ fn the_bytes_limit_holds_at_and_breaks_above_before_anything_is_written() {
 
 #[test]
 fn the_entries_limit_counts_everything_and_made_parents_too() {
-    let archive = Tar::default().file("a/b/c", b"").dir("d/").symlink("e", "x")
-        .of(EntryType::Link, "f", "a/b/c").end();
+    let archive = Tar::default()
+        .file("a/b/c", b"")
+        .dir("d/")
+        .symlink("e", "x")
+        .of(EntryType::Link, "f", "a/b/c")
+        .end();
     let with = |entries| SourceLimits { entries, ..ROOMY };
     Place::new().unpack_with(&archive, with(6)).unwrap();
     let error = Place::new().unpack_with(&archive, with(5)).unwrap_err();
@@ -438,7 +462,10 @@ fn sparse_files_count_with_their_whole_size() {
     let content = fs::read(place.root().join("sparse")).unwrap();
     assert_eq!((content.len(), content[0], content[0o100_000]), (0o101_000, 0, 7));
     let small = SourceLimits { bytes: 0o101_000 - 1, ..ROOMY };
-    assert!(matches!(Place::new().unpack_with(&archive, small).unwrap_err(), SourceError::TooLarge { .. }));
+    assert!(matches!(
+        Place::new().unpack_with(&archive, small).unwrap_err(),
+        SourceError::TooLarge { .. }
+    ));
 
     let pax = b"22 GNU.sparse.major=1\n";
     let archive = Tar::default()

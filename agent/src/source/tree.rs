@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::SystemTime;
 
-use nix::libc::ELOOP;
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, MetadataExt, OpenOptions, OpenOptionsExt};
+use nix::libc::ELOOP;
 
 use super::error::Problem;
 
@@ -309,7 +309,10 @@ mod tests {
     #[test]
     fn names_are_taken_apart() {
         let name = Name::parse(b"./a//b/./c").unwrap().unwrap();
-        assert_eq!((name.parent.as_path(), name.leaf.as_os_str()), (Path::new("a/b"), OsStr::new("c")));
+        assert_eq!(
+            (name.parent.as_path(), name.leaf.as_os_str()),
+            (Path::new("a/b"), OsStr::new("c"))
+        );
         assert_eq!(Name::parse(b"./").unwrap(), None);
         assert_eq!(Name::parse(b".").unwrap(), None);
         assert!(Name::parse(b"\xff\xfe").unwrap().is_some());
