@@ -1,6 +1,13 @@
 //! Kiln's agent: PID 1 of a VM, or the OCI runtime's wrapper when called as one.
-
-use std::process::ExitCode;
+//!
+//! | room | what |
+//! |---|---|
+//! | [`init`] | from the kernel's first process to an agent that can dial; reaping; power-off |
+//! | [`session`] | Hello, job, events, outcome, resume |
+//! | [`source`] | unpacks the source |
+//! | [`engine`] | runs the Dockerfile |
+//! | [`runtime`] | sees and confines every step |
+//! | [`tunnel`], [`vsock`] | the ways to the host |
 
 mod engine;
 mod events;
@@ -9,11 +16,98 @@ mod runtime;
 mod session;
 mod source;
 mod tunnel;
+mod vsock;
+
+use std::ffi::OsStr;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use kiln_protocol::hello::TOKEN_LEN;
+use kiln_protocol::job::{Job, Role, StepNetwork};
+use kiln_protocol::port;
+use kiln_protocol::preamble::Channel;
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::Buildah;
+use crate::init::{Booted, clock, net};
+use crate::session::{Identity, Places, Session};
+use crate::tunnel::Tunnel;
+use crate::vsock::Vsock;
+
+const NAME: &str = concat!("kiln-agent ", env!("CARGO_PKG_VERSION"));
+
+/// One thread for what waits and one beside it; the engine's programs want the CPUs.
+const WORKERS: usize = 2;
 
 fn main() -> ExitCode {
-    let name = std::env::args_os().next().unwrap_or_default();
-    if runtime::is_wrapper_call(&name) {
+    let called_as = std::env::args_os().next().unwrap_or_default();
+    if runtime::is_wrapper_call(OsStr::new(&called_as)) {
         return runtime::wrapper_main();
     }
-    ExitCode::FAILURE
+    if std::process::id() == 1 {
+        return init::run(agent);
+    }
+    eprintln!(
+        "{NAME} is the first process of a Kiln VM and does nothing elsewhere. \
+         Builds are started with `kiln build`."
+    );
+    ExitCode::from(2)
+}
+
+fn agent(booted: Booted) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).without_time().init();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
+    let served = runtime.context("no runtime").and_then(|runtime| {
+        let served = runtime.block_on(serve(booted));
+        // The VM is about to go: no task is worth waiting for.
+        runtime.shutdown_background();
+        served
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("the session failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(booted: Booted) -> anyhow::Result<()> {
+    let identity = Identity { agent: NAME.to_owned(), image: booted.image };
+    let session = Session::open(Arc::new(Vsock), identity).await?;
+    clock::take_from(session.welcome()).context("the clock and the entropy of Welcome")?;
+    let nonce = session.welcome().nonce;
+    let tunnels = CancellationToken::new();
+    let _until_the_end = tunnels.clone().drop_guard();
+    let places = Places {
+        source: "/var/lib/kiln/source".into(),
+        dockerfile: "/var/lib/kiln/Dockerfile".into(),
+    };
+    let prepare = |job: &Job| {
+        open_tunnels(job, nonce, &tunnels).map_err(|error| format!("no way to the host: {error}"))
+    };
+    session.run(Buildah::default(), places, prepare).await?;
+    Ok(())
+}
+
+/// The ways to the host that a job's engine and steps have.
+fn open_tunnels(
+    job: &Job,
+    nonce: [u8; TOKEN_LEN],
+    cancel: &CancellationToken,
+) -> std::io::Result<()> {
+    let Role::Build(build) = &job.role;
+    let open = |listener, port, channel| {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let tunnel = Tunnel::new(Arc::new(Vsock), port, channel, nonce);
+        tokio::spawn(tunnel.serve(listener, cancel.clone()));
+        Ok::<_, std::io::Error>(())
+    };
+    open(net::listen_for_engine()?, port::REGISTRY, Channel::Registry)?;
+    if build.network == StepNetwork::Proxy {
+        open(net::listen_for_steps()?, port::EGRESS, Channel::Egress)?;
+    }
+    Ok(())
 }

@@ -1,0 +1,173 @@
+//! One control connection: dialling with a deadline, Hello and Welcome, then frames both ways.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::frame::{self, FrameError, FrameReader};
+use kiln_protocol::hello::{Hello, HelloReply, MAGIC, Reject, Resume, Welcome};
+use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::port;
+use kiln_protocol::version::{Features, SUPPORTED, Version};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::vsock::Connector;
+
+/// How long the host may stay out of reach, at the start and whenever the connection breaks. A
+/// host process that is restarted is back within seconds.
+pub const DIAL_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long one attempt may take: far more than a busy host needs, and several fit the deadline.
+const ATTEMPT: Duration = Duration::from_secs(10);
+
+/// The pause after a first refusal, and the longest one. A device that has just come up refuses
+/// for milliseconds; a host that is restarted, for seconds.
+const PAUSE: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(5)..=Duration::from_millis(500);
+
+/// Bytes that are made ready for one write. More would only wait here, and not where it is bounded.
+pub const OUT_BATCH: usize = 64 * 1024;
+
+/// Who the agent says it is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The agent and its version.
+    pub agent: String,
+    /// The builder image, as its initrd states it.
+    pub image: String,
+}
+
+/// A connection that did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The host does not want this agent.
+    #[error("the host refuses this VM ({:?}): {}", .0.reason, .0.message)]
+    Rejected(Reject),
+    /// The host answered with a version that this agent did not offer.
+    #[error("the host speaks {0}, this agent {SUPPORTED}")]
+    Version(Version),
+    /// Nobody answered in time.
+    #[error("the host was out of reach for {} s", DIAL_DEADLINE.as_secs())]
+    OutOfReach(#[source] AttemptError),
+}
+
+/// What became of one attempt.
+#[derive(Debug, thiserror::Error)]
+pub enum AttemptError {
+    /// vsock said no.
+    #[error("the control port cannot be dialled")]
+    Connect(#[source] std::io::Error),
+    /// The connection broke before Welcome.
+    #[error("the connection broke before Welcome")]
+    Frame(#[from] FrameError),
+    /// No answer.
+    #[error("no answer within {} s", ATTEMPT.as_secs())]
+    Late,
+}
+
+/// An open control connection.
+#[derive(Debug)]
+pub struct Link<S> {
+    reader: FrameReader<ReadHalf<S>>,
+    writer: WriteHalf<S>,
+    /// Bytes on their way out. The writer is a socket, which has no buffer to be flushed.
+    out: VecDeque<u8>,
+}
+
+/// Something that the connection did.
+#[derive(Debug)]
+pub enum Moved {
+    /// A frame arrived.
+    Frame(HostToAgent),
+    /// Bytes went out.
+    Wrote,
+}
+
+/// Dials until the host welcomes the agent, refuses it for good, or the deadline passes.
+pub async fn dial<C: Connector>(
+    connector: Arc<C>,
+    identity: Identity,
+    resume: Option<Resume>,
+) -> Result<(Link<C::Stream>, Welcome), DialError> {
+    let hello = Hello {
+        magic: MAGIC,
+        versions: SUPPORTED,
+        features: Features::RESUME,
+        agent: identity.agent,
+        image: identity.image,
+        resume,
+    };
+    let deadline = Instant::now() + DIAL_DEADLINE;
+    let mut pause = *PAUSE.start();
+    loop {
+        let error = match timeout(ATTEMPT, attempt(&*connector, &hello)).await {
+            Ok(Ok((link, HelloReply::Welcome(welcome)))) => {
+                let known = SUPPORTED.min <= welcome.version && welcome.version <= SUPPORTED.max;
+                return if known {
+                    Ok((link, welcome))
+                } else {
+                    Err(DialError::Version(welcome.version))
+                };
+            }
+            Ok(Ok((_, HelloReply::Reject(reject)))) => return Err(DialError::Rejected(reject)),
+            Ok(Err(error)) => error,
+            Err(_) => AttemptError::Late,
+        };
+        let again = Instant::now() + pause;
+        if again >= deadline {
+            return Err(DialError::OutOfReach(error));
+        }
+        sleep_until(again).await;
+        pause = (pause * 2).min(*PAUSE.end());
+    }
+}
+
+async fn attempt<C: Connector>(
+    connector: &C,
+    hello: &Hello,
+) -> Result<(Link<C::Stream>, HelloReply), AttemptError> {
+    let stream = connector.connect(port::CONTROL).await.map_err(AttemptError::Connect)?;
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut reader = FrameReader::new(reader);
+    frame::write(&mut writer, hello).await?;
+    let reply = reader.read().await?;
+    Ok((Link { reader, writer, out: VecDeque::new() }, reply))
+}
+
+impl<S: AsyncRead + AsyncWrite> Link<S> {
+    /// Whether there is room to make more ready.
+    pub fn has_room(&self) -> bool {
+        self.out.len() < OUT_BATCH
+    }
+
+    /// Makes a message ready to go out.
+    pub fn send(&mut self, message: &AgentToHost) -> Result<(), FrameError> {
+        self.out.extend(frame::encode(message)?);
+        Ok(())
+    }
+
+    /// Makes a frame ready to go out.
+    pub fn send_frame(&mut self, frame: &[u8]) {
+        self.out.extend(frame);
+    }
+
+    /// Reads and writes until one of them got on. It may be dropped at any point.
+    pub async fn moved(&mut self) -> Result<Moved, FrameError> {
+        let Self { reader, writer, out } = self;
+        let has_out = !out.is_empty();
+        tokio::select! {
+            biased;
+            frame = reader.read() => Ok(Moved::Frame(frame?)),
+            written = writer.write(out.as_slices().0), if has_out => {
+                match written.map_err(FrameError::Io)? {
+                    0 => Err(FrameError::Io(std::io::ErrorKind::WriteZero.into())),
+                    len => {
+                        out.drain(..len);
+                        Ok(Moved::Wrote)
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! A session that runs: everything it knows, and what it does about everything that happens.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use kiln_protocol::event::{Event, FailureKind, Outcome, cut_text};
+use kiln_protocol::frame::FrameError;
+use kiln_protocol::hello::{Resume, TOKEN_LEN, Welcome};
+use kiln_protocol::job::Job;
+use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::version::Features;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::link::{DIAL_DEADLINE, DialError, Link, Moved, dial};
+use super::stop::{Progress, Stop};
+use super::work::{build, crashed, fail};
+use super::{
+    DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, Places, STOP_GRACE, Session, SessionError,
+};
+use crate::engine::Engine;
+use crate::events::{self, Outbox, Report};
+use crate::source::{Feeder, feed};
+use crate::vsock::Connector;
+
+type Redial<S> = Pin<Box<dyn Future<Output = Result<(Link<S>, Welcome), DialError>> + Send>>;
+
+/// All that a running session knows.
+pub struct Running<C: Connector, E, P> {
+    connector: Arc<C>,
+    identity: Identity,
+    /// The connection; while it is broken, `redial` is under way.
+    link: Option<Link<C::Stream>>,
+    redial: Option<Redial<C::Stream>>,
+    /// The current resume token; `None` when the host does not resume.
+    token: Option<[u8; TOKEN_LEN]>,
+    welcomed: Instant,
+    outbox: Outbox,
+    progress: Progress,
+    job: Option<Box<Job>>,
+    /// What a job needs, until there is one.
+    start: Option<(E, Places, P)>,
+    feeder: Option<Feeder>,
+    working: Option<Working>,
+    stop: Option<Stop>,
+    logged: u64,
+    engine_started: Unsent,
+    taken_sent: u64,
+    /// After a resume nothing is said about the source until all that arrived has been taken.
+    taken_resync: bool,
+    outcome: Option<Outcome>,
+    outcome_sent: bool,
+    /// What it is a deadline for follows from the state.
+    deadline: Instant,
+}
+
+/// A build that runs.
+struct Working {
+    task: JoinHandle<Outcome>,
+    reports: mpsc::Receiver<Report>,
+    cancel: CancellationToken,
+}
+
+/// Whether something has happened, and whether this connection was told.
+#[derive(Clone, Copy, Default)]
+struct Unsent {
+    happened: bool,
+    sent: bool,
+}
+
+/// Something that a session waits for.
+enum Turn<S> {
+    Link(Result<Moved, FrameError>),
+    Redialled(Result<(Link<S>, Welcome), DialError>),
+    Ended(Outcome),
+    Report(Report),
+    SourceTaken,
+    Deadline,
+}
+
+/// Whether the session goes on.
+enum Then {
+    GoOn,
+    Finish,
+}
+
+impl<C, E, P> Running<C, E, P>
+where
+    C: Connector,
+    E: Engine + Send + Sync + 'static,
+    P: FnOnce(&Job) -> Result<(), String>,
+{
+    /// A session that waits for its job.
+    pub fn new(session: Session<C>, engine: E, places: Places, prepare: P) -> Self {
+        let Session { connector, identity, link, welcome, welcomed } = session;
+        Self {
+            connector,
+            identity,
+            link: Some(link),
+            redial: None,
+            token: token(&welcome),
+            welcomed,
+            outbox: Outbox::new(),
+            progress: Progress::default(),
+            job: None,
+            start: Some((engine, places, prepare)),
+            feeder: None,
+            working: None,
+            stop: None,
+            logged: 0,
+            engine_started: Unsent::default(),
+            taken_sent: 0,
+            taken_resync: false,
+            outcome: None,
+            outcome_sent: false,
+            deadline: welcomed + JOB_WAIT,
+        }
+    }
+
+    /// Runs until the host says Finish, or leaves the agent no other choice.
+    pub async fn run(mut self) -> Result<(), SessionError> {
+        loop {
+            self.fill()?;
+            let then = match self.turn().await {
+                Turn::Link(Ok(Moved::Frame(message))) => self.message(message)?,
+                Turn::Link(Err(error)) => self.broken(error)?,
+                Turn::Redialled(dialled) => self.resumed(dialled?)?,
+                Turn::Ended(outcome) => self.conclude(outcome)?,
+                Turn::Report(report) => self.reports(report)?,
+                Turn::Link(Ok(Moved::Wrote)) | Turn::SourceTaken => Then::GoOn,
+                Turn::Deadline => self.late()?,
+            };
+            if let Then::Finish = then {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for whatever comes first. Every part may be dropped half-way.
+    async fn turn(&mut self) -> Turn<C::Stream> {
+        let has_room = self.outbox.has_room();
+        let (task, reports) = match &mut self.working {
+            Some(working) => (Some(&mut working.task), Some(&mut working.reports)),
+            None => (None, None),
+        };
+        tokio::select! {
+            biased;
+            moved = or_never(self.link.as_mut().map(Link::moved)) => Turn::Link(moved),
+            dialled = or_never(self.redial.as_mut()) => Turn::Redialled(dialled),
+            () = sleep_until(self.deadline) => Turn::Deadline,
+            outcome = or_never(task) => Turn::Ended(
+                outcome.unwrap_or_else(|error| Outcome::Failed(crashed(&error))),
+            ),
+            () = or_never(self.feeder.as_mut().map(Feeder::moved)) => Turn::SourceTaken,
+            report = or_never(reports.filter(|_| has_room).map(received)) => Turn::Report(report),
+        }
+    }
+
+    /// Makes ready what this connection has to be told, as far as there is room.
+    fn fill(&mut self) -> Result<(), SessionError> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        while link.has_room() {
+            if self.engine_started.happened && !self.engine_started.sent {
+                self.engine_started.sent = true;
+                link.send(&AgentToHost::EngineStarted).map_err(SessionError::Frame)?;
+            } else if let Some(total) = self.feeder.as_ref().and_then(|feeder| {
+                let news = feeder.taken() > self.taken_sent && !self.taken_resync;
+                (news || self.taken_resync && feeder.is_drained()).then(|| feeder.taken())
+            }) {
+                self.taken_sent = total;
+                self.taken_resync = false;
+                link.send(&AgentToHost::SourceTaken { total }).map_err(SessionError::Frame)?;
+            } else if let Some(frame) = self.outbox.next_frame() {
+                link.send_frame(frame);
+            } else if let Some(outcome) = self.outcome.as_ref().filter(|_| !self.outcome_sent) {
+                self.outcome_sent = true;
+                self.deadline = Instant::now() + FINISH_WAIT;
+                link.send(&AgentToHost::Outcome(outcome.clone())).map_err(SessionError::Frame)?;
+            } else {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: HostToAgent) -> Result<Then, SessionError> {
+        match message {
+            HostToAgent::Job(job) => return self.begin(job),
+            HostToAgent::Source(bytes) => {
+                if let Some(feeder) = &mut self.feeder {
+                    feeder.push(bytes)?;
+                }
+            }
+            HostToAgent::SourceEnd { total } => {
+                if let Some(feeder) = &mut self.feeder {
+                    feeder.end(total)?;
+                }
+            }
+            HostToAgent::Acknowledge { seq } => self.outbox.acknowledge(seq)?,
+            HostToAgent::Cancel => {
+                self.stop(Stop::Cancelled);
+                if self.working.is_none() && self.outcome.is_none() {
+                    return self.conclude(Outcome::Cancelled);
+                }
+            }
+            HostToAgent::Finish => return Ok(Then::Finish),
+        }
+        Ok(Then::GoOn)
+    }
+
+    fn begin(&mut self, job: Box<Job>) -> Result<Then, SessionError> {
+        let Some((engine, places, prepare)) = self.start.take() else {
+            // After a resume the host may not know whether the job got through.
+            let known = self.job.as_ref().is_none_or(|known| *known == job);
+            return if known { Ok(Then::GoOn) } else { Err(SessionError::SecondJob) };
+        };
+        if self.outcome.is_some() {
+            return Ok(Then::GoOn);
+        }
+        tracing::info!(build = %job.build, "a job");
+        if let Err(error) = job.check() {
+            return self.conclude(Outcome::Failed(fail(FailureKind::Internal, error.to_string())));
+        }
+        if let Err(problem) = prepare(&job) {
+            return self.conclude(Outcome::Failed(fail(FailureKind::Internal, problem)));
+        }
+        let (feeder, feed) = feed();
+        let (reporter, reports) = events::channel();
+        let cancel = CancellationToken::new();
+        let task = build(engine, (*job).clone(), places, feed, reporter, cancel.clone());
+        self.working = Some(Working { task: tokio::spawn(task), reports, cancel });
+        self.feeder = Some(feeder);
+        self.deadline = after(self.welcomed, job.limits.timeout_ms);
+        self.job = Some(job);
+        Ok(Then::GoOn)
+    }
+
+    /// Takes a report, and those that are there already.
+    fn reports(&mut self, first: Report) -> Result<Then, SessionError> {
+        let mut next = Some(first);
+        while let Some(report) = next {
+            self.take(report)?;
+            next = match &mut self.working {
+                Some(working) if self.outbox.has_room() => working.reports.try_recv().ok(),
+                _ => None,
+            };
+        }
+        Ok(Then::GoOn)
+    }
+
+    fn take(&mut self, report: Report) -> Result<(), SessionError> {
+        let event = match report {
+            Report::Event(event) => event,
+            Report::EngineStarted => {
+                self.engine_started.happened = true;
+                return Ok(());
+            }
+        };
+        if let (Event::Log(log), Some(job)) = (&event, &self.job) {
+            let log_bytes = job.limits.log_bytes;
+            self.logged = self.logged.saturating_add(log.content.len() as u64);
+            if self.logged > log_bytes {
+                self.stop(Stop::LogLimit { log_bytes });
+                return Ok(());
+            }
+        }
+        self.progress.see(&event);
+        self.outbox.push(now_ms(), event).map_err(SessionError::Frame)
+    }
+
+    /// Ends the build early. The first reason counts.
+    fn stop(&mut self, reason: Stop) {
+        let Some(working) = &self.working else { return };
+        if self.stop.is_none() {
+            tracing::info!(?reason, "the build is stopped");
+            self.stop = Some(reason);
+            working.cancel.cancel();
+            self.feeder = None;
+            self.deadline = Instant::now() + STOP_GRACE;
+        }
+    }
+
+    /// The build has ended: what it reported last, then the outcome.
+    fn conclude(&mut self, outcome: Outcome) -> Result<Then, SessionError> {
+        if let Some(working) = &mut self.working {
+            working.task.abort();
+            working.reports.close();
+        }
+        // More than the outbox has room for, but no more than the channel holds.
+        while let Some(report) = self.working.as_mut().and_then(|w| w.reports.try_recv().ok()) {
+            self.take(report)?;
+        }
+        self.working = None;
+        let outcome = match self.stop {
+            Some(reason) => reason.outcome(&self.progress),
+            None => fit(outcome),
+        };
+        tracing::info!(outcome = outcome_name(&outcome), "the job has ended");
+        self.outcome = Some(outcome);
+        self.start = None;
+        self.deadline = Instant::now() + DELIVERY_WAIT;
+        Ok(Then::GoOn)
+    }
+
+    fn late(&mut self) -> Result<Then, SessionError> {
+        match (&self.outcome, &self.working, &self.job) {
+            (Some(_), ..) if self.outcome_sent => Ok(Then::Finish),
+            (Some(_), ..) => Err(SessionError::Undelivered),
+            (None, Some(_), _) if self.stop.is_some() => self.conclude(Outcome::Cancelled),
+            (None, Some(_), Some(job)) => {
+                let timeout_ms = job.limits.timeout_ms;
+                self.stop(Stop::TimedOut { timeout_ms });
+                Ok(Then::GoOn)
+            }
+            (None, ..) => Err(SessionError::NoJob),
+        }
+    }
+
+    fn broken(&mut self, error: FrameError) -> Result<Then, SessionError> {
+        match error {
+            FrameError::Closed | FrameError::Io(_) => {}
+            _ => return Err(SessionError::Frame(error)),
+        }
+        let Some(token) = self.token else { return Err(SessionError::Broken(error)) };
+        tracing::warn!(%error, "the host is gone; dialling again");
+        let resume = Resume { token, acknowledged: self.outbox.acknowledged() };
+        let (connector, identity) = (Arc::clone(&self.connector), self.identity.clone());
+        self.link = None;
+        self.redial = Some(Box::pin(dial(connector, identity, Some(resume))));
+        if self.outcome.is_some() {
+            // The dial has its own deadline, and what follows it starts anew.
+            self.deadline = Instant::now() + DIAL_DEADLINE + DELIVERY_WAIT;
+        }
+        Ok(Then::GoOn)
+    }
+
+    fn resumed(
+        &mut self,
+        (link, welcome): (Link<C::Stream>, Welcome),
+    ) -> Result<Then, SessionError> {
+        tracing::info!("the session is resumed");
+        self.redial = None;
+        self.link = Some(link);
+        self.token = token(&welcome);
+        self.outbox.acknowledge(welcome.acknowledged)?;
+        self.outbox.rewind();
+        self.engine_started.sent = false;
+        self.taken_resync = self.feeder.is_some();
+        self.outcome_sent = false;
+        if self.outcome.is_some() {
+            self.deadline = Instant::now() + DELIVERY_WAIT;
+        }
+        Ok(Then::GoOn)
+    }
+}
+
+/// The token to resume with, if the host resumes at all.
+fn token(welcome: &Welcome) -> Option<[u8; TOKEN_LEN]> {
+    welcome.features.has(Features::RESUME).then_some(welcome.resume_token)
+}
+
+/// The future's value, or nothing ever.
+async fn or_never<F: Future>(future: Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next report. When nobody is left to report, the build's end is what comes next.
+async fn received(reports: &mut mpsc::Receiver<Report>) -> Report {
+    match reports.recv().await {
+        Some(report) => report,
+        None => std::future::pending().await,
+    }
+}
+
+/// A limit may be so large that no clock can hold it.
+fn after(start: Instant, ms: u64) -> Instant {
+    const FAR: Duration = Duration::from_hours(365 * 24);
+    start + Duration::from_millis(ms).min(FAR)
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Keeps an outcome within the protocol's bounds.
+fn fit(mut outcome: Outcome) -> Outcome {
+    if let Outcome::Failed(failure) = &mut outcome {
+        failure.message = cut_text(&failure.message);
+        failure.detail = failure.detail.as_deref().map(cut_text);
+    }
+    match outcome.check() {
+        Ok(()) => outcome,
+        Err(error) => Outcome::Failed(fail(FailureKind::Internal, error.to_string())),
+    }
+}
+
+fn outcome_name(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Built(_) => "built",
+        Outcome::Cancelled => "cancelled",
+        Outcome::Failed(failure) => failure.kind.as_str(),
+    }
+}

@@ -1,0 +1,186 @@
+//! The work of a build: source, Dockerfile, engine. One task, which returns the outcome.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use cap_std::ambient_authority;
+use cap_std::fs::Dir;
+use kiln_protocol::event::{Event, Failure, FailureKind, Outcome, Phase, cut_text};
+use kiln_protocol::job::{BuildJob, Dockerfile, Job, MAX_DOCKERFILE, Role};
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::{Engine, Work};
+use crate::events::{Report, Reporter};
+use crate::source::{self, Feed, SourceLimits};
+
+/// Where a build's files are. Both lie on the scratch disk, neither inside the other.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The directory that the source is unpacked into: the build's context.
+    pub source: PathBuf,
+    /// Where a Dockerfile that came with the job is written.
+    pub dockerfile: PathBuf,
+}
+
+/// Runs a build from its source's first byte to its outcome.
+pub async fn build<E: Engine>(
+    engine: E,
+    job: Job,
+    places: Places,
+    feed: Feed,
+    reporter: Reporter,
+    cancel: CancellationToken,
+) -> Outcome {
+    let Role::Build(build) = job.role;
+    let limits =
+        SourceLimits { bytes: job.limits.source_bytes, entries: job.limits.source_entries };
+    reporter.report(Report::Event(Event::Phase(Phase::Unpacking))).await;
+    let prepared = {
+        let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
+        tokio::task::spawn_blocking(move || prepare(&places, feed, limits, &dockerfile, &cancel))
+    };
+    let (context, dockerfile) = match prepared.await {
+        Ok(Ok(ready)) => ready,
+        Ok(Err(failure)) => return Outcome::Failed(failure),
+        Err(error) => return Outcome::Failed(crashed(&error)),
+    };
+    reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
+    let BuildJob { target, build_args, network, dockerfile: _ } = build;
+    let processes = job.limits.processes;
+    let work = Work { context, dockerfile, target, build_args, network, processes };
+    engine.run(work, reporter, cancel).await
+}
+
+/// What a part of the agent that panicked leaves to say.
+pub fn crashed(error: &tokio::task::JoinError) -> Failure {
+    fail(FailureKind::Internal, format!("the agent's own work broke down: {error}; report this"))
+}
+
+/// A failure with a cause and a message, without a step.
+pub fn fail(kind: FailureKind, message: impl AsRef<str>) -> Failure {
+    let message = cut_text(message.as_ref());
+    Failure { kind, message, step: None, exit_code: None, detail: None }
+}
+
+/// Unpacks the source and finds the Dockerfile. It blocks.
+fn prepare(
+    places: &Places,
+    feed: Feed,
+    limits: SourceLimits,
+    dockerfile: &Dockerfile,
+    cancel: &CancellationToken,
+) -> Result<(PathBuf, PathBuf), Failure> {
+    let internal = |what: &Path, error: std::io::Error| {
+        fail(FailureKind::Internal, format!("{} cannot be made: {error}", what.display()))
+    };
+    std::fs::create_dir_all(&places.source).map_err(|error| internal(&places.source, error))?;
+    source::unpack(feed, &places.source, limits, &|| cancel.is_cancelled())
+        .map_err(|error| fail(error.kind(), error.to_string()))?;
+    let dockerfile = match dockerfile {
+        Dockerfile::Inline(content) => {
+            std::fs::write(&places.dockerfile, content)
+                .map_err(|error| internal(&places.dockerfile, error))?;
+            places.dockerfile.clone()
+        }
+        Dockerfile::InSource(path) => places.source.join(find(&places.source, path)?),
+    };
+    Ok((places.source.clone(), dockerfile))
+}
+
+/// The Dockerfile's path in the source, with no link left in it: who opens it by path cannot be
+/// led out of the source.
+fn find(source: &Path, path: &str) -> Result<PathBuf, Failure> {
+    let shown: String = path.chars().flat_map(char::escape_debug).collect();
+    let missing = |why: &str| {
+        let hint = "name another with -f, or add it to what is sent (see .dockerignore)";
+        fail(FailureKind::DockerfileMissing, format!("the Dockerfile `{shown}` {why}; {hint}"))
+    };
+    let root = Dir::open_ambient_dir(source, ambient_authority()).map_err(|error| {
+        fail(FailureKind::Internal, format!("the source cannot be read: {error}"))
+    })?;
+    let found = root.canonicalize(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+            missing("is not in the source")
+        }
+        std::io::ErrorKind::PermissionDenied => missing("leads out of the source"),
+        _ => missing(&format!("cannot be opened ({error})")),
+    })?;
+    // Not a FIFO and not a device: the source has none.
+    let file =
+        root.open(&found).map_err(|error| missing(&format!("cannot be opened ({error})")))?;
+    if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+        return Err(missing("is not a file"));
+    }
+    let limit = MAX_DOCKERFILE as u64;
+    let len = std::io::copy(&mut file.take(limit + 1), &mut std::io::sink())
+        .map_err(|error| missing(&format!("cannot be read ({error})")))?;
+    if len > limit {
+        let message = format!("the Dockerfile `{shown}` is longer than {limit} bytes; shorten it");
+        return Err(fail(FailureKind::DockerfileInvalid, message));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn source() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("source/docker")).unwrap();
+        std::fs::write(dir.path().join("outside"), "FROM evil").unwrap();
+        std::fs::write(dir.path().join("source/docker/app"), "FROM scratch").unwrap();
+        dir
+    }
+
+    fn find_in(dir: &tempfile::TempDir, path: &str) -> Result<PathBuf, (FailureKind, String)> {
+        find(&dir.path().join("source"), path).map_err(|failure| (failure.kind, failure.message))
+    }
+
+    #[test]
+    fn a_dockerfile_is_found_through_links_that_stay_inside() {
+        let dir = source();
+        symlink("docker/app", dir.path().join("source/Dockerfile")).unwrap();
+        for path in ["docker/app", "./docker/app", "docker/../docker/app", "Dockerfile"] {
+            assert_eq!(find_in(&dir, path).unwrap(), Path::new("docker/app"), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_dockerfile_that_is_missing_or_elsewhere_is_named() {
+        let dir = source();
+        symlink("../outside", dir.path().join("source/out")).unwrap();
+        symlink("/etc/passwd", dir.path().join("source/abs")).unwrap();
+        symlink("loop", dir.path().join("source/loop")).unwrap();
+        for path in [
+            "Dockerfile",
+            "docker",
+            "docker/app/x",
+            "../outside",
+            "/etc/passwd",
+            "out",
+            "abs",
+            "loop",
+            "",
+            "a\u{1b}[2J",
+        ] {
+            let (kind, message) = find_in(&dir, path).unwrap_err();
+            assert_eq!(kind, FailureKind::DockerfileMissing, "{path}: {message}");
+            assert!(!message.contains('\u{1b}'), "{message:?}");
+            assert!(path.contains('\u{1b}') || message.contains(&format!("`{path}`")), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_dockerfiles_length_holds_at_its_limit_and_breaks_above() {
+        let dir = source();
+        let path = dir.path().join("source/Dockerfile");
+        std::fs::write(&path, vec![b'#'; MAX_DOCKERFILE]).unwrap();
+        find_in(&dir, "Dockerfile").unwrap();
+        std::fs::write(&path, vec![b'#'; MAX_DOCKERFILE + 1]).unwrap();
+        assert_eq!(find_in(&dir, "Dockerfile").unwrap_err().0, FailureKind::DockerfileInvalid);
+    }
+}
