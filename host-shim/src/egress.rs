@@ -56,7 +56,7 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A connection on which nothing moves for this long is closed.
-const IDLE_DEADLINE: Duration = Duration::from_secs(5 * 60);
+const IDLE_DEADLINE: Duration = Duration::from_mins(5);
 
 /// Learns what a build reached, and what it was refused. Called for every request, so it must not block. The
 /// host's name is the guest's word, of characters that a name may have.

@@ -221,9 +221,9 @@ async fn bodies_stream_in_both_directions() {
         .await
         .unwrap();
     assert!(head(&mut client).await.starts_with("HTTP/1.1 200"));
-    let mut part = [0; 8];
-    client.read_exact(&mut part).await.unwrap();
-    assert_eq!(&part, b"3\r\none\r\n", "the first part is there before the last is sent");
+    let mut chunk = [0; 8];
+    client.read_exact(&mut chunk).await.unwrap();
+    assert_eq!(&chunk, b"3\r\none\r\n", "the first part is there before the last is sent");
     client.write_all(b"0\r\n\r\n").await.unwrap();
     upstream.write_all(b"0\r\n\r\n").await.unwrap();
     let mut end = [0; 5];

@@ -250,7 +250,12 @@ impl Vmm {
             self.groups = vec![gid];
         }
         let verdict = match self.config.accel {
-            Accel::Kvm => accel::Verdict { runs: true, why: "it was configured".to_owned() },
+            Accel::Kvm => match access {
+                accel::Access::None(why) if self.isolates_users() => {
+                    return Err(VmmError::Bad(format!("KVM was asked for, but {why}")));
+                }
+                _ => accel::Verdict { runs: true, why: "KVM was configured".to_owned() },
+            },
             Accel::Tcg => {
                 accel::Verdict { runs: false, why: "emulation was configured".to_owned() }
             }
