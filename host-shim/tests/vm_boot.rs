@@ -77,8 +77,8 @@ async fn dialled(vm: &Vm) {
 
 fn running(id: ProcessId) -> bool {
     let stat = fs::read_to_string(format!("/proc/{}/stat", id.pid)).unwrap_or_default();
-    let start = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19));
-    start == Some(id.start.to_string().as_str())
+    let since = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19));
+    since == Some(id.start.to_string().as_str())
 }
 
 fn status_line(id: ProcessId, name: &str) -> String {

@@ -47,7 +47,7 @@ impl GuestListener {
                     );
                 }
                 Err(error) => {
-                    tracing::warn!(port = self.port, %error, "refused a connection of unknown origin")
+                    tracing::warn!(port = self.port, %error, "refused a connection of unknown origin");
                 }
             }
         }

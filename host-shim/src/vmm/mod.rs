@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
+use aws_lc_rs::digest::{self, Context, SHA256};
 
 pub use self::accel::Accel;
 pub use self::listener::GuestListener;
@@ -263,7 +263,12 @@ impl Vmm {
             self.groups = vec![gid];
         }
         let verdict = match self.config.accel {
-            Accel::Kvm => accel::Verdict { runs: true, why: "it was configured".to_owned() },
+            Accel::Kvm => match access {
+                accel::Access::None(why) if self.isolates_users() => {
+                    return Err(VmmError::Bad(format!("KVM was asked for, but {why}")));
+                }
+                _ => accel::Verdict { runs: true, why: "KVM was configured".to_owned() },
+            },
             Accel::Tcg => {
                 accel::Verdict { runs: false, why: "emulation was configured".to_owned() }
             }
@@ -302,13 +307,13 @@ impl Vmm {
     /// Kernel, QEMU, this boot, and whether VMs have users of their own.
     async fn probe_key(&self) -> Result<String, VmmError> {
         let files = [&self.bundle.kernel, &self.programs.qemu].map(File::try_clone);
-        let mut hash = Sha256::new();
-        hash.update(format!("{} {:?}", self.boot, self.identity(0)));
+        let mut hash = Context::new(&SHA256);
+        hash.update(format!("{} {:?}", self.boot, self.identity(0)).as_bytes());
         let hashed = tokio::task::spawn_blocking(move || {
             for file in files {
-                hash.update(digest_of(&file?)?);
+                hash.update(digest_of(&file?)?.as_ref());
             }
-            Ok(hex::encode(hash.finalize()))
+            Ok(hex::encode(hash.finish()))
         });
         let hashed = hashed.await.map_err(io::Error::other).flatten();
         hashed.map_err(VmmError::io("read", &self.config.kernel))
@@ -385,12 +390,12 @@ fn open_program(program: &Path) -> Result<File, VmmError> {
     found.ok_or_else(|| VmmError::NoProgram(program.to_owned()))
 }
 
-fn digest_of(file: &File) -> io::Result<[u8; 32]> {
+fn digest_of(file: &File) -> io::Result<digest::Digest> {
     use std::os::unix::fs::FileExt;
-    let (mut hash, mut at, mut chunk) = (Sha256::new(), 0, vec![0; 1 << 20]);
+    let (mut hash, mut at, mut chunk) = (Context::new(&SHA256), 0, vec![0; 1 << 20]);
     loop {
         match file.read_at(&mut chunk, at)? {
-            0 => return Ok(hash.finalize().into()),
+            0 => return Ok(hash.finish()),
             n => {
                 hash.update(&chunk[..n]);
                 at += n as u64;

@@ -172,6 +172,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[allow(clippy::zombie_processes)] // `Process` reaps it.
     async fn an_end_is_told_to_every_waiter_and_again() {
         let child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let process = Process::adopt(child.id()).unwrap();

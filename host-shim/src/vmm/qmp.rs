@@ -160,10 +160,8 @@ async fn read(stream: OwnedReadHalf, told: watch::Sender<Monitor>, waiting: Wait
             }
             Ok(Message::Answer { id, answer }) => {
                 let mut slot = lock(&waiting);
-                if slot.as_ref().is_some_and(|(expected, _)| *expected == id) {
-                    if let Some((_, sender)) = slot.take() {
-                        let _ = sender.send(answer);
-                    }
+                if let Some((_, sender)) = slot.take_if(|(expected, _)| *expected == id) {
+                    let _ = sender.send(answer);
                 }
             }
             Ok(Message::Ignored) => {}
@@ -236,7 +234,6 @@ fn parse(line: &[u8]) -> Result<Message, String> {
             })
         }
         (Some("GUEST_PANICKED"), ..) => Message::Ended(GuestEnd::Reset),
-        (Some(_), ..) => Message::Ignored,
         (None, Some(id), _, Some(error)) => {
             let why = error["desc"].as_str().unwrap_or("no reason").chars().take(200).collect();
             Message::Answer { id, answer: Err(why) }

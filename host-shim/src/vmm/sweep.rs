@@ -58,10 +58,8 @@ pub(crate) fn sweep(
             Ok(_) | Err(_) => {}
         }
         // The record stays while something of it does.
-        if gone {
-            if let Err(error) = std::fs::remove_dir_all(entry.path()) {
-                swept.failures.push(format!("{}: {error}", entry.path().display()));
-            }
+        if gone && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            swept.failures.push(format!("{}: {error}", entry.path().display()));
         }
         swept.vms.insert(id);
     }
