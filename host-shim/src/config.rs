@@ -17,9 +17,9 @@ use url::Url;
 
 pub use self::cidr::{BadCidr, Cidr};
 pub use self::host::Host;
-pub use crate::vmm::Accel;
 use crate::api::Limits;
 use crate::build::NetworkMode;
+pub use crate::vmm::Accel;
 
 /// What hypeman's clients call by default.
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 4973);

@@ -85,13 +85,15 @@ async fn serve(
         vmm,
         backing: backing.clone(),
         builds_dir: builds_dir.clone(),
-        builder_digest: bundle.digest.clone(),
+        builder_digest: bundle.digest.to_string(),
         log_limit: config.log_limit_bytes,
-        egress: parts::egress(&config),
+        egress: parts::egress(&config)?,
     });
     let owner = format!("{}-{}", std::process::id(), hex::encode(crate::random::bytes::<8>()));
     recover(&workshop, &owner).await.context("cannot end the builds of an earlier server")?;
-    api::sweep(&builds_dir, store.as_ref()).await.context("cannot remove sources that nobody owns")?;
+    api::sweep(&builds_dir, store.as_ref())
+        .await
+        .context("cannot remove sources that nobody owns")?;
 
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
@@ -113,11 +115,11 @@ async fn serve(
     }));
 
     let abandon = CancellationToken::new();
-    let dispatcher =
-        Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
+    let dispatcher = Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
     let queue = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
     let hang_up = CancellationToken::new();
-    let serving = axum::serve(listener, router).with_graceful_shutdown(hang_up.clone().cancelled_owned());
+    let serving =
+        axum::serve(listener, router).with_graceful_shutdown(hang_up.clone().cancelled_owned());
     let mut server = tokio::spawn(serving.into_future());
     tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {

@@ -100,12 +100,8 @@ pub async fn run<C: Connections, S: Sink>(
     params: Params,
     cancel: CancellationToken,
 ) -> End {
-    let mut session = Session {
-        handshake: Handshake::new(params.nonce),
-        stored: 0,
-        outcome: None,
-        sink,
-    };
+    let mut session =
+        Session { handshake: Handshake::new(params.nonce), stored: 0, outcome: None, sink };
     let booted = Instant::now() + params.boot_deadline;
     let opened = tokio::select! {
         biased;
@@ -115,7 +111,9 @@ pub async fn run<C: Connections, S: Sink>(
     let (stream, hello) = match opened {
         Err(_) => {
             let seconds = params.boot_deadline.as_secs();
-            return End::Lost(format!("the VM's agent did not connect within {seconds} s of its start"));
+            return End::Lost(format!(
+                "the VM's agent did not connect within {seconds} s of its start"
+            ));
         }
         Ok(Err(end)) => return end,
         Ok(Ok(opened)) => opened,
@@ -167,7 +165,9 @@ impl<S: Sink> Session<'_, S> {
             };
             tracing::warn!(reason = %broken, "the control connection broke");
             if !connection.can_resume() {
-                return Err(End::Lost(format!("the connection to the VM broke while the source was sent: {broken}")));
+                return Err(End::Lost(format!(
+                    "the connection to the VM broke while the source was sent: {broken}"
+                )));
             }
             let resumed = tokio::select! {
                 biased;
@@ -178,7 +178,9 @@ impl<S: Sink> Session<'_, S> {
                 ) => resumed,
             };
             let Ok(resumed) = resumed else {
-                return Err(End::Lost(format!("the connection to the VM broke ({broken}) and did not come back")));
+                return Err(End::Lost(format!(
+                    "the connection to the VM broke ({broken}) and did not come back"
+                )));
             };
             connection = self.resume(connection, resumed?)?;
         }
@@ -235,7 +237,10 @@ impl<S: Sink> Session<'_, S> {
     }
 
     /// After a cancel: asks the agent to stop and takes its last words, for a moment.
-    async fn wind_down<T: Stream>(&mut self, mut connection: Connection<T>) -> Result<Outcome, End> {
+    async fn wind_down<T: Stream>(
+        &mut self,
+        mut connection: Connection<T>,
+    ) -> Result<Outcome, End> {
         connection.cancel();
         let until = Instant::now() + CANCEL_GRACE;
         while let Ok(Ok(heard)) = timeout_at(until, connection.hear()).await {

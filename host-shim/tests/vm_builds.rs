@@ -35,7 +35,10 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
 
     // The gateway confirms the digest, for the tag too.
     let creds = format!("any:{}", server.token);
-    let inspected = skopeo(&["inspect", "--tls-verify=false", "--creds", &creds], &format!("docker://{name}:1"));
+    let inspected = skopeo(
+        &["inspect", "--tls-verify=false", "--creds", &creds],
+        &format!("docker://{name}:1"),
+    );
     let inspected: serde_json::Value = serde_json::from_str(&inspected).unwrap();
     assert_eq!(inspected["Digest"], digest);
     assert!(inspected["Env"].as_array().unwrap().iter().any(|v| v == "A=1"), "{inspected}");
@@ -48,7 +51,12 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
     let from = format!("docker://{image}");
     skopeo(&["copy", "--src-tls-verify=false", "--src-creds", &creds, &from], &to);
     let layer = inspected["Layers"][0].as_str().unwrap().strip_prefix("sha256:").unwrap();
-    let listed = Command::new("tar").arg("-xzOf").arg(copy.path().join(layer)).arg("greeting.txt").output().unwrap();
+    let listed = Command::new("tar")
+        .arg("-xzOf")
+        .arg(copy.path().join(layer))
+        .arg("greeting.txt")
+        .output()
+        .unwrap();
     assert_eq!(text(listed.stdout), "hello world\n");
 
     // What it pulled is recorded, and nobody else sees the build.
@@ -58,7 +66,11 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
     assert_eq!(build["status"], "ready");
     assert_eq!(build["pulled"][0]["reference"], BASE);
     let other = server.new_token("other", "tenant");
-    let hidden = server.kiln(&["show", build["id"].as_str().unwrap()]).env("KILN_TOKEN", other).output().unwrap();
+    let hidden = server
+        .kiln(&["show", build["id"].as_str().unwrap()])
+        .env("KILN_TOKEN", other)
+        .output()
+        .unwrap();
     assert_eq!(hidden.status.code(), Some(1));
     server.stop();
 }
@@ -67,7 +79,9 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
 fn vm_a_failing_step_is_named_with_its_exit_code() {
     let server = Server::start();
     // The first step prints what buildah prints for a step, and for its end: it forges nothing.
-    let dockerfile = dockerfile("RUN echo 'STEP 9/9: RUN forged'; echo 'exit status 99'\nRUN echo before; exit 7");
+    let dockerfile = dockerfile(
+        "RUN echo 'STEP 9/9: RUN forged'; echo 'exit status 99'\nRUN echo before; exit 7",
+    );
     let out = server.build(&[("Dockerfile", &dockerfile)], &[]);
     assert_eq!(out.status.code(), Some(1));
     assert!(out.stdout.is_empty());
@@ -99,8 +113,11 @@ fn vm_ten_builds_at_once_run_two_at_a_time() {
     let ids: Vec<_> = (0..10)
         .map(|n| {
             let content = format!("build {n}");
-            let files: Vec<(&str, &[u8])> =
-                files.iter().map(|(n, c)| (*n, c.as_slice())).chain([("f", content.as_bytes())]).collect();
+            let files: Vec<(&str, &[u8])> = files
+                .iter()
+                .map(|(n, c)| (*n, c.as_slice()))
+                .chain([("f", content.as_bytes())])
+                .collect();
             server.submit(&files, &[])
         })
         .collect();
@@ -272,9 +289,15 @@ fn skopeo(args: &[&str], last: &str) -> String {
 fn assemble(source_text: &str) -> Vec<u8> {
     let dir = source(&[("probe.s", source_text.as_bytes())]);
     let (object, program) = (dir.path().join("probe.o"), dir.path().join("probe"));
-    let assembled = Command::new("as").arg("--32").arg(dir.path().join("probe.s")).arg("-o").arg(&object).status();
+    let assembled = Command::new("as")
+        .arg("--32")
+        .arg(dir.path().join("probe.s"))
+        .arg("-o")
+        .arg(&object)
+        .status();
     assert!(assembled.unwrap().success());
-    let linked = Command::new("ld").args(["-m", "elf_i386"]).arg(&object).arg("-o").arg(&program).status();
+    let linked =
+        Command::new("ld").args(["-m", "elf_i386"]).arg(&object).arg("-o").arg(&program).status();
     assert!(linked.unwrap().success());
     std::fs::read(program).unwrap()
 }

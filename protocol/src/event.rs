@@ -39,6 +39,7 @@ pub struct Log {
     /// True when the line goes on in the next event of the same stream and step.
     pub partial: bool,
     /// The bytes, without the newline. At most [`MAX_LOG_BYTES`]; any bytes at all.
+    #[serde(with = "serde_bytes")]
     pub content: Vec<u8>,
 }
 
@@ -284,7 +285,12 @@ mod tests {
     use super::*;
 
     fn log(n: usize) -> Event {
-        Event::Log(Log { stream: LogStream::Stdout, step: None, partial: false, content: vec![0; n] })
+        Event::Log(Log {
+            stream: LogStream::Stdout,
+            step: None,
+            partial: false,
+            content: vec![0; n],
+        })
     }
 
     fn step(n: usize) -> Event {
@@ -310,7 +316,8 @@ mod tests {
         assert!(failed(MAX_REPORT_TEXT, MAX_REPORT_TEXT).check().is_ok());
         assert!(failed(MAX_REPORT_TEXT + 1, 0).check().is_err());
         assert!(failed(0, MAX_REPORT_TEXT + 1).check().is_err());
-        let built = |n: usize| Outcome::Built(Built { digest: "d".repeat(n), engine: String::new() });
+        let built =
+            |n: usize| Outcome::Built(Built { digest: "d".repeat(n), engine: String::new() });
         assert!(built(256).check().is_ok());
         assert!(built(257).check().is_err());
     }

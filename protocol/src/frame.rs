@@ -31,8 +31,7 @@ pub enum FrameError {
 
 /// The bytes of a frame, length included.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, FrameError> {
-    let mut bytes =
-        postcard::to_extend(value, vec![0; PREFIX]).map_err(FrameError::Malformed)?;
+    let mut bytes = postcard::to_extend(value, vec![0; PREFIX]).map_err(FrameError::Malformed)?;
     let len = bytes.len() - PREFIX;
     match u32::try_from(len) {
         Ok(prefix) if len <= MAX_FRAME => bytes[..PREFIX].copy_from_slice(&prefix.to_be_bytes()),

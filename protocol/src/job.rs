@@ -226,7 +226,8 @@ mod tests {
         assert_eq!(check(arg(MAX_JOB_TEXT + 1)), Some("build argument"));
 
         let value = MAX_JOB_TEXT - 1;
-        let total = |n| BuildJob { build_args: vec![("k".into(), "v".repeat(value)); n], ..build() };
+        let total =
+            |n| BuildJob { build_args: vec![("k".into(), "v".repeat(value)); n], ..build() };
         assert_eq!(check(total(MAX_BUILD_ARGS_BYTES / MAX_JOB_TEXT)), None);
         assert_eq!(check(total(MAX_BUILD_ARGS_BYTES / MAX_JOB_TEXT + 1)), Some("build_args"));
     }

@@ -19,7 +19,7 @@ pub enum HostToAgent {
     Job(Box<Job>),
     /// The next bytes of the source archive as the user sent it (tar, gzip or zstd by its first
     /// bytes).
-    Source(Vec<u8>),
+    Source(#[serde(with = "serde_bytes")] Vec<u8>),
     /// The source archive is complete.
     SourceEnd {
         /// Its length in bytes.

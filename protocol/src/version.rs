@@ -36,7 +36,11 @@ impl std::fmt::Display for Version {
 
 impl std::fmt::Display for VersionRange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.min == self.max { self.min.fmt(f) } else { write!(f, "{} to {}", self.min, self.max) }
+        if self.min == self.max {
+            self.min.fmt(f)
+        } else {
+            write!(f, "{} to {}", self.min, self.max)
+        }
     }
 }
 

@@ -1,17 +1,15 @@
-//! A range of addresses: `10.0.0.0/8`, `fd00::/8`, or one address.
+//! A range of addresses as an operator writes it: `10.0.0.0/8`, `fd00::/8`, or one address.
 
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
-/// A range of addresses.
+/// A range of addresses, with no bits beyond its prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Cidr {
-    address: IpAddr,
-    prefix: u8,
-}
+pub struct Cidr(pub IpNet);
 
 /// A text that is no range of addresses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,54 +18,19 @@ pub struct Cidr {
 )]
 pub struct BadCidr(String);
 
-impl Cidr {
-    /// Whether an address is in the range. An IPv4 address that comes as IPv6 is the IPv4 address.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        let address = address.to_canonical();
-        self.address.is_ipv4() == address.is_ipv4()
-            && (bits(address) ^ bits(self.address)) & self.mask() == 0
-    }
-
-    fn mask(&self) -> u128 {
-        let width = if self.address.is_ipv4() { 32 } else { 128 };
-        let host_bits = u32::from(width - self.prefix);
-        u128::MAX.checked_shl(host_bits).unwrap_or(0)
-    }
-}
-
-fn bits(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(v4) => v4.to_bits().into(),
-        IpAddr::V6(v6) => v6.to_bits(),
-    }
-}
-
 impl FromStr for Cidr {
     type Err = BadCidr;
 
     fn from_str(text: &str) -> Result<Self, BadCidr> {
-        let bad = || BadCidr(text.to_owned());
-        let (address, prefix) = match text.split_once('/') {
-            Some((address, prefix)) => (address, Some(prefix)),
-            None => (text, None),
+        let parsed = match text.parse::<IpAddr>() {
+            Ok(address) => Ok(IpNet::from(address)),
+            Err(_) => text.parse(),
         };
-        let address: IpAddr = address.parse().map_err(|_| bad())?;
-        let width = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = match prefix {
-            None => width,
-            // `+8` and `08` would parse.
-            Some(text)
-                if text == "0"
-                    || text.bytes().next().is_some_and(|b| (b'1'..=b'9').contains(&b)) =>
-            {
-                text.parse().map_err(|_| bad())?
-            }
-            Some(_) => return Err(bad()),
-        };
-        let cidr = Self { address, prefix };
         // A range with bits beyond its prefix is a slip of the pen, and not for us to guess.
-        let fits = prefix <= width && bits(address) & !cidr.mask() == 0;
-        if fits { Ok(cidr) } else { Err(bad()) }
+        match parsed {
+            Ok(net) if net.trunc() == net => Ok(Self(net)),
+            _ => Err(BadCidr(text.to_owned())),
+        }
     }
 }
 
@@ -80,7 +43,7 @@ impl TryFrom<String> for Cidr {
 
 impl std::fmt::Display for Cidr {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix)
+        self.0.fmt(f)
     }
 }
 
@@ -92,7 +55,8 @@ mod tests {
     #[test]
     fn ranges_hold_their_addresses() {
         let holds = |range: &str, address: &str| {
-            range.parse::<Cidr>().unwrap().contains(address.parse().unwrap())
+            let address: std::net::IpAddr = address.parse().unwrap();
+            range.parse::<Cidr>().unwrap().0.contains(&address.to_canonical())
         };
         for (range, inside, outside) in [
             ("10.0.0.0/8", "10.255.255.255", "11.0.0.0"),

@@ -71,7 +71,12 @@ impl Scheduler for Scheduling {
 
 impl Dispatcher {
     /// A queue that runs at most `max_vms` builds at one time.
-    pub fn new(workshop: Arc<Workshop>, scheduling: Scheduling, max_vms: usize, owner: String) -> Self {
+    pub fn new(
+        workshop: Arc<Workshop>,
+        scheduling: Scheduling,
+        max_vms: usize,
+        owner: String,
+    ) -> Self {
         Self { workshop, scheduling, room: Arc::new(Semaphore::new(max_vms)), owner }
     }
 

@@ -1,10 +1,12 @@
 //! One task owns one claimed build: it starts the VM, holds its session, publishes, and records
 //! the end. Whatever happens, the VM is gone before the build is final.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::{BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::preamble::Channel;
@@ -15,8 +17,8 @@ use tokio_util::task::TaskTracker;
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
-use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
-use crate::egress::{self, EgressContext};
+use crate::build::{Build, BuildId, Change, Failure, FailureKind, NetworkMode};
+use crate::egress::{self, EgressContext, Observer, Reach};
 use crate::events::{EventLog, payload};
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
@@ -69,7 +71,16 @@ pub struct Workshop {
     /// Of one build's log content, in bytes.
     pub log_limit: u64,
     /// What steps may reach.
-    pub egress: egress::Policy,
+    pub egress: Egress,
+}
+
+/// What the steps of every build may reach beyond what is public, and never.
+#[derive(Clone, Debug)]
+pub struct Egress {
+    /// The operator's ranges.
+    pub permitted: Vec<IpNet>,
+    /// The host's own addresses.
+    pub own: Vec<IpAddr>,
 }
 
 impl Workshop {
@@ -114,7 +125,9 @@ impl Driver {
             match error {
                 // Somebody else owns the build now: it is theirs to end.
                 StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
-                error => tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state"),
+                error => {
+                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state")
+                }
             }
         }
     }
@@ -145,15 +158,28 @@ impl Driver {
 
     /// Runs the build in a VM, which is gone when this returns.
     async fn work(&mut self) -> Worked {
-        let fail = |kind, message: String| Worked { next: Next::Fail(Failure::new(kind, message)), context: None };
+        let fail = |kind, message: String| Worked {
+            next: Next::Fail(Failure::new(kind, message)),
+            context: None,
+        };
         let dir = self.workshop.build_dir(&self.build);
         let source = match tokio::fs::File::open(dir.join("source")).await {
             Ok(source) => source,
-            Err(error) => return fail(FailureKind::Internal, format!("the build's source cannot be read: {error}")),
+            Err(error) => {
+                return fail(
+                    FailureKind::Internal,
+                    format!("the build's source cannot be read: {error}"),
+                );
+            }
         };
         let staging = match Staging::new(dir.join("staging"), self.staging_limits()) {
             Ok(staging) => Arc::new(staging),
-            Err(error) => return fail(FailureKind::Internal, format!("the build's staging cannot be made: {error}")),
+            Err(error) => {
+                return fail(
+                    FailureKind::Internal,
+                    format!("the build's staging cannot be made: {error}"),
+                );
+            }
         };
         let cancel = self.entry.cancel.clone();
         let spec = VmSpec {
@@ -167,7 +193,10 @@ impl Driver {
             None => return Worked { next: Next::Cancel, context: None },
             Some(Err(error)) => {
                 tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
-                return fail(FailureKind::Internal, format!("the host could not start a VM: {error}"));
+                return fail(
+                    FailureKind::Internal,
+                    format!("the host could not start a VM: {error}"),
+                );
             }
             Some(Ok(vm)) => vm,
         };
@@ -186,29 +215,38 @@ impl Driver {
     }
 
     /// Serves a VM until its session ends, and destroys it.
-    async fn attend(&mut self, vm: Vm, source: tokio::fs::File, context: Arc<GuestContext>) -> Next {
+    async fn attend(
+        &mut self,
+        vm: Vm,
+        source: tokio::fs::File,
+        context: Arc<GuestContext>,
+    ) -> Next {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
         let tunnels = TaskTracker::new();
         {
             let (context, stop) = (Arc::clone(&context), gone.clone());
-            tunnels.spawn(tunnel::accept(Arc::clone(&vm.registry), Channel::Registry, nonce, gone.clone(), move |stream| {
-                guests::serve(stream, Arc::clone(&context), stop.clone())
-            }));
+            tunnels.spawn(tunnel::accept(
+                Arc::clone(&vm.registry),
+                Channel::Registry,
+                nonce,
+                gone.clone(),
+                move |stream| guests::serve(stream, Arc::clone(&context), stop.clone()),
+            ));
         }
         if self.build.request.network != NetworkMode::None {
-            let context = Arc::new(EgressContext::new(self.workshop.egress.clone()));
+            let context = Arc::new(self.egress());
             let stop = gone.clone();
-            tunnels.spawn(tunnel::accept(Arc::clone(&vm.egress), Channel::Egress, nonce, gone.clone(), move |stream| {
-                egress::serve(stream, Arc::clone(&context), stop.clone())
-            }));
+            tunnels.spawn(tunnel::accept(
+                Arc::clone(&vm.egress),
+                Channel::Egress,
+                nonce,
+                gone.clone(),
+                move |stream| egress::serve(stream, Arc::clone(&context), stop.clone()),
+            ));
         }
-        let params = session::Params {
-            job: self.job(),
-            source,
-            nonce,
-            boot_deadline: BOOT_DEADLINE,
-        };
+        let params =
+            session::Params { job: self.job(), source, nonce, boot_deadline: BOOT_DEADLINE };
         let mut sink = BuildSink::new(&self.workshop, &mut self.build, self.fence, context);
         let allowed = sink.timeout();
         let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
@@ -292,7 +330,9 @@ impl Driver {
             tracing::warn!(%error, dir = %dir.display(), "cannot remove the build's directory");
         }
         let first = match &change {
-            Change::Fail(failure) => vec![payload::of_host(crate::clock::now(), payload::failure(failure))],
+            Change::Fail(failure) => {
+                vec![payload::of_host(crate::clock::now(), payload::failure(failure))]
+            }
             _ => vec![],
         };
         self.change(change, &first).await?;
@@ -316,6 +356,16 @@ impl Driver {
     fn staging_limits(&self) -> staging::Limits {
         let max_bytes = u64::from(self.build.request.disk_gb) * GIB;
         staging::Limits { max_bytes, max_blobs: MAX_STAGED_BLOBS }
+    }
+
+    fn egress(&self) -> EgressContext {
+        let Egress { permitted, own } = self.workshop.egress.clone();
+        EgressContext::new(
+            Reach::Public,
+            permitted,
+            own,
+            Arc::new(LogEgress(self.build.id.clone())),
+        )
     }
 
     fn job(&self) -> Job {
@@ -347,4 +397,17 @@ impl Driver {
 /// The failure of a build whose image was not published.
 pub(super) fn publish_failure(error: &publish::PublishError) -> Failure {
     Failure::new(error.failure_kind(), error.to_string()).with_detail(error.detail())
+}
+
+/// Tells the host's log what a build's steps reached.
+struct LogEgress(BuildId);
+
+impl Observer for LogEgress {
+    fn reached(&self, host: &str, port: u16) {
+        tracing::debug!(id = %self.0, host, port, "a step reached");
+    }
+
+    fn refused(&self, host: &str, reason: &str) {
+        tracing::info!(id = %self.0, host, reason, "a step was refused");
+    }
 }

@@ -18,5 +18,5 @@ mod sink;
 pub use recover::recover;
 
 pub use dispatcher::{Dispatcher, Scheduling};
-pub use driver::{Driver, Workshop};
+pub use driver::{Driver, Egress, Workshop};
 pub use live::Live;

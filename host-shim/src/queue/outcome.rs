@@ -32,17 +32,18 @@ pub(super) fn next(end: End) -> Next {
         ),
         End::Cancelled => Next::Cancel,
         End::Lost(why) => fail(FailureKind::VmLost, format!("the VM was lost: {why}")),
-        End::Protocol(why) => fail(
-            FailureKind::ProtocolMismatch,
-            format!("the VM's agent broke the protocol: {why}"),
-        ),
+        End::Protocol(why) => {
+            fail(FailureKind::ProtocolMismatch, format!("the VM's agent broke the protocol: {why}"))
+        }
         End::Version(why) => fail(FailureKind::ProtocolMismatch, why),
-        End::Store(error) if error.is::<LogLimit>() => {
-            fail(FailureKind::LogLimit, format!("{error}; print less, or ask the host's operator for more"))
-        }
-        End::Store(error) => {
-            fail(FailureKind::Internal, format!("the host could not store the build's events: {error:#}"))
-        }
+        End::Store(error) if error.is::<LogLimit>() => fail(
+            FailureKind::LogLimit,
+            format!("{error}; print less, or ask the host's operator for more"),
+        ),
+        End::Store(error) => fail(
+            FailureKind::Internal,
+            format!("the host could not store the build's events: {error:#}"),
+        ),
     }
 }
 
@@ -90,7 +91,10 @@ mod tests {
     #[test]
     fn a_guests_cause_is_kept_with_its_step() {
         let Next::Fail(failure) = next(reported(FailureKind::StepFailed)) else { unreachable!() };
-        assert_eq!((failure.kind, failure.step, failure.exit_code), (FailureKind::StepFailed, Some(2), Some(7)));
+        assert_eq!(
+            (failure.kind, failure.step, failure.exit_code),
+            (FailureKind::StepFailed, Some(2), Some(7))
+        );
     }
 
     #[test]

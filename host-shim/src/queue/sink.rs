@@ -82,7 +82,8 @@ impl<'d> BuildSink<'d> {
             }
             Event::Step(step) => {
                 if let StepState::Ended(end) = &step.state {
-                    usage.memory_peak_bytes = usage.memory_peak_bytes.max(Some(end.memory_peak_bytes));
+                    usage.memory_peak_bytes =
+                        usage.memory_peak_bytes.max(Some(end.memory_peak_bytes));
                 }
             }
             Event::Phase(_) => {}

@@ -8,17 +8,19 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
+use kiln_image::bundle::Bundle;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
 use crate::api::Readiness;
 use crate::build::{BuildId, Tenant};
 use crate::config::ServeConfig;
-use crate::egress;
+use crate::egress::policy::own_addresses;
 use crate::gateway::managed::Managed;
 use crate::gateway::path::Route;
 use crate::gateway::rights::{Authorizer, Caller};
 use crate::gateway::{Backing, error::chain};
+use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::token::{self, AuthError};
@@ -41,32 +43,23 @@ pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!("another kiln serve uses {}; stop it, or choose another --data-dir", data_dir.display())
+            bail!(
+                "another kiln serve uses {}; stop it, or choose another --data-dir",
+                data_dir.display()
+            )
         }
         Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
 
 /// What VMs run.
-pub(super) struct Bundle {
-    pub kernel: PathBuf,
-    pub initrd: PathBuf,
-    pub root: PathBuf,
-    pub digest: String,
-}
-
 pub(super) fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
     let dir = Path::new(&config.builder);
-    let bundle = kiln_image::bundle::Bundle::open(dir).with_context(|| {
+    let bundle = Bundle::open(dir).with_context(|| {
         format!("--builder {} is no builder image; make one with kiln-image build", dir.display())
     })?;
     bundle.check_protocol()?;
-    Ok(Bundle {
-        kernel: bundle.kernel().to_owned(),
-        initrd: bundle.initrd().to_owned(),
-        root: bundle.root().to_owned(),
-        digest: bundle.digest().to_string(),
-    })
+    Ok(bundle)
 }
 
 pub(super) async fn store(config: &ServeConfig) -> anyhow::Result<Arc<dyn Store>> {
@@ -118,8 +111,10 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
     Ok((Some(managed), backing))
 }
 
-pub(super) fn egress(config: &ServeConfig) -> egress::Policy {
-    egress::Policy::new(config.egress_permit.clone())
+pub(super) fn egress(config: &ServeConfig) -> anyhow::Result<Egress> {
+    let permitted = config.egress_permit.iter().map(|cidr| cidr.0).collect();
+    let own = own_addresses().context("cannot list this host's addresses")?;
+    Ok(Egress { permitted, own })
 }
 
 /// `HOST:PORT` of image references. A port of 0 was chosen by the system.

@@ -43,14 +43,15 @@ impl Handshake {
         let Some(version) = hello.versions.agree(SUPPORTED) else {
             let message = format!(
                 "the agent ({}) speaks {} and this host speaks {SUPPORTED}: rebuild the builder image with this release's kiln-image",
-                hello.agent.escape_default(), hello.versions
+                hello.agent.escape_default(),
+                hello.versions
             );
             reject(&mut stream, RejectReason::Version, &message).await;
             return Err(End::Version(message));
         };
-        self.welcome(&mut stream, version, hello.features, 0)
-            .await
-            .map_err(|e| End::Lost(format!("the connection to the VM broke at its first frame: {e}")))?;
+        self.welcome(&mut stream, version, hello.features, 0).await.map_err(|e| {
+            End::Lost(format!("the connection to the VM broke at its first frame: {e}"))
+        })?;
         Ok((stream, hello))
     }
 
@@ -72,7 +73,9 @@ impl Handshake {
             };
             let reason = match &hello.resume {
                 None => RejectReason::Taken,
-                Some(resume) if !bool::from(resume.token.ct_eq(&self.token)) => RejectReason::Resume,
+                Some(resume) if !bool::from(resume.token.ct_eq(&self.token)) => {
+                    RejectReason::Resume
+                }
                 Some(_) => match hello.versions.agree(SUPPORTED) {
                     None => RejectReason::Version,
                     Some(version) => {
@@ -113,8 +116,7 @@ impl Handshake {
 
 async fn read_hello(stream: &mut impl Stream) -> Result<Hello, String> {
     // Only the Hello is read through this reader, and a FrameReader reads no byte beyond a frame.
-    let hello: Hello =
-        in_time(FrameReader::new(stream).read()).await.map_err(|e| e.to_string())?;
+    let hello: Hello = in_time(FrameReader::new(stream).read()).await.map_err(|e| e.to_string())?;
     match hello.check() {
         Ok(()) => Ok(hello),
         Err(reason) => Err(format!("{reason:?}")),

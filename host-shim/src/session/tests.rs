@@ -3,7 +3,9 @@
 use std::io::{Seek, SeekFrom, Write};
 use std::time::Duration;
 
-use kiln_protocol::event::{Built, Event, Failure, FailureKind, Log, LogStream, MAX_LOG_BYTES, Phase};
+use kiln_protocol::event::{
+    Built, Event, Failure, FailureKind, Log, LogStream, MAX_LOG_BYTES, Phase,
+};
 use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, MAGIC, RejectReason, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Limits, Role, StepNetwork};
@@ -165,7 +167,8 @@ fn hello(resume: Option<Resume>) -> Hello {
 }
 
 fn log(seq: u64, content: &[u8]) -> AgentToHost {
-    let log = Log { stream: LogStream::Stdout, step: Some(1), partial: false, content: content.into() };
+    let log =
+        Log { stream: LogStream::Stdout, step: Some(1), partial: false, content: content.into() };
     AgentToHost::Event(NumberedEvent { seq, at_ms: 1, event: Event::Log(log) })
 }
 

@@ -291,7 +291,11 @@ fn kiln() -> PathBuf {
 /// A program that scripts/test has built.
 fn program(name: &str) -> PathBuf {
     let path = workspace().join("target/release").join(name);
-    assert!(path.exists(), "{} is missing: run scripts/test, or scripts/quickstart --prepare", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: run scripts/test, or scripts/quickstart --prepare",
+        path.display()
+    );
     path
 }
 
@@ -299,7 +303,11 @@ fn state() -> PathBuf {
     let state = std::env::var_os("KILN_TEST_STATE")
         .map_or_else(|| workspace().join(".kiln"), PathBuf::from);
     let bundle = state.join("builder/bundle.json");
-    assert!(bundle.exists(), "{} is missing: run scripts/test, or scripts/quickstart --prepare", bundle.display());
+    assert!(
+        bundle.exists(),
+        "{} is missing: run scripts/test, or scripts/quickstart --prepare",
+        bundle.display()
+    );
     state
 }
 
