@@ -137,8 +137,9 @@ impl<'a> Follower<'a> {
             };
             let blocks = parser.push(&part).map_err(|e| CliError::host(e.to_string()))?;
             for block in blocks {
-                self.quiet_since = Instant::now();
                 let Some(received) = self.take(block) else { continue };
+                // Only what is new counts: a server that repeats itself for ever is lost too.
+                self.quiet_since = Instant::now();
                 see(Seen::Event(&received))?;
                 if received.event.is_final() {
                     return Ok(End::Final);

@@ -70,8 +70,22 @@ pub async fn submit(
             Ok(Ok(Err(why))) if why.kind() != std::io::ErrorKind::BrokenPipe => {
                 Err(CliError::failed(format!("cannot send the source: {why}")))
             }
+            _ if meter.taken() > 0 => Err(why_cut_off(client, error).await),
             _ => Err(error.into()),
         },
+    }
+}
+
+/// A server that refuses in the middle of a source may close the connection before its answer is read:
+/// TCP then throws the answer away. A token that is not good is not good for a small question either.
+async fn why_cut_off(client: &Client, error: CallError) -> CliError {
+    match client.builds(None, 1, None).await {
+        Err(refused @ CallError::Refused { .. }) => refused.into(),
+        Err(_) => error.into(),
+        Ok(_) => CliError::from(error).hint(
+            "the server is there but cut the source off: try again, or check its size against \
+             the server's --max-source-mb",
+        ),
     }
 }
 

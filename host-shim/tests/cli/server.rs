@@ -136,8 +136,9 @@ async fn keep_authorization(
 }
 
 async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
-    if let Some((status, body)) = server.script().refuse_post.clone() {
-        return (status, axum::Json(body)).into_response();
+    let refuse = server.script().refuse_post.clone();
+    if let Some((StatusCode::UNAUTHORIZED, body)) = refuse {
+        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
     }
     // An error is a client that went away.
     while let Ok(Some(mut field)) = form.next_field().await {
@@ -163,6 +164,10 @@ async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
             }
         }
         server.script().parts.insert(name, bytes);
+    }
+    // Only now, so that a connection with unread bytes does not lose the answer.
+    if let Some((status, body)) = refuse {
+        return (status, axum::Json(body)).into_response();
     }
     let mut script = server.script();
     // The client waits for the answer: its peak so far is that of the upload.
@@ -231,7 +236,13 @@ async fn cancel(State(server): State<Server>, Path(id): Path<String>) -> Respons
 }
 
 /// 250 builds, in pages.
-async fn list(Query(query): Query<BTreeMap<String, String>>) -> Response {
+async fn list(
+    State(server): State<Server>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Response {
+    if let Some((StatusCode::UNAUTHORIZED, body)) = server.script().refuse_post.clone() {
+        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
+    }
     let start: usize = query.get("cursor").map_or(0, |cursor| cursor.parse().unwrap());
     let limit: usize = query["limit"].parse().unwrap();
     assert!((1..=200).contains(&limit), "as the API has it");
