@@ -64,13 +64,13 @@ fn storage_conf(storage: &Path, run_root: &Path) -> String {
     format!("[storage]\ndriver = \"overlay\"\ngraphroot = {storage:?}\nrunroot = {run_root:?}\n")
 }
 
-/// Short names are `disabled`, in this format's sense: the distribution's list of aliases, which
-/// leads to other registries, is not looked at.
-///
 /// Only pulls follow a `location`. A push goes to the host that its destination names.
+///
+/// buildah reads `/etc/containers/registries.conf.d` besides, whatever it is told: the builder image
+/// has no list of aliases there, or short names would lead to other registries.
 fn registries() -> String {
     let mut text = format!(
-        "unqualified-search-registries = [\"{}\"]\nshort-name-mode = \"disabled\"\n",
+        "unqualified-search-registries = [\"{}\"]\nshort-name-mode = \"permissive\"\n",
         UPSTREAMS[0]
     );
     let mut lead = |prefix: &str, location: &str| {
