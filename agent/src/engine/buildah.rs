@@ -13,7 +13,7 @@ use kiln_protocol::name;
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
-use super::files::Files;
+use super::files::{Files, GATEWAY};
 use super::output::{self, LastLines};
 use super::parse::Cause;
 use super::{Engine, Work, command, failure};
@@ -57,8 +57,7 @@ pub struct Buildah {
 
 impl Default for Buildah {
     fn default() -> Self {
-        let image =
-            format!("{}/{}:{}", name::REGISTRY, name::STAGING_REPOSITORY, name::STAGING_TAG);
+        let staging = format!("{}:{}", name::STAGING_REPOSITORY, name::STAGING_TAG);
         Self {
             program: "/usr/bin/buildah".into(),
             wrapper: Path::new("/run/kiln").join(runtime::WRAPPER_NAME),
@@ -71,8 +70,8 @@ impl Default for Buildah {
             netns: "/run/netns/steps".into(),
             cgroup_mount: "/sys/fs/cgroup".into(),
             cgroup: "/kiln".into(),
-            destination: format!("docker://{image}"),
-            image,
+            image: format!("{}/{staging}", name::REGISTRY),
+            destination: format!("docker://{GATEWAY}/{staging}"),
         }
     }
 }

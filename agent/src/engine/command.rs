@@ -25,8 +25,7 @@ pub fn environment(buildah: &Buildah, files: &Files) -> Vec<(&'static str, OsStr
 
 /// `buildah build`.
 pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
-    let mut args = global(files);
-    args.extend(words(&[
+    let mut args = words(&[
         "build",
         // crun in namespaces, through our wrapper.
         "--isolation=oci",
@@ -46,7 +45,7 @@ pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
         "--http-proxy=false",
         // The image is what the Dockerfile says and no more.
         "--identity-label=false",
-    ]));
+    ]);
     args.push(flag("--signature-policy=", &files.policy()));
     args.push(flag("--runtime=", &buildah.wrapper));
     args.push(flag("--network=ns:", &buildah.netns));
@@ -66,25 +65,20 @@ pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
 
 /// `buildah push`.
 pub fn push(buildah: &Buildah, files: &Files, digest_file: &Path) -> Vec<OsString> {
-    let mut args = global(files);
-    args.extend(words(&[
+    let mut args = words(&[
         "push",
         "--tls-verify=false",
         "--retry=1",
         "--retry-delay=1s",
         // The way to the host is short and the processor is what a VM has least of.
         "--compression-level=1",
-    ]));
+    ]);
     args.push(flag("--signature-policy=", &files.policy()));
     args.push(flag("--digestfile=", digest_file));
     args.push("--".into());
     args.push(buildah.image.clone().into());
     args.push(buildah.destination.clone().into());
     args
-}
-
-fn global(files: &Files) -> Vec<OsString> {
-    vec![flag("--registries-conf-dir=", &files.registries_directory())]
 }
 
 fn words(list: &[&str]) -> Vec<OsString> {

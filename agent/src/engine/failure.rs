@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 use kiln_protocol::event::{Failure, FailureKind, cut_text};
 
 use super::parse::{self, Cause, DISK_FULL};
-use crate::runtime::StepRecord;
+use crate::runtime::{StepRecord, Usage};
 
 /// With less than this free, a step that failed most likely failed for want of space: the last
 /// blocks of a disk go to nobody.
@@ -51,18 +51,19 @@ pub fn failure(cause: Cause, detail: String) -> Failure {
 }
 
 fn of_step(step: &StepRecord, detail: String) -> Failure {
-    let StepRecord { index, name, exit_code, usage, .. } = step;
+    let StepRecord { index, name, exit_code, .. } = step;
+    let Usage { oom_kills, forks_refused, .. } = step.usage;
     let (kind, message) = if !step.started {
         let why = &step.last_words;
         (FailureKind::StepFailed, format!("step {index} could not be started: RUN {name}: {why}"))
-    } else if usage.oom_kills > 0 {
+    } else if oom_kills > 0 {
         (
             FailureKind::OutOfMemory,
             format!("step {index} ran out of memory: RUN {name}: ask for more with memory_mb"),
         )
     } else if step.disk_free.is_some_and(|free| free < NEARLY_FULL) {
         (FailureKind::DiskFull, format!("step {index}: RUN {name}: {DISK_FULL}"))
-    } else if usage.forks_refused > 0 {
+    } else if forks_refused > 0 {
         (
             FailureKind::ProcessLimit,
             format!("step {index} had too many processes at one time: RUN {name}"),
@@ -102,7 +103,6 @@ fn cut_start(text: &str) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::runtime::Usage;
     use kiln_protocol::event::{MAX_REPORT_TEXT, Outcome};
 
     fn step() -> StepRecord {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use kiln_protocol::name;
 
 /// Where the gateway's registry is reached in the VM's own network namespace.
-const GATEWAY: &str = "127.0.0.1:5000";
+pub const GATEWAY: &str = "127.0.0.1:5000";
 
 /// Registries that the gateway forwards to, under its reserved `upstream` namespace. The first one
 /// is also where names without a registry lead, as Docker's users expect.
@@ -23,7 +23,7 @@ impl Files {
     /// Writes the files into a directory, which is made.
     pub fn write(directory: &Path, storage: &Path, run_root: &Path) -> io::Result<Self> {
         let files = Self { directory: directory.to_owned() };
-        fs::create_dir_all(files.registries_directory())?;
+        fs::create_dir_all(directory)?;
         fs::write(files.registries(), registries())?;
         fs::write(files.policy(), POLICY)?;
         fs::write(files.storage(), storage_conf(storage, run_root))?;
@@ -34,11 +34,6 @@ impl Files {
     /// `registries.conf`
     pub fn registries(&self) -> PathBuf {
         self.directory.join("registries.conf")
-    }
-
-    /// An empty `registries.conf.d`: the distribution's short names lead to other registries.
-    pub fn registries_directory(&self) -> PathBuf {
-        self.directory.join("registries.conf.d")
     }
 
     /// `policy.json`
@@ -69,6 +64,10 @@ fn storage_conf(storage: &Path, run_root: &Path) -> String {
     format!("[storage]\ndriver = \"overlay\"\ngraphroot = {storage:?}\nrunroot = {run_root:?}\n")
 }
 
+/// Only pulls follow a `location`. A push goes to the host that its destination names.
+///
+/// buildah reads `/etc/containers/registries.conf.d` besides, whatever it is told: the builder image
+/// has no list of aliases there, or short names would lead to other registries.
 fn registries() -> String {
     let mut text = format!(
         "unqualified-search-registries = [\"{}\"]\nshort-name-mode = \"permissive\"\n",
@@ -101,6 +100,5 @@ mod tests {
         let all = [files.registries(), files.policy(), files.storage(), files.containers()]
             .map(|path| fs::read_to_string(path).unwrap());
         insta::assert_snapshot!(all.join("---\n"));
-        assert_eq!(fs::read_dir(files.registries_directory()).unwrap().count(), 0);
     }
 }

@@ -64,11 +64,9 @@ pub fn push_failure(stderr: &[String]) -> Cause {
         return cause;
     }
     let error = error_text(stderr).unwrap_or_default();
-    let problem = error.split_once("\": ").filter(|_| error.starts_with("pushing image "));
     // `pushing image "A" to "B": problem`
-    let problem = problem.map_or(error.as_str(), |(_, rest)| {
-        rest.split_once("\": ").map_or(rest, |(_, problem)| problem)
-    });
+    let problem = error.strip_prefix("pushing image ").and_then(|rest| rest.split_once("\": "));
+    let problem = problem.map_or(error.as_str(), |(_, problem)| problem);
     Cause::new(FailureKind::PushFailed, format!("the image could not be pushed: {problem}"))
 }
 
@@ -230,6 +228,13 @@ mod tests {
         let message = "the image could not be pushed: x: image not known".to_owned();
         assert_eq!(cause, Cause { kind: PushFailed, message });
         assert_eq!(push_failure(&[]).kind, PushFailed);
+        let cause = push_failure(&lines(
+            r#"Error: pushing image "x" to "docker://r/x": pinging container registry r: Get "http://r/v2/": dial tcp: lookup r: no such host"#,
+        ));
+        assert_eq!(
+            cause.message,
+            r#"the image could not be pushed: pinging container registry r: Get "http://r/v2/": dial tcp: lookup r: no such host"#
+        );
     }
 
     #[test]
