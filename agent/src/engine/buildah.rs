@@ -229,7 +229,6 @@ impl Run<'_> {
         let buildah = self.buildah;
         let server = Server::bind(&buildah.socket, buildah.settings(work))
             .map_err(could_not("listen for the container runtime"))?;
-        self.reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
         let engine = buildah
             .spawn(files, &command::build(buildah, files, work))
             .map_err(could_not("start the build engine"))?;
@@ -397,10 +396,9 @@ mod tests {
         let engine = "buildah 1.39.3".to_owned();
         assert_eq!(outcome, Outcome::Built(Built { digest: DIGEST.into(), engine }));
         let kinds: Vec<_> = reports.iter().map(|report| format!("{report:?}")).collect();
-        assert_eq!(kinds[0], "Event(Phase(Building))");
-        assert_eq!(kinds[1], "EngineStarted");
-        assert!(kinds[2].starts_with("Event(Log("), "{}", kinds[2]);
-        assert_eq!(kinds[3], "Event(Phase(Pushing))");
+        assert_eq!(kinds[0], "EngineStarted");
+        assert!(kinds[1].starts_with("Event(Log("), "{}", kinds[1]);
+        assert_eq!(kinds[2], "Event(Phase(Pushing))");
     }
 
     #[tokio::test]

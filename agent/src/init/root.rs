@@ -135,7 +135,8 @@ fn switch() -> nix::Result<()> {
 fn mount_cgroups() -> anyhow::Result<()> {
     const CGROUPS: &str = "/sys/fs/cgroup";
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount_new("cgroup2", CGROUPS, "cgroup2", plain, "")?;
+    // A step that makes namespaces of its own must not get at its own limits.
+    mount_new("cgroup2", CGROUPS, "cgroup2", plain, "nsdelegate")?;
     let available = fs::read_to_string(format!("{CGROUPS}/cgroup.controllers"))
         .context("the cgroup controllers cannot be listed")?;
     for controller in available.split_whitespace() {

@@ -47,8 +47,7 @@ pub enum ClientCommand {
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
-    #[command(subcommand)]
-    Token(token::TokenCommand),
+    Token(token::TokenArgs),
 }
 
 /// What every client command takes.
@@ -71,15 +70,21 @@ impl ClientCommand {
     }
 
     async fn try_run(self, global: &Global) -> Result<(), CliError> {
-        let client = Client::new(&global.connect)?;
+        let client = || Client::new(&global.connect).map_err(CliError::from);
+        let command = match self {
+            // May work without a server.
+            Self::Token(args) => return args.run(client).await,
+            command => command,
+        };
+        let client = client()?;
         let patience = Duration::from_secs(global.patience);
-        match self {
+        match command {
             Self::Build(args) => build::run(&client, patience, *args).await,
             Self::Ls(args) => ls::run(&client, args).await,
             Self::Show(args) => show::run(&client, args).await,
             Self::Logs(args) => logs::run(&client, patience, args).await,
             Self::Cancel(args) => cancel::run(&client, args).await,
-            Self::Token(command) => token::run(&client, command).await,
+            Self::Token(_) => Ok(()),
         }
     }
 }

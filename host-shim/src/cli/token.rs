@@ -1,9 +1,14 @@
 //! `kiln token`: makes, lists and revokes API tokens, through the API or offline on a data directory.
 
+mod offline;
+
+use std::path::PathBuf;
+
 use clap::builder::NonEmptyStringValueParser;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::offline::Offline;
 use super::client::Client;
 use super::error::{CliError, print_line};
 use super::escape::escape;
@@ -12,6 +17,29 @@ use super::table::table;
 use crate::build::Tenant;
 
 /// Manage API tokens
+#[derive(Debug, clap::Args)]
+pub struct TokenArgs {
+    /// Work on this data directory of a `kiln serve` of this host instead of asking the server
+    #[arg(long, global = true, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: TokenCommand,
+}
+
+impl TokenArgs {
+    /// Runs the command where the tokens are.
+    pub async fn run(
+        self,
+        client: impl FnOnce() -> Result<Client, CliError>,
+    ) -> Result<(), CliError> {
+        match self.data_dir {
+            Some(dir) => run(&Offline::open(&dir).await?, self.command).await,
+            None => run(&client()?, self.command).await,
+        }
+    }
+}
+
+/// What to do with tokens.
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenCommand {
     /// Make a token and print it; it is shown only now

@@ -1,0 +1,58 @@
+//! Tokens in a data directory that is at hand: who can write there needs no token to make one. Works
+//! while the server runs.
+
+use std::path::Path;
+
+use super::{KnownToken, MadeToken, NewToken, Tokens};
+use crate::api::types::rfc3339;
+use crate::cli::error::CliError;
+use crate::gateway::error::chain;
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Role, Store};
+use crate::token;
+
+/// A data directory.
+pub struct Offline(SqliteStore);
+
+impl Offline {
+    /// Opens the directory's database, or makes it.
+    pub async fn open(dir: &Path) -> Result<Self, CliError> {
+        let store = SqliteStore::open(dir).await;
+        store.map(Self).map_err(because(format!("cannot open the database in {}", dir.display())))
+    }
+}
+
+impl Tokens for Offline {
+    async fn create(&self, new: &NewToken) -> Result<MadeToken, CliError> {
+        let role = Role::from_name(&new.role)
+            .ok_or_else(|| CliError::usage(format!("{:?} is not a role", new.role)))?;
+        let (tenant, name, now) = (new.tenant.clone(), new.name.clone(), crate::clock::now());
+        let made = token::create(&self.0, tenant, role, Some(new.ttl), name, now).await;
+        let (token, record) = made.map_err(because("cannot make the token"))?;
+        Ok(MadeToken { id: record.id, token })
+    }
+
+    async fn list(&self) -> Result<Vec<KnownToken>, CliError> {
+        let tokens = self.0.tokens().await;
+        let tokens = tokens.map_err(because("cannot list the tokens"))?;
+        let known = tokens.into_iter().map(|token| KnownToken {
+            id: token.id,
+            tenant: token.tenant.to_string(),
+            role: token.role.to_string(),
+            name: token.name,
+            created_at: Some(rfc3339(token.created_at)),
+            expires_at: token.expires_at.map(rfc3339),
+        });
+        Ok(known.collect())
+    }
+
+    async fn revoke(&self, id: &str) -> Result<(), CliError> {
+        let revoked = self.0.revoke_token(id).await;
+        revoked.map_err(because(format!("cannot revoke the token {id:?}")))
+    }
+}
+
+fn because<E: std::error::Error>(what: impl Into<String>) -> impl FnOnce(E) -> CliError {
+    let what = what.into();
+    move |error| CliError::failed(format!("{what}: {}", chain(&error)))
+}
