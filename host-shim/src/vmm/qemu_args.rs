@@ -114,7 +114,7 @@ pub fn kvm_probe(kernel: RawFd, initrd: RawFd, console: RawFd) -> Vec<String> {
 fn common(engine: Engine, memory_mb: u32, cpus: u32, name: &str) -> Vec<String> {
     let (accel, cpu) = match engine {
         Engine::Kvm => ("kvm", "host"),
-        Engine::Tcg => ("tcg,thread=multi", "max"),
+        Engine::Tcg => ("tcg,thread=multi", "Nehalem"),
     };
     let mut args: Vec<String> =
         ["-nodefaults", "-no-user-config", "-display", "none", "-nic", "none"]
