@@ -11,6 +11,39 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::{BASE, Server, source, text};
 
+/// Prints "up"; with an argument it then waits for ever. Static, so that a build FROM scratch can run
+/// it: under emulation a build that pulls no base takes a fifth of the time.
+const UP: &str = "
+.globl _start
+_start:
+  movl $1, %eax           # write
+  movl $1, %edi
+  leaq up(%rip), %rsi
+  movl $3, %edx
+  syscall
+  cmpq $1, (%rsp)
+  jle end
+wait:
+  movl $34, %eax          # pause
+  syscall
+  jmp wait
+end:
+  movl $60, %eax          # exit
+  xorl %edi, %edi
+  syscall
+.data
+up: .ascii \"up\\n\"
+";
+
+/// A source whose one step prints "up" and ends, or waits.
+fn up(server: &Server, wait: bool) -> String {
+    let step = if wait { r#"["/up", "wait"]"# } else { r#"["/up"]"# };
+    let dockerfile = format!("FROM scratch\nCOPY --chmod=755 up /up\nRUN {step}\n");
+    let files: &[(&str, &[u8])] =
+        &[("Dockerfile", dockerfile.as_bytes()), ("up", &assemble(UP, "--64", "elf_x86_64"))];
+    server.submit(files, &[])
+}
+
 fn dockerfile(lines: &str) -> Vec<u8> {
     format!("FROM {BASE}\n{lines}\n").into_bytes()
 }
@@ -109,21 +142,10 @@ fn vm_a_failing_step_is_named_with_its_exit_code() {
 #[test]
 fn vm_ten_builds_at_once_run_two_at_a_time() {
     let server = Server::start();
-    let files: Vec<(&str, Vec<u8>)> = vec![("Dockerfile", dockerfile("COPY f /f\nRUN cat /f"))];
-    let ids: Vec<_> = (0..10)
-        .map(|n| {
-            let content = format!("build {n}");
-            let files: Vec<(&str, &[u8])> = files
-                .iter()
-                .map(|(n, c)| (*n, c.as_slice()))
-                .chain([("f", content.as_bytes())])
-                .collect();
-            server.submit(&files, &[])
-        })
-        .collect();
-    for (n, id) in ids.iter().enumerate() {
+    let ids: Vec<_> = (0..10).map(|_| up(&server, false)).collect();
+    for id in &ids {
         let mut follow = server.follow(id);
-        assert!(follow.until(&format!("build {n}")), "{}", follow.seen);
+        assert!(follow.until("up"), "{}", follow.seen);
         let vms = server.processes("qemu-system-x86_64").len();
         assert!(vms <= 2, "{vms} VMs at one time");
         follow.drain();
@@ -149,9 +171,9 @@ fn vm_ten_builds_at_once_run_two_at_a_time() {
 #[test]
 fn vm_a_running_build_shows_its_log_and_is_cancelled_in_time() {
     let server = Server::start();
-    let id = server.submit(&[("Dockerfile", &dockerfile("RUN echo first line; sleep 600"))], &[]);
+    let id = up(&server, true);
     let mut follow = server.follow(&id);
-    assert!(follow.until("first line"), "{}", follow.seen);
+    assert!(follow.until("up"), "{}", follow.seen);
     assert_eq!(server.show(&id)["status"], "building");
     let begun = Instant::now();
     let cancelled = server.run(&["cancel", &id]);
@@ -171,7 +193,7 @@ fn vm_a_running_build_shows_its_log_and_is_cancelled_in_time() {
 #[test]
 fn vm_a_build_whose_vm_is_killed_fails_as_vm_lost() {
     let server = Server::start();
-    let id = server.submit(&[("Dockerfile", &dockerfile("RUN echo up; sleep 600"))], &[]);
+    let id = up(&server, true);
     let mut follow = server.follow(&id);
     assert!(follow.until("up"), "{}", follow.seen);
     let qemu = server.processes("qemu-system-x86_64");
@@ -235,7 +257,7 @@ args: .long 40, 1, 0
 #[test]
 fn vm_a_step_reaches_neither_vsock_nor_the_registry_nor_the_host() {
     let server = Server::start();
-    let probe32 = assemble(PROBE_32);
+    let probe32 = assemble(PROBE_32, "--32", "elf_i386");
     let dockerfile = dockerfile(
         "COPY probe.pl /\nCOPY --chmod=755 probe32 /\nRUN perl /probe.pl\nRUN env | sort\n\
          RUN apt-get -o Acquire::Retries=0 -o Acquire::http::Timeout=5 update 2>&1 | head -5; \
@@ -264,7 +286,7 @@ fn vm_a_step_reaches_neither_vsock_nor_the_registry_nor_the_host() {
 #[test]
 fn vm_the_server_ends_its_builds_when_it_is_stopped() {
     let server = Server::start();
-    let id = server.submit(&[("Dockerfile", &dockerfile("RUN echo up; sleep 600"))], &[]);
+    let id = up(&server, true);
     let mut follow = server.follow(&id);
     assert!(follow.until("up"), "{}", follow.seen);
     let vm = server.processes("qemu-system-x86_64");
@@ -285,19 +307,19 @@ fn skopeo(args: &[&str], last: &str) -> String {
     text(out.stdout)
 }
 
-/// A static 32-bit program.
-fn assemble(source_text: &str) -> Vec<u8> {
+/// A static program.
+fn assemble(source_text: &str, bits: &str, emulation: &str) -> Vec<u8> {
     let dir = source(&[("probe.s", source_text.as_bytes())]);
     let (object, program) = (dir.path().join("probe.o"), dir.path().join("probe"));
     let assembled = Command::new("as")
-        .arg("--32")
+        .arg(bits)
         .arg(dir.path().join("probe.s"))
         .arg("-o")
         .arg(&object)
         .status();
     assert!(assembled.unwrap().success());
     let linked =
-        Command::new("ld").args(["-m", "elf_i386"]).arg(&object).arg("-o").arg(&program).status();
+        Command::new("ld").args(["-m", emulation]).arg(&object).arg("-o").arg(&program).status();
     assert!(linked.unwrap().success());
     std::fs::read(program).unwrap()
 }
