@@ -148,7 +148,7 @@ impl<S: Sink> Session<'_, S> {
                 () = cancel.cancelled() => return self.wind_down(connection).await,
                 // A second connection is either the agent's, which shows the token, or refused.
                 resumed = self.handshake.again(connections, self.stored) => {
-                    connection = self.resume(connection, resumed?)?;
+                    connection = self.resume(&connection, resumed?)?;
                     continue;
                 }
                 heard = connection.hear() => match heard {
@@ -182,13 +182,13 @@ impl<S: Sink> Session<'_, S> {
                     "the connection to the VM broke ({broken}) and did not come back"
                 )));
             };
-            connection = self.resume(connection, resumed?)?;
+            connection = self.resume(&connection, resumed?)?;
         }
     }
 
     fn resume<T: Stream>(
         &self,
-        old: Connection<T>,
+        old: &Connection<T>,
         stream: handshake::Resumed<T>,
     ) -> Result<Connection<T>, End> {
         if !old.can_resume() {

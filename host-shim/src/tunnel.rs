@@ -152,7 +152,7 @@ mod tests {
             cancel.clone(),
             |mut stream: DuplexStream| async move {
                 stream.write_all(b"!").await.unwrap();
-                std::future::pending().await
+                std::future::pending::<()>().await;
             },
         ));
         let (mut guest, host) = tokio::io::duplex(1024);

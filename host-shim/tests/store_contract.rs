@@ -105,7 +105,8 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
         assert_eq!(store.build(&first.id).await.unwrap(), Some(first.clone()));
         claimed = claim(&*store).await;
         let mut annotated = claimed.build.clone();
-        annotated.usage = Usage { memory_peak_bytes: Some(9), log_bytes: None, boot_ms: Some(3) };
+        annotated.usage =
+            Usage { memory_peak_bytes: Some(9), boot_ms: Some(3), ..Usage::default() };
         annotated.pulled = vec![Pulled { reference: "r".into(), digest: "d".into() }];
         annotated.builder_digest = Some("sha256:bb".into());
         store.annotate(&annotated, claimed.fence).await.unwrap();

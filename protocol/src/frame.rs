@@ -115,6 +115,7 @@ fn ended_inside() -> FrameError {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the limit is small")]
 mod tests {
     use super::*;
 

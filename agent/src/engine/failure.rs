@@ -40,6 +40,7 @@ pub fn internal(message: String) -> Failure {
 }
 
 /// A cause as a failure.
+#[allow(clippy::needless_pass_by_value, reason = "both end here")]
 pub fn failure(cause: Cause, detail: String) -> Failure {
     Failure {
         kind: cause.kind,

@@ -61,7 +61,12 @@ const CONTAINERS: &str = "[containers]\nhttp_proxy = false\n";
 
 fn storage_conf(storage: &Path, run_root: &Path) -> String {
     // TOML's basic strings and Rust's debug strings agree on what a path of ours may hold.
-    format!("[storage]\ndriver = \"overlay\"\ngraphroot = {storage:?}\nrunroot = {run_root:?}\n")
+    // Debug of a path is a quoted string with escapes, as TOML has them.
+    #[allow(clippy::unnecessary_debug_formatting, reason = "it is quoted and escaped")]
+    let text = format!(
+        "[storage]\ndriver = \"overlay\"\ngraphroot = {storage:?}\nrunroot = {run_root:?}\n"
+    );
+    text
 }
 
 /// Only pulls follow a `location`. A push goes to the host that its destination names.

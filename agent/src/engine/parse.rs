@@ -85,28 +85,28 @@ fn at_step(error: &str) -> Option<(&str, &str)> {
 
 fn pull_failure(error: &str) -> Option<Cause> {
     let creating = error.strip_prefix("creating build container: ");
-    if let Some(problem) = creating {
-        if let Some(rest) = problem.strip_prefix("parsing reference \"") {
-            let name = rest.split('"').next().unwrap_or(rest);
-            let message = format!("\"{name}\" is not an image's name");
-            return Some(Cause::new(FailureKind::DockerfileInvalid, message));
-        }
+    if let Some(problem) = creating
+        && let Some(rest) = problem.strip_prefix("parsing reference \"")
+    {
+        let name = rest.split('"').next().unwrap_or(rest);
+        let message = format!("\"{name}\" is not an image's name");
+        return Some(Cause::new(FailureKind::DockerfileInvalid, message));
     }
-    if let Some(rest) = error.strip_prefix("COPY --from=") {
-        if let Some((name, problem)) = rest.split_once(": ") {
-            return Some(pull(name, problem));
-        }
+    if let Some(rest) = error.strip_prefix("COPY --from=")
+        && let Some((name, problem)) = rest.split_once(": ")
+    {
+        return Some(pull(name, problem));
     }
-    if let Some((_, rest)) = error.split_once("docker://") {
-        if let Some((image, problem)) = rest.split_once(": ") {
-            return Some(pull(image, problem));
-        }
+    if let Some((_, rest)) = error.split_once("docker://")
+        && let Some((image, problem)) = rest.split_once(": ")
+    {
+        return Some(pull(image, problem));
     }
     let problem = creating?;
-    if let Some(rest) = problem.strip_prefix("short-name \"") {
-        if let Some((name, problem)) = rest.split_once("\" ") {
-            return Some(pull(name, problem));
-        }
+    if let Some(rest) = problem.strip_prefix("short-name \"")
+        && let Some((name, problem)) = rest.split_once("\" ")
+    {
+        return Some(pull(name, problem));
     }
     let message = format!("a base image could not be pulled: {problem}");
     Some(Cause::new(FailureKind::PullFailed, message))

@@ -70,7 +70,7 @@ impl ClientCommand {
     }
 
     async fn try_run(self, global: &Global) -> Result<(), CliError> {
-        let client = || Client::new(&global.connect).map_err(CliError::from);
+        let client = || Client::new(&global.connect);
         let command = match self {
             // May work without a server.
             Self::Token(args) => return args.run(client).await,

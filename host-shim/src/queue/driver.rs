@@ -31,7 +31,7 @@ use crate::vmm::{Vm, VmSpec, Vmm};
 
 /// How long a VM may take to say Hello. Generous: under software emulation on a busy host a boot
 /// takes several seconds, and a VM that dies is noticed at once anyway.
-const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+const BOOT_DEADLINE: Duration = Duration::from_mins(2);
 
 /// How much later than the guest's own deadline the host's is, so that the guest's report, with
 /// the step that ran, arrives.
@@ -126,7 +126,7 @@ impl Driver {
                 // Somebody else owns the build now: it is theirs to end.
                 StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
                 error => {
-                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state")
+                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state");
                 }
             }
         }

@@ -22,6 +22,7 @@ const MAX_BATCH: usize = 256;
 const FINISH_DEADLINE: Duration = Duration::from_millis(200);
 
 /// What the guest said, apart from what only this connection cares about.
+#[allow(clippy::enum_variant_names, reason = "the protocol's names")]
 pub(super) enum Event {
     Event(NumberedEvent),
     EngineStarted,
