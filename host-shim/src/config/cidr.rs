@@ -28,10 +28,15 @@ impl FromStr for Cidr {
         };
         // A range with bits beyond its prefix is a slip of the pen, and not for us to guess.
         match parsed {
-            Ok(net) if net.trunc() == net => Ok(Self(net)),
+            Ok(net) if net.trunc() == net && plain(text, net) => Ok(Self(net)),
             _ => Err(BadCidr(text.to_owned())),
         }
     }
+}
+
+/// Whether the prefix is written as a number is: `+8` and `08` would parse.
+fn plain(text: &str, net: IpNet) -> bool {
+    text.split_once('/').is_none_or(|(_, prefix)| prefix == net.prefix_len().to_string())
 }
 
 impl TryFrom<String> for Cidr {
