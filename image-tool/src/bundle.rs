@@ -5,16 +5,18 @@
 //!      oci-layout  index.json  blobs/sha256/…      the same files by other names, for publishing
 //! ```
 
-use std::collections::BTreeMap;
+mod manifest;
+
 use std::path::{Path, PathBuf};
 
-use kiln_protocol::version::{SUPPORTED, VersionRange};
+use kiln_protocol::version::VersionRange;
 use oci_spec::image::MediaType;
-use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::file::{self, FileError};
 use crate::layout::{self, Blob, Layout, LayoutError, Manifest as OciManifest};
+
+pub use manifest::{AgentInfo, FileInfo, Files, KernelInfo, Manifest};
 
 /// `artifactType` of a published bundle.
 pub const ARTIFACT_TYPE: &str = "application/vnd.kiln.builder.v1+json";
@@ -40,98 +42,6 @@ pub struct Bundle {
     /// Digest of the OCI manifest: the name under which the bundle is, or would be, published.
     pub digest: Digest,
     dir: PathBuf,
-}
-
-/// `bundle.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Form of this file.
-    pub schema: u32,
-    /// The recipe's name.
-    pub name: String,
-    /// What the initrd says of itself (`/etc/kiln/image`, and so `Hello.image`): the name and the root
-    /// disk's digest. It cannot be the bundle's own digest, because the bundle contains it.
-    pub identity: String,
-    /// Debian's name of the architecture.
-    pub architecture: String,
-    /// Debian's release of the root.
-    pub suite: String,
-    /// What the agent speaks.
-    pub protocol: VersionRange,
-    /// The agent.
-    pub agent: AgentInfo,
-    /// The kernel.
-    pub kernel: KernelInfo,
-    /// Package → version of what executes Dockerfiles.
-    pub engine: BTreeMap<String, String>,
-    /// The files, by name.
-    pub files: Files,
-    /// Seconds since 1970, where `SOURCE_DATE_EPOCH` gave them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub created: Option<u64>,
-}
-
-/// The agent in a bundle.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AgentInfo {
-    /// Kiln's version.
-    pub version: String,
-    /// Of the program.
-    pub digest: Digest,
-}
-
-/// The kernel in a bundle.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelInfo {
-    /// `uname -r`.
-    pub release: String,
-    /// `uname -v` and more, which has the package's version.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub version: Option<String>,
-    /// Debian's release that it is from.
-    pub suite: String,
-    /// Modules in the initrd, in load order.
-    pub modules: Vec<String>,
-}
-
-/// The files of a bundle.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Files {
-    /// The kernel image.
-    pub kernel: FileInfo,
-    /// Agent and modules.
-    pub initrd: FileInfo,
-    /// The root disk.
-    #[serde(rename = "root.erofs")]
-    pub root: FileInfo,
-}
-
-/// One file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileInfo {
-    /// Of its bytes.
-    pub digest: Digest,
-    /// In bytes.
-    pub size: u64,
-}
-
-impl FileInfo {
-    /// Reads a file to describe it.
-    pub fn of(path: &Path) -> Result<Self, FileError> {
-        let (digest, size) = Digest::of_file(path)?;
-        Ok(Self { digest, size })
-    }
-}
-
-impl Files {
-    /// Name, media type and description of each, in the order of the OCI manifest's layers.
-    pub fn each(&self) -> [(&'static str, &'static str, &FileInfo); 3] {
-        [
-            ("kernel", "application/vnd.kiln.builder.kernel.v1", &self.kernel),
-            ("initrd", "application/vnd.kiln.builder.initrd.v1+zstd", &self.initrd),
-            ("root.erofs", "application/vnd.kiln.builder.root.v1.erofs", &self.root),
-        ]
-    }
 }
 
 /// A directory is no usable bundle.
@@ -237,43 +147,16 @@ impl Bundle {
                 return Err(BundleError::Digest { path, actual, expected });
             }
         }
-        Ok(Layout::open(&self.dir)?.verify()?)
-    }
-}
-
-impl Manifest {
-    /// Parses `bundle.json`; `path` is for messages only.
-    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, BundleError> {
-        #[derive(Deserialize)]
-        struct OnlySchema {
-            schema: u64,
-        }
-        let malformed = |source| BundleError::Malformed { path: path.to_owned(), source };
-        // First, so that a newer form is called that and not "malformed".
-        let schema = serde_json::from_slice::<OnlySchema>(bytes).map_err(malformed)?.schema;
-        if schema != u64::from(SCHEMA) {
-            return Err(BundleError::Schema(schema));
-        }
-        serde_json::from_slice(bytes).map_err(malformed)
-    }
-
-    /// Whether this host can talk to the agent.
-    pub fn check_protocol(&self) -> Result<(), BundleError> {
-        match SUPPORTED.agree(self.protocol) {
-            Some(_) => Ok(()),
-            None => Err(BundleError::Protocol { bundle: self.protocol, host: SUPPORTED }),
-        }
-    }
-
-    /// The OCI manifest's layers.
-    pub fn layers(&self) -> Vec<Blob> {
-        let blob = |(name, media_type, info): (&str, &str, &FileInfo)| Blob {
-            media_type: media_type.to_owned(),
-            digest: info.digest.clone(),
-            size: info.size,
-            title: Some(name.to_owned()),
-        };
-        self.files.each().map(blob).into()
+        let mut layout = Layout::open(&self.dir)?;
+        let files = self.manifest.files.each().map(|(name, _, info)| (self.dir.join(name), info));
+        layout.blobs.retain(|blob| {
+            let same = |(path, info): &(PathBuf, &FileInfo)| {
+                info.digest == blob.digest
+                    && same_file(path, &Layout::blob_path(&self.dir, &blob.digest))
+            };
+            !files.iter().any(same)
+        });
+        Ok(layout.verify()?)
     }
 }
 
@@ -314,6 +197,13 @@ pub fn write_as_published(
     let oci = writer.add_bytes(MediaType::ImageManifest.as_ref(), oci)?;
     writer.finish(&oci, &serde_json::json!({ "artifactType": ARTIFACT_TYPE }))?;
     Ok(oci.digest)
+}
+
+/// Whether two names are hard links of one file, which then need not be read twice.
+fn same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let identity = |p: &Path| p.metadata().ok().map(|m| (m.dev(), m.ino()));
+    identity(a).is_some_and(|a| identity(b) == Some(a))
 }
 
 /// The OCI manifest's digest, once it is certain that it describes this very `bundle.json`.

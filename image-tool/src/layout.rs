@@ -131,7 +131,7 @@ impl Writer {
     /// Stores bytes.
     pub fn add_bytes(&self, media_type: &str, bytes: &[u8]) -> Result<Blob, LayoutError> {
         let digest = Digest::of(bytes);
-        let path = blob_path(&self.dir, &digest);
+        let path = Layout::blob_path(&self.dir, &digest);
         if !path.exists() {
             file::write(&path, bytes)?;
         }
@@ -145,7 +145,7 @@ impl Writer {
 
     /// Stores a file of the same file system by a second name; its digest is already known.
     pub fn add_link(&self, path: &Path, blob: Blob) -> Result<Blob, LayoutError> {
-        let to = blob_path(&self.dir, &blob.digest);
+        let to = Layout::blob_path(&self.dir, &blob.digest);
         if !to.exists() {
             file::hard_link(path, &to)?;
         }
@@ -240,7 +240,12 @@ impl Layout {
 
     /// Where a blob's bytes are.
     pub fn path(&self, digest: &Digest) -> PathBuf {
-        blob_path(&self.dir, digest)
+        Layout::blob_path(&self.dir, digest)
+    }
+
+    /// Where the layout in `dir` keeps a blob.
+    pub fn blob_path(dir: &Path, digest: &Digest) -> PathBuf {
+        dir.join("blobs/sha256").join(digest.hex())
     }
 
     /// Hashes every blob.
@@ -284,10 +289,6 @@ fn check(blob: &Blob, actual: Digest, size: u64) -> Result<(), LayoutError> {
     }
     let (expected, expected_size) = (blob.digest.clone(), blob.size);
     Err(LayoutError::Mismatch { expected, expected_size, actual, size })
-}
-
-fn blob_path(dir: &Path, digest: &Digest) -> PathBuf {
-    dir.join("blobs/sha256").join(digest.hex())
 }
 
 fn parse<T: serde::de::DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, LayoutError> {

@@ -19,6 +19,7 @@
 pub mod build;
 pub mod bundle;
 pub mod cli;
+pub mod credentials;
 pub mod digest;
 pub mod elf;
 pub mod file;

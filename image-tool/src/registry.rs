@@ -8,12 +8,12 @@ use std::fmt;
 use std::future::Future;
 use std::time::Duration;
 
-use docker_credential::{CredentialRetrievalError, DockerCredential};
 use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference, RegistryOperation};
 
+use crate::credentials::{self, CredentialsError};
 use crate::text;
 
 /// Credentials from the environment, so that they need not be in a command line.
@@ -69,7 +69,7 @@ pub enum RegistryError {
         registry: String,
         /// Why.
         #[source]
-        source: CredentialRetrievalError,
+        source: CredentialsError,
     },
     /// 401 or 403.
     #[error(
@@ -146,9 +146,11 @@ impl Registry {
         operation: RegistryOperation,
     ) -> Result<Self, RegistryError> {
         let registry = reference.resolve_registry().to_owned();
-        let auth = match &options.creds {
-            Some((user, password)) => RegistryAuth::Basic(user.clone(), password.clone()),
-            None => from_docker(&registry).await?,
+        let auth = if let Some((user, password)) = &options.creds {
+            RegistryAuth::Basic(user.clone(), password.clone())
+        } else {
+            let failed = |source| RegistryError::Credentials { registry, source };
+            credentials::for_registry(reference.resolve_registry()).await.map_err(failed)?
         };
         let protocol =
             if options.plain_http { ClientProtocol::Http } else { ClientProtocol::Https };
@@ -196,24 +198,6 @@ impl Registry {
         }
         // TRIES is not zero, so the last round returned.
         Err(RegistryError::TooSlow { registry: registry(), action: action.to_owned(), limit })
-    }
-}
-
-async fn from_docker(registry: &str) -> Result<RegistryAuth, RegistryError> {
-    let host = registry.to_owned();
-    // It may run a credential helper, which is a program that may ask for things.
-    let found = tokio::task::spawn_blocking(move || docker_credential::get_credential(&host)).await;
-    match found.unwrap_or(Err(CredentialRetrievalError::HelperCommunicationError)) {
-        Ok(DockerCredential::UsernamePassword(user, password)) => {
-            Ok(RegistryAuth::Basic(user, password))
-        }
-        Ok(DockerCredential::IdentityToken(token)) => Ok(RegistryAuth::Bearer(token)),
-        Err(
-            CredentialRetrievalError::ConfigNotFound
-            | CredentialRetrievalError::NoCredentialConfigured,
-        ) => Ok(RegistryAuth::Anonymous),
-        // Docker's configuration may exist and be unreadable only by a mistake that must be seen.
-        Err(source) => Err(RegistryError::Credentials { registry: registry.to_owned(), source }),
     }
 }
 

@@ -31,7 +31,7 @@ fn plain(creds: Option<(&str, &str)>) -> Options {
     Options { plain_http: true, creds }
 }
 
-/// No credentials: also Docker's configuration must not have any.
+/// Not the developer's own configuration; a registry without authentication ignores them.
 fn anonymous() -> Options {
     plain(Some(("nobody", "")))
 }
@@ -126,6 +126,42 @@ async fn wrong_credentials_are_refused_and_right_ones_work() {
     push_layout(dir.path(), &reference, &right, &|_| ()).await.unwrap();
     assert_eq!(verify_ref(&reference, &right).await.unwrap(), digest);
     inspect_ref(&reference, &wrong).await.unwrap_err();
+}
+
+/// Through the program, whose environment can be set: a file with credentials, none, and a broken one.
+#[tokio::test]
+async fn dockers_configuration_is_used() {
+    provider();
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, docker) = (dir.path().join("layout"), dir.path().join("docker"));
+    fs::create_dir(&layout).unwrap();
+    let digest = sample(&layout, SUPPORTED);
+    let publish = async |registry: &Registry| {
+        let reference = format!("{}/builder:v1", registry.host);
+        let (layout, docker) = (layout.clone(), docker.clone());
+        let run = move || {
+            let mut command = assert_cmd::Command::cargo_bin("kiln-image").unwrap();
+            command.arg("publish").arg(layout).args([&reference, "--plain-http"]);
+            command.env("DOCKER_CONFIG", docker).env_remove("KILN_IMAGE_CREDS").output().unwrap()
+        };
+        tokio::task::spawn_blocking(run).await.unwrap()
+    };
+    let open = Registry::start(false).await;
+    let output = publish(&open).await;
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(printed, format!("{}/builder@{digest}\n", open.host));
+
+    let closed = Registry::start(true).await;
+    assert_eq!(publish(&closed).await.status.code(), Some(1), "no credentials");
+    fs::create_dir(&docker).unwrap();
+    // base64 of `kiln:secret`.
+    let config = format!(r#"{{"auths": {{"{}": {{"auth": "a2lsbjpzZWNyZXQ="}}}}}}"#, closed.host);
+    fs::write(docker.join("config.json"), config).unwrap();
+    assert_eq!(publish(&closed).await.status.code(), Some(0));
+    fs::write(docker.join("config.json"), "{").unwrap();
+    let said = String::from_utf8(publish(&open).await.stderr).unwrap();
+    assert!(said.contains("config.json is of no use"), "{said}");
 }
 
 #[tokio::test]
