@@ -216,7 +216,8 @@ sub try { my ($what, $got) = @_; print "$what: ", ($got ? "OPEN" : "refused"), "
 try("vsock", socket(my $v, 40, 1, 0));
 try("vsock-wide", syscall(41, 0x100000028, 1, 0) >= 0);
 try("vsock-32", system("/probe32") == 0);
-try("io_uring", syscall(425, 1, pack("x120")) >= 0);
+my $params = pack("x120");
+try("io_uring", syscall(425, 1, $params) >= 0);
 for my $port (5000, 5001, 22) {
   socket(my $s, PF_INET, SOCK_STREAM, 0) or die "no inet: $!";
   try("port-$port", connect($s, sockaddr_in($port, inet_aton("127.0.0.1"))));
