@@ -127,7 +127,9 @@ fn error_text(failure: &Failure) -> String {
 /// A time as the API writes it.
 pub fn rfc3339(at: Millis) -> String {
     // Out of range only by a clock that is off by millennia.
-    jiff::Timestamp::from_millisecond(at).unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_string()
+    // Always three digits, so that times sort as texts.
+    let at = jiff::Timestamp::from_millisecond(at).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+    format!("{at:.3}")
 }
 
 /// Body of POST `/tokens`.
