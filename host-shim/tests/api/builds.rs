@@ -127,7 +127,7 @@ async fn get_build_found() {
     assert_eq!(ready["image_ref"], format!("{HOST}/builds/{}@sha256:aa", claimed.build.id));
     assert_eq!(
         (&ready["duration_ms"], &ready["started_at"]),
-        (&json!(2500), &json!("1970-01-01T00:00:01Z"))
+        (&json!(2500), &json!("1970-01-01T00:00:01.000Z"))
     );
 }
 
