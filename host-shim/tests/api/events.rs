@@ -78,9 +78,9 @@ async fn get_build_logs_framing() {
     assert_eq!(
         rest,
         "id: 2\nevent: log\ndata: {\"content\":\"hello\\r\",\"step\":1,\"stream\":\"stdout\",\
-         \"timestamp\":\"1970-01-01T00:00:01.5Z\",\"type\":\"log\"}\n\n\
+         \"timestamp\":\"1970-01-01T00:00:01.500Z\",\"type\":\"log\"}\n\n\
          id: 3\nevent: log\ndata: {\"content\":\"\u{fffd}\",\"content_b64\":\"/w==\",\"step\":1,\"stream\":\"stdout\",\
-         \"timestamp\":\"1970-01-01T00:00:01.5Z\",\"type\":\"log\"}\n\n"
+         \"timestamp\":\"1970-01-01T00:00:01.500Z\",\"type\":\"log\"}\n\n"
     );
 }
 
