@@ -13,7 +13,6 @@ mod push;
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +25,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use kiln_protocol::name::{REGISTRY, STAGING_REPOSITORY};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::backing::Backing;
@@ -54,9 +54,12 @@ pub struct GuestContext {
     tenant: Tenant,
     staging: Arc<Staging>,
     backing: Backing,
-    pushing: AtomicBool,
+    pushing: watch::Sender<bool>,
     seen: Mutex<Seen>,
 }
+
+/// How long an upload may be ahead of the report that the build pushes: a batch of events is stored in far less.
+const PHASE_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 struct Seen {
@@ -81,7 +84,7 @@ impl GuestContext {
             tenant,
             staging,
             backing,
-            pushing: AtomicBool::new(false),
+            pushing: watch::Sender::new(false),
             seen: Mutex::default(),
         }
     }
@@ -98,7 +101,7 @@ impl GuestContext {
 
     /// Opens the staging area for pushes, or closes it.
     pub fn set_pushing(&self, pushing: bool) {
-        self.pushing.store(pushing, Ordering::Release);
+        self.pushing.send_replace(pushing);
     }
 
     /// Every manifest that was pulled, by the reference that it was last pulled with.
@@ -118,8 +121,12 @@ impl GuestContext {
         self.seen().blobs.get(digest).cloned()
     }
 
-    fn is_pushing(&self) -> bool {
-        self.pushing.load(Ordering::Acquire)
+    /// Whether the build may push; waits a moment for it. The agent says that it pushes on the
+    /// control connection, and the engine's first upload may overtake that on this one.
+    async fn may_push(&self) -> bool {
+        let mut pushing = self.pushing.subscribe();
+        let open = tokio::time::timeout(PHASE_PATIENCE, pushing.wait_for(|pushing| *pushing));
+        matches!(open.await, Ok(Ok(_)))
     }
 
     /// The size of a blob that the pushed image may consist of: staged, or known by a pull.

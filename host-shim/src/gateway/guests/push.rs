@@ -26,7 +26,7 @@ pub(super) async fn respond(
     body: Incoming,
 ) -> Result<Response, Refusal> {
     let method = &parts.method;
-    if !matches!(*method, Method::GET | Method::HEAD) && !ctx.is_pushing() {
+    if !matches!(*method, Method::GET | Method::HEAD) && !ctx.may_push().await {
         return Err(Refusal::denied("the build does not push its result yet"));
     }
     match (route, method) {
