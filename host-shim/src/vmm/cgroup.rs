@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::process;
@@ -21,25 +22,27 @@ pub(crate) struct CgroupRoot {
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     dir: PathBuf,
+    /// The one that it is in goes after it.
+    _root: Option<Arc<CgroupRoot>>,
 }
 
 impl CgroupRoot {
     /// Finds a hierarchy that can be written and makes `kiln/<instance>` in it.
-    pub(crate) fn find(instance: &str) -> Option<Self> {
+    pub(crate) fn find(instance: &str) -> Option<Arc<Self>> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let places = candidates(&mounts, &own, rustix::process::geteuid().is_root());
         places.into_iter().map(|place| place.join("kiln").join(instance)).find_map(|dir| {
             // Another instance may just be removing an empty `kiln`: once more, then.
             let made = fs::create_dir_all(&dir).is_ok() || fs::create_dir_all(&dir).is_ok();
-            (made && dir.join("cgroup.procs").exists()).then_some(Self { dir })
+            (made && dir.join("cgroup.procs").exists()).then(|| Arc::new(Self { dir }))
         })
     }
 
-    pub(crate) fn create(&self, id: &str) -> io::Result<Cgroup> {
+    pub(crate) fn create(self: &Arc<Self>, id: &str) -> io::Result<Cgroup> {
         let dir = self.dir.join(id);
         fs::create_dir(&dir)?;
-        Ok(Cgroup { dir })
+        Ok(Cgroup { dir, _root: Some(Arc::clone(self)) })
     }
 
     /// Those that exist, of an earlier process too.
@@ -48,7 +51,7 @@ impl CgroupRoot {
         entries
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .map(|entry| {
-                (entry.file_name().to_string_lossy().into_owned(), Cgroup { dir: entry.path() })
+                (entry.file_name().to_string_lossy().into_owned(), Cgroup::recorded(entry.path()))
             })
             .collect()
     }
@@ -66,7 +69,7 @@ impl Drop for CgroupRoot {
 impl Cgroup {
     /// One that an earlier server recorded.
     pub(crate) fn recorded(dir: PathBuf) -> Self {
-        Self { dir }
+        Self { dir, _root: None }
     }
 
     /// Open for writing: a child writes `0` there before it executes.

@@ -204,7 +204,7 @@ impl Vmm {
             initrd: open_for_all(&config.initrd)?,
             root: File::open(&config.root).map_err(VmmError::io("open", &config.root))?,
         };
-        let cgroups = CgroupRoot::find(&config.instance).map(Arc::new);
+        let cgroups = CgroupRoot::find(&config.instance);
         let mut vmm = Self {
             scratch: Scratch::new(&config.disk_dir)?,
             config,
@@ -346,6 +346,13 @@ impl Vmm {
     fn identity(&self, slot: u32) -> Option<Identity> {
         let base = self.config.uid_base.filter(|_| self.isolates_users())?;
         Some(Identity { uid: base.saturating_add(slot), groups: self.groups.clone() })
+    }
+}
+
+impl Drop for Vmm {
+    /// VMs that were dropped before are gone when this is: a server that ends leaves nothing.
+    fn drop(&mut self) {
+        self.slots.wait_for_removals(REMOVAL_DEADLINE);
     }
 }
 
