@@ -28,14 +28,14 @@ pub(crate) struct Cgroup {
 
 impl CgroupRoot {
     /// Finds a hierarchy that can be written and makes `kiln/<instance>` in it.
-    pub(crate) fn find(instance: &str) -> Option<Arc<Self>> {
+    pub(crate) fn find(instance: &str) -> Option<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let places = candidates(&mounts, &own, rustix::process::geteuid().is_root());
         places.into_iter().map(|place| place.join("kiln").join(instance)).find_map(|dir| {
             // Another instance may just be removing an empty `kiln`: once more, then.
             let made = fs::create_dir_all(&dir).is_ok() || fs::create_dir_all(&dir).is_ok();
-            (made && dir.join("cgroup.procs").exists()).then(|| Arc::new(Self { dir }))
+            (made && dir.join("cgroup.procs").exists()).then_some(Self { dir })
         })
     }
 
@@ -177,8 +177,10 @@ mod tests {
 
     #[test]
     fn what_is_inside_ends_and_the_cgroup_goes() {
-        let root = CgroupRoot::find(&format!("test-{}", std::process::id()))
-            .expect("root can write cgroups");
+        let root = Arc::new(
+            CgroupRoot::find(&format!("test-{}", std::process::id()))
+                .expect("root can write cgroups"),
+        );
         let cgroup = root.create("one").unwrap();
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         fs::write(cgroup.path().join("cgroup.procs"), child.id().to_string()).unwrap();

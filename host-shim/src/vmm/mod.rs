@@ -204,7 +204,7 @@ impl Vmm {
             initrd: open_for_all(&config.initrd)?,
             root: File::open(&config.root).map_err(VmmError::io("open", &config.root))?,
         };
-        let cgroups = CgroupRoot::find(&config.instance);
+        let cgroups = CgroupRoot::find(&config.instance).map(Arc::new);
         let mut vmm = Self {
             scratch: Scratch::new(&config.disk_dir)?,
             config,
