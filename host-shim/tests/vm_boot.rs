@@ -219,20 +219,20 @@ async fn a_dropped_vm_goes_too_and_its_user_is_used_again() {
     assert_eq!(users.len(), 2, "each VM has a user of its own");
     let was = a.pids().qemu;
     drop(a);
-    // Its directory goes last.
-    let gone = tokio::task::spawn_blocking({
-        let dir = host.config.run_dir.join("a");
-        move || {
-            let until = Instant::now() + Duration::from_secs(10);
-            while dir.exists() && Instant::now() < until {
-                std::thread::yield_now();
-            }
-            !dir.exists()
-        }
-    });
-    assert!(gone.await.unwrap());
+    // Either way of dropping, and in whatever order: the maker's end waits for it.
+    drop(b);
+    drop(vmm);
     assert!(!running(was));
-    b.destroy().await.unwrap();
+    assert_eq!(host.left(), Vec::<PathBuf>::new());
+    assert_eq!(cgroup_dirs(&host.config.instance), Vec::<PathBuf>::new());
+    let vm = host.vmm().await.start(spec("c")).await.unwrap();
+    assert!(users.contains(&status_line(vm.pids().qemu, "Uid:")), "its user is used again");
+    vm.destroy().await.unwrap();
+    assert_eq!(
+        cgroup_dirs(&host.config.instance),
+        Vec::<PathBuf>::new(),
+        "a VM may outlive its maker"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::process;
@@ -21,6 +22,8 @@ pub(crate) struct CgroupRoot {
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     dir: PathBuf,
+    /// The one that it is in goes after it.
+    _root: Option<Arc<CgroupRoot>>,
 }
 
 impl CgroupRoot {
@@ -36,10 +39,10 @@ impl CgroupRoot {
         })
     }
 
-    pub(crate) fn create(&self, id: &str) -> io::Result<Cgroup> {
+    pub(crate) fn create(self: &Arc<Self>, id: &str) -> io::Result<Cgroup> {
         let dir = self.dir.join(id);
         fs::create_dir(&dir)?;
-        Ok(Cgroup { dir })
+        Ok(Cgroup { dir, _root: Some(Arc::clone(self)) })
     }
 
     /// Those that exist, of an earlier process too.
@@ -48,7 +51,7 @@ impl CgroupRoot {
         entries
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .map(|entry| {
-                (entry.file_name().to_string_lossy().into_owned(), Cgroup { dir: entry.path() })
+                (entry.file_name().to_string_lossy().into_owned(), Cgroup::recorded(entry.path()))
             })
             .collect()
     }
@@ -66,7 +69,7 @@ impl Drop for CgroupRoot {
 impl Cgroup {
     /// One that an earlier server recorded.
     pub(crate) fn recorded(dir: PathBuf) -> Self {
-        Self { dir }
+        Self { dir, _root: None }
     }
 
     /// Open for writing: a child writes `0` there before it executes.
@@ -174,8 +177,10 @@ mod tests {
 
     #[test]
     fn what_is_inside_ends_and_the_cgroup_goes() {
-        let root = CgroupRoot::find(&format!("test-{}", std::process::id()))
-            .expect("root can write cgroups");
+        let root = Arc::new(
+            CgroupRoot::find(&format!("test-{}", std::process::id()))
+                .expect("root can write cgroups"),
+        );
         let cgroup = root.create("one").unwrap();
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         fs::write(cgroup.path().join("cgroup.procs"), child.id().to_string()).unwrap();

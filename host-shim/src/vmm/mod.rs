@@ -362,6 +362,13 @@ impl Vmm {
     }
 }
 
+impl Drop for Vmm {
+    /// VMs that were dropped before are gone when this is: a server that ends leaves nothing.
+    fn drop(&mut self) {
+        self.slots.wait_for_removals(REMOVAL_DEADLINE);
+    }
+}
+
 /// A name that is a single plain component of a path.
 fn is_name(name: &str, dots: bool) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_' || (dots && b == b'.');

@@ -1,7 +1,9 @@
-//! Which VMs live, and which user each of them is. A user is given out again once its VM is gone.
+//! Which VMs live, and which user each of them is. A user is given out again once its VM is gone, and
+//! the server can wait for that.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Users in a row: more VMs than any host runs at once.
 const MAX_SLOTS: u32 = 1024;
@@ -9,8 +11,27 @@ const MAX_SLOTS: u32 = 1024;
 /// The VMs of this process.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Slots {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    removed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
     /// Slot by VM id.
-    taken: Arc<Mutex<BTreeMap<String, u32>>>,
+    taken: BTreeMap<String, u32>,
+    /// VMs that were dropped, and are being removed by a thread.
+    removals: usize,
+}
+
+/// A removal that goes on. The end of the server waits for it.
+#[derive(Debug)]
+pub(crate) struct Removal {
+    shared: Arc<Shared>,
 }
 
 /// A VM's place. Dropping it gives the place back.
@@ -24,7 +45,7 @@ pub(crate) struct Slot {
 impl Slots {
     /// The lowest free place; `None` when the id has one already, or all are taken.
     pub(crate) fn take(&self, id: &str) -> Option<Slot> {
-        let mut taken = self.lock();
+        let taken = &mut self.shared.lock().taken;
         if taken.contains_key(id) {
             return None;
         }
@@ -36,17 +57,32 @@ impl Slots {
 
     /// The ids of living VMs.
     pub(crate) fn live(&self) -> BTreeSet<String> {
-        self.lock().keys().cloned().collect()
+        self.shared.lock().taken.keys().cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, u32>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits until every removal that was begun has ended, or for `most`.
+    pub(crate) fn wait_for_removals(&self, most: Duration) {
+        let state = self.shared.lock();
+        let _ = self.shared.removed.wait_timeout_while(state, most, |state| state.removals > 0);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Slot {
     pub(crate) fn number(&self) -> u32 {
         self.number
+    }
+
+    /// Begins the removal of its VM by a thread of its own.
+    pub(crate) fn removal(&self) -> Removal {
+        let shared = Arc::clone(&self.slots.shared);
+        shared.lock().removals += 1;
+        Removal { shared }
     }
 
     /// Never gives it back: something of the VM may still run.
@@ -57,7 +93,14 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.slots.lock().remove(&self.id);
+        self.slots.shared.lock().taken.remove(&self.id);
+    }
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        self.shared.lock().removals -= 1;
+        self.shared.removed.notify_all();
     }
 }
 
@@ -65,6 +108,22 @@ impl Drop for Slot {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_waits_for_what_is_being_removed() {
+        let slots = Slots::default();
+        slots.wait_for_removals(Duration::from_mins(1));
+        let slot = slots.take("a").unwrap();
+        let removal = slot.removal();
+        slots.wait_for_removals(Duration::ZERO);
+        let thread = std::thread::spawn(move || {
+            drop(slot);
+            drop(removal);
+        });
+        slots.wait_for_removals(Duration::from_mins(1));
+        assert!(slots.live().is_empty());
+        thread.join().unwrap();
+    }
 
     #[test]
     fn a_place_is_one_vms_and_comes_back() {

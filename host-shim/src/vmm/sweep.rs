@@ -79,6 +79,7 @@ pub(crate) fn sweep(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::process::{Child, Command};
+    use std::sync::Arc;
 
     use super::super::process::{ProcessId, start_time};
     use super::*;
@@ -135,8 +136,10 @@ mod tests {
     #[test]
     fn what_only_its_cgroup_knows_ends_too() {
         let run = tempfile::tempdir().unwrap();
-        let root = CgroupRoot::find(&format!("sweep-{}", std::process::id()))
-            .expect("root can write cgroups");
+        let root = Arc::new(
+            CgroupRoot::find(&format!("sweep-{}", std::process::id()))
+                .expect("root can write cgroups"),
+        );
         let cgroup = root.create("unrecorded").unwrap();
         let (mut child, _) = sleeper();
         std::fs::write(cgroup.path().join("cgroup.procs"), child.id().to_string()).unwrap();

@@ -221,10 +221,13 @@ impl Drop for Remains {
         for process in &rest.processes {
             process.kill();
         }
+        let removal = rest.slot.as_ref().map(Slot::removal);
         let clear = move || {
             for failure in rest.clear() {
                 tracing::error!(dir = %rest.dir.display(), failure, "a dropped VM was not removed");
             }
+            drop(rest);
+            drop(removal);
         };
         if let Err(error) = std::thread::Builder::new().name("vm-removal".to_owned()).spawn(clear) {
             tracing::error!(%error, "a dropped VM is left to the next sweep");
