@@ -26,6 +26,11 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 const PAUSE: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(5)..=Duration::from_millis(500);
 
+/// How long one dial may take, at first and at most. The vsock device can lose a dial that it gets
+/// while it is being set up (measured: 16 of 42 boots on a busy host); the next one gets through.
+const CONNECT: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(200)..=Duration::from_secs(2);
+
 /// Bytes that are made ready for one write. More would only wait here, and not where it is bounded.
 pub const OUT_BATCH: usize = 64 * 1024;
 
@@ -99,9 +104,9 @@ pub async fn dial<C: Connector>(
         resume,
     };
     let deadline = Instant::now() + DIAL_DEADLINE;
-    let mut pause = *PAUSE.start();
+    let (mut pause, mut patience) = (*PAUSE.start(), *CONNECT.start());
     loop {
-        let error = match timeout(ATTEMPT, attempt(&*connector, &hello)).await {
+        let error = match timeout(ATTEMPT, attempt(&*connector, &hello, patience)).await {
             Ok(Ok((link, HelloReply::Welcome(welcome)))) => {
                 let known = SUPPORTED.min <= welcome.version && welcome.version <= SUPPORTED.max;
                 return if known {
@@ -120,14 +125,18 @@ pub async fn dial<C: Connector>(
         }
         sleep_until(again).await;
         pause = (pause * 2).min(*PAUSE.end());
+        patience = (patience * 2).min(*CONNECT.end());
     }
 }
 
 async fn attempt<C: Connector>(
     connector: &C,
     hello: &Hello,
+    patience: Duration,
 ) -> Result<(Link<C::Stream>, HelloReply), AttemptError> {
-    let stream = connector.connect(port::CONTROL).await.map_err(AttemptError::Connect)?;
+    let lost = |_| AttemptError::Connect(std::io::ErrorKind::TimedOut.into());
+    let dialled = timeout(patience, connector.connect(port::CONTROL)).await.map_err(lost)?;
+    let stream = dialled.map_err(AttemptError::Connect)?;
     let (reader, mut writer) = tokio::io::split(stream);
     let mut reader = FrameReader::new(reader);
     frame::write(&mut writer, hello).await?;

@@ -27,32 +27,44 @@ impl Handshake {
         Self { nonce, token: random() }
     }
 
-    /// The first connection of the VM, made before any untrusted code runs in it.
+    /// The first Hello of the VM, said before any untrusted code runs in it. A dial that the agent
+    /// gave up, because the device was slow to come up, arrives as a connection that says nothing.
     pub(super) async fn first<C: Connections>(
         &mut self,
         connections: &mut C,
     ) -> Result<(C::Stream, Hello), End> {
-        let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
-        let hello = read_hello(&mut stream).await.map_err(|why| {
-            End::Protocol(format!("the VM's first connection is not an agent's: {why}"))
-        })?;
-        if hello.resume.is_some() {
-            reject(&mut stream, RejectReason::Resume, "this session has not begun").await;
-            return Err(End::Protocol("the VM's first connection shows a resume token".into()));
+        loop {
+            let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
+            let hello = match read_hello(&mut stream).await {
+                Ok(hello) => hello,
+                Err(BadHello::GivenUp(error)) => {
+                    tracing::debug!(%error, "the agent gave up a dial");
+                    continue;
+                }
+                Err(BadHello::NotOne(why)) => {
+                    let why = format!("the VM's first connection is not an agent's: {why}");
+                    return Err(End::Protocol(why));
+                }
+            };
+            if hello.resume.is_some() {
+                reject(&mut stream, RejectReason::Resume, "this session has not begun").await;
+                let why = "the VM's first connection shows a resume token";
+                return Err(End::Protocol(why.into()));
+            }
+            let Some(version) = hello.versions.agree(SUPPORTED) else {
+                let message = format!(
+                    "the agent ({}) speaks {} and this host speaks {SUPPORTED}: rebuild the builder image with this release's kiln-image",
+                    hello.agent.escape_default(),
+                    hello.versions
+                );
+                reject(&mut stream, RejectReason::Version, &message).await;
+                return Err(End::Version(message));
+            };
+            match self.welcome(&mut stream, version, hello.features, 0).await {
+                Ok(()) => return Ok((stream, hello)),
+                Err(error) => tracing::debug!(%error, "the agent gave up a dial"),
+            }
         }
-        let Some(version) = hello.versions.agree(SUPPORTED) else {
-            let message = format!(
-                "the agent ({}) speaks {} and this host speaks {SUPPORTED}: rebuild the builder image with this release's kiln-image",
-                hello.agent.escape_default(),
-                hello.versions
-            );
-            reject(&mut stream, RejectReason::Version, &message).await;
-            return Err(End::Version(message));
-        };
-        self.welcome(&mut stream, version, hello.features, 0).await.map_err(|e| {
-            End::Lost(format!("the connection to the VM broke at its first frame: {e}"))
-        })?;
-        Ok((stream, hello))
     }
 
     /// The next connection that continues the session; all others are refused. Cancel-safe but
@@ -114,12 +126,27 @@ impl Handshake {
     }
 }
 
-async fn read_hello(stream: &mut impl Stream) -> Result<Hello, String> {
+/// Why a connection did not begin with a Hello.
+#[derive(Debug, thiserror::Error)]
+enum BadHello {
+    #[error("it ended before its Hello: {0}")]
+    GivenUp(frame::FrameError),
+    #[error("{0}")]
+    NotOne(String),
+}
+
+async fn read_hello(stream: &mut impl Stream) -> Result<Hello, BadHello> {
     // Only the Hello is read through this reader, and a FrameReader reads no byte beyond a frame.
-    let hello: Hello = in_time(FrameReader::new(stream).read()).await.map_err(|e| e.to_string())?;
+    let hello: Hello = match in_time(FrameReader::new(stream).read()).await {
+        Ok(hello) => hello,
+        Err(error @ (frame::FrameError::Closed | frame::FrameError::Io(_))) => {
+            return Err(BadHello::GivenUp(error));
+        }
+        Err(error) => return Err(BadHello::NotOne(error.to_string())),
+    };
     match hello.check() {
         Ok(()) => Ok(hello),
-        Err(reason) => Err(format!("{reason:?}")),
+        Err(reason) => Err(BadHello::NotOne(format!("{reason:?}"))),
     }
 }
 

@@ -366,3 +366,24 @@ async fn a_frame_that_does_not_decode_ends_the_session_after_what_came_before() 
     assert!(matches!(end, End::Protocol(_)), "{end:?}");
     assert_eq!(seqs(&stored), [1]);
 }
+
+#[tokio::test]
+async fn dials_that_the_agent_gave_up_do_not_count() {
+    let host = host(10);
+    drop(Agent::dial(&host).await);
+    let mut half = Agent::dial(&host).await;
+    tokio::io::AsyncWriteExt::write_all(&mut half.writer, &[0, 0]).await.unwrap();
+    drop(half);
+    let (mut agent, _) = Agent::welcomed(&host).await;
+    agent.take_source().await;
+    agent.say(built()).await;
+    assert!(matches!(host.session.await.unwrap().0, End::Outcome(_)));
+}
+
+#[tokio::test]
+async fn a_first_word_that_is_no_hello_ends_the_session() {
+    let host = host(10);
+    let mut agent = Agent::dial(&host).await;
+    frame::write(&mut agent.writer, &Hello { magic: *b"HTTP", ..hello(None) }).await.unwrap();
+    assert!(matches!(host.session.await.unwrap().0, End::Protocol(_)));
+}
