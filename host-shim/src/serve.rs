@@ -65,7 +65,7 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let _lock = parts::lock(&config.data_dir)?;
-    let bundle = parts::bundle(&config)?;
+    let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
     let listener = TcpListener::bind(config.listen)
         .await

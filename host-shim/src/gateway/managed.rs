@@ -15,7 +15,7 @@ mod child;
 mod files;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,8 +97,14 @@ impl ManagedError {
 }
 
 impl Managed {
-    /// Starts a registry that keeps everything in `dir`, and returns once it listens.
+    /// Starts Debian's `docker-registry`, which keeps everything in `dir`, and returns once it listens.
     pub async fn start(dir: &Path) -> Result<Self, ManagedError> {
+        Self::start_program(Path::new("docker-registry"), dir).await
+    }
+
+    /// The same with another program, by its path or by a name to look for.
+    pub async fn start_program(program: &Path, dir: &Path) -> Result<Self, ManagedError> {
+        let program = program.to_owned();
         let dir = dir.to_owned();
         let prepared = tokio::task::spawn_blocking(move || Files::prepare(&dir)).await;
         let files = Arc::new(prepared.map_err(|_| ManagedError::Supervisor)??);
@@ -106,7 +112,7 @@ impl Managed {
         let cancel = CancellationToken::new();
         let (ready, is_ready) = oneshot::channel();
         let (end, ended) = oneshot::channel();
-        let supervisor = Supervisor { files, cancel: cancel.clone() };
+        let supervisor = Supervisor { program, files, cancel: cancel.clone() };
         // A thread of its own: the kernel sends PDEATHSIG when the *thread* that made the child
         // ends, and those of a runtime's pool come and go.
         std::thread::Builder::new()
@@ -144,6 +150,7 @@ impl Drop for Managed {
 }
 
 struct Supervisor {
+    program: PathBuf,
     files: Arc<Files>,
     cancel: CancellationToken,
 }
@@ -189,7 +196,7 @@ impl Supervisor {
 
     /// One life of the child. `Ok` when it was ended on purpose.
     async fn run_one(&self, ready: &mut Option<Ready>) -> Result<(), ManagedError> {
-        let mut child = Child::spawn(&self.files)?;
+        let mut child = Child::spawn(&self.program, &self.files)?;
         self.files.record(child.pid())?;
         let listening = tokio::select! {
             listening = tokio::time::timeout(START_PATIENCE, child.listens(&self.files)) => listening,

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use async_trait::async_trait;
 use kiln_image::bundle::Bundle;
+use kiln_image::pull::pull_bundle;
+use kiln_image::registry::{Options, parse_reference};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
@@ -52,14 +54,32 @@ pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
-/// What VMs run.
-pub(super) fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
+/// What VMs run: from a directory, or pulled from a registry into the data directory.
+pub(super) async fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
     let dir = Path::new(&config.builder);
-    let bundle = Bundle::open(dir).with_context(|| {
-        format!("--builder {} is no builder image; make one with kiln-image build", dir.display())
-    })?;
+    let bundle = if dir.is_dir() {
+        Bundle::open(dir)?
+    } else {
+        let reference = parse_reference(&config.builder).with_context(|| {
+            format!(
+                "--builder {} is neither a directory nor a reference; make one with kiln-image build",
+                config.builder
+            )
+        })?;
+        let options = Options { plain_http: is_loopback(reference.registry()), creds: None };
+        let place = config.data_dir.join("builder-pulled");
+        pull_bundle(&reference, &options, &place)
+            .await
+            .with_context(|| format!("cannot pull --builder {}", config.builder))?
+    };
     bundle.check_protocol()?;
     Ok(bundle)
+}
+
+/// Whether `HOST[:PORT]` is this machine: only there are registries spoken to without TLS.
+fn is_loopback(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 pub(super) async fn store(config: &ServeConfig) -> anyhow::Result<Arc<dyn Store>> {
@@ -106,7 +126,9 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
         return Ok((None, backing));
     }
     let dir = config.data_dir.join("registry");
-    let managed = Managed::start(&dir).await.context("cannot start the registry")?;
+    let managed = Managed::start_program(&config.docker_registry, &dir)
+        .await
+        .context("cannot start the registry")?;
     let backing = managed.backing().clone();
     Ok((Some(managed), backing))
 }

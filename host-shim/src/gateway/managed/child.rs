@@ -1,5 +1,6 @@
 //! One life of the registry's process.
 
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -30,10 +31,10 @@ pub(super) struct Child {
 impl Child {
     /// Starts it. `setpriv` (of util-linux) drops rights, ties its life to this thread's and then
     /// becomes the registry.
-    pub fn spawn(files: &Files) -> Result<Self, ManagedError> {
+    pub fn spawn(program: &Path, files: &Files) -> Result<Self, ManagedError> {
         let failed = |source| ManagedError::Io {
             operation: "start",
-            path: "setpriv docker-registry".into(),
+            path: format!("setpriv {}", program.display()),
             source,
         };
         let (reader, writer) = std::io::pipe().map_err(failed)?;
@@ -45,7 +46,8 @@ impl Child {
         }
         command
             .args(["--no-new-privs", "--pdeathsig", "KILL"])
-            .args(["docker-registry", "serve", "config.yml"])
+            .arg(program)
+            .args(["serve", "config.yml"])
             .current_dir(files.dir())
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
