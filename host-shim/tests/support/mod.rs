@@ -38,19 +38,39 @@ impl Server {
     }
 
     pub fn start_with(flags: &[&str]) -> Self {
-        let state = state();
-        let dir = tempfile::tempdir().unwrap();
+        let mut server = Self::serve(tempfile::tempdir().unwrap(), flags);
+        server.token = server.new_token("dev", "admin");
+        server.publish_base(&state());
+        server
+    }
+
+    /// Kills the server with all that a SIGKILL of it kills, and starts another one in its place.
+    pub fn kill_and_restart(mut self) -> Self {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
+        let token = std::mem::take(&mut self.token);
+        let mut server = Self::serve(dir, &[]);
+        server.token = token;
+        server
+    }
+
+    fn serve(dir: tempfile::TempDir, flags: &[&str]) -> Self {
         let (reader, writer) = std::io::pipe().unwrap();
         let fd = writer.as_raw_fd();
         clear_close_on_exec(&writer);
-        let log = std::fs::File::create(dir.path().join("serve.log")).unwrap();
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(dir.path().join("serve.log"))
+            .unwrap();
         let child = Command::new(kiln())
             .args(["serve", "--listen", "127.0.0.1:0", "--max-vms", "2", "--data-dir"])
             .arg(dir.path().join("data"))
             .arg("--run-dir")
             .arg(dir.path().join("run"))
             .arg("--builder")
-            .arg(state.join("builder"))
+            .arg(state().join("builder"))
             .args(["--notify-fd", &fd.to_string()])
             .args(flags)
             .stdin(Stdio::null())
@@ -66,8 +86,6 @@ impl Server {
             panic!("kiln serve did not start: {line:?}\n{}", server.log());
         };
         server.address = address.to_owned();
-        server.token = server.new_token("dev", "admin");
-        server.publish_base(&state);
         server
     }
 
