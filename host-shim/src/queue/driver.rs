@@ -30,8 +30,12 @@ use crate::tunnel;
 use crate::vmm::{Vm, VmSpec, Vmm};
 
 /// How long a VM may take to say Hello. Generous: under software emulation on a busy host a boot
-/// takes several seconds, and a VM that dies is noticed at once anyway.
-const BOOT_DEADLINE: Duration = Duration::from_mins(2);
+/// takes up to 12 s, and a VM that dies is noticed at once anyway.
+const BOOT_DEADLINE: Duration = Duration::from_secs(45);
+
+/// How many VMs are booted for a build before it fails for want of one. Under software emulation
+/// one boot in some sixty hung before its first dial (on a host with twice as many VMs as cores).
+const BOOTS: u32 = 2;
 
 /// How much later than the guest's own deadline the host's is, so that the guest's report, with
 /// the step that ran, arrives.
@@ -157,7 +161,30 @@ impl Driver {
     }
 
     /// Runs the build in a VM, which is gone when this returns.
+    ///
+    /// A VM that never said Hello is replaced: nothing of the build has entered it.
     async fn work(&mut self) -> Worked {
+        for _ in 1..BOOTS {
+            let worked = self.work_once().await;
+            match &worked.next {
+                Next::Fail(failure)
+                    if failure.kind == FailureKind::VmLost
+                        && self.build.usage.boot_ms.is_none() =>
+                {
+                    let console = failure.detail.as_deref().unwrap_or("nothing");
+                    tracing::warn!(
+                        why = failure.message,
+                        console,
+                        "a VM did not boot; trying another"
+                    );
+                }
+                _ => return worked,
+            }
+        }
+        self.work_once().await
+    }
+
+    async fn work_once(&mut self) -> Worked {
         let fail = |kind, message: String| Worked {
             next: Next::Fail(Failure::new(kind, message)),
             context: None,
