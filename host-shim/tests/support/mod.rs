@@ -286,9 +286,13 @@ pub fn children_of(pid: u32) -> Vec<i32> {
     found
 }
 
-/// A process's name (its first 15 bytes), while it runs.
+/// A process's name (its first 15 bytes), while it runs. One that has ended but that its parent has
+/// not collected yet runs no more.
 pub fn name_of(pid: i32) -> Option<String> {
-    Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_owned())
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (head, tail) = stat.rsplit_once(") ")?;
+    let (_, name) = head.split_once('(')?;
+    (!tail.starts_with('Z')).then(|| name.to_owned())
 }
 
 fn assert_no_files(dir: &Path) {
