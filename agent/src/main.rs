@@ -30,7 +30,8 @@ use kiln_protocol::preamble::Channel;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::Buildah;
-use crate::init::{Booted, clock, net};
+use crate::init::net::Networks;
+use crate::init::{Booted, clock};
 use crate::session::{Identity, Places, Session};
 use crate::tunnel::Tunnel;
 use crate::vsock::Vsock;
@@ -75,7 +76,11 @@ fn agent(booted: Booted) -> ExitCode {
 }
 
 async fn serve(booted: Booted) -> anyhow::Result<()> {
-    let identity = Identity { agent: NAME.to_owned(), image: booted.image };
+    let identity = Identity { agent: NAME.to_owned(), image: booted.image.clone() };
+    let engine = Buildah::default();
+    // Hello says that the VM is ready for a job.
+    let networks = booted.wait().context("the VM did not boot")?;
+    engine.prepare().context("the engine's files and cgroup cannot be made")?;
     let session = Session::open(Arc::new(Vsock), identity).await?;
     clock::take_from(session.welcome()).context("the clock and the entropy of Welcome")?;
     let nonce = session.welcome().nonce;
@@ -86,9 +91,10 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
         dockerfile: "/var/lib/kiln/Dockerfile".into(),
     };
     let prepare = |job: &Job| {
-        open_tunnels(job, nonce, &tunnels).map_err(|error| format!("no way to the host: {error}"))
+        open_tunnels(job, nonce, &networks, &tunnels)
+            .map_err(|error| format!("no way to the host: {error}"))
     };
-    session.run(Buildah::default(), places, prepare).await?;
+    session.run(engine, places, prepare).await?;
     Ok(())
 }
 
@@ -96,6 +102,7 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
 fn open_tunnels(
     job: &Job,
     nonce: [u8; TOKEN_LEN],
+    networks: &Networks,
     cancel: &CancellationToken,
 ) -> std::io::Result<()> {
     let Role::Build(build) = &job.role;
@@ -105,9 +112,9 @@ fn open_tunnels(
         tokio::spawn(tunnel.serve(listener, cancel.clone()));
         Ok::<_, std::io::Error>(())
     };
-    open(net::listen_for_engine()?, port::REGISTRY, Channel::Registry)?;
+    open(networks.listen_for_engine()?, port::REGISTRY, Channel::Registry)?;
     if build.network == StepNetwork::Proxy {
-        open(net::listen_for_steps()?, port::EGRESS, Channel::Egress)?;
+        open(networks.listen_for_steps()?, port::EGRESS, Channel::Egress)?;
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use kiln_protocol::event::{NumberedEvent, Outcome};
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::Job;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use connection::{Connection, Event as Heard};
@@ -71,7 +71,7 @@ pub struct Params {
     pub source: tokio::fs::File,
     /// For the preambles of the VM's other connections.
     pub nonce: [u8; TOKEN_LEN],
-    /// How long a VM may take to say Hello.
+    /// How long a VM may take to say Hello, and then to report that it works on its job.
     pub boot_deadline: Duration,
 }
 
@@ -100,8 +100,9 @@ pub async fn run<C: Connections, S: Sink>(
     params: Params,
     cancel: CancellationToken,
 ) -> End {
-    let mut session =
-        Session { handshake: Handshake::new(params.nonce), stored: 0, outcome: None, sink };
+    let handshake = Handshake::new(params.nonce);
+    let boot_deadline = params.boot_deadline;
+    let mut session = Session { handshake, boot_deadline, stored: 0, outcome: None, sink };
     let booted = Instant::now() + params.boot_deadline;
     let opened = tokio::select! {
         biased;
@@ -128,6 +129,7 @@ pub async fn run<C: Connections, S: Sink>(
 
 struct Session<'s, S> {
     handshake: Handshake,
+    boot_deadline: Duration,
     /// The highest event number that is stored.
     stored: u64,
     outcome: Option<Outcome>,
@@ -142,10 +144,17 @@ impl<S: Sink> Session<'_, S> {
         connections: &mut C,
         cancel: &CancellationToken,
     ) -> Result<Outcome, End> {
+        let begun = Instant::now() + self.boot_deadline;
         loop {
             let broken = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return self.wind_down(connection).await,
+                () = sleep_until(begun), if self.stored == 0 => {
+                    let seconds = self.boot_deadline.as_secs();
+                    return Err(End::Lost(format!(
+                        "the VM's agent connected but did not begin its job within {seconds} s"
+                    )));
+                }
                 // A second connection is either the agent's, which shows the token, or refused.
                 resumed = self.handshake.again(connections, self.stored) => {
                     connection = self.resume(&connection, resumed?)?;

@@ -19,7 +19,7 @@ use crate::rootfs::{self, EntryKind, RootfsError};
 /// The file in a result.
 pub const FILE: &str = "inputs.json";
 /// Raised when this tool makes something else of the same recipe.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Three digests.
 const MAX_SIZE: u64 = 64 * 1024;
 

@@ -94,6 +94,22 @@ impl Engine for Buildah {
 }
 
 impl Buildah {
+    /// Makes what every build needs, before there is one.
+    pub fn prepare(&self) -> io::Result<()> {
+        std::fs::create_dir_all(&self.tmp)?;
+        std::fs::create_dir_all(&self.storage)?;
+        self.files().write(&self.storage, &self.run_root)?;
+        self.engine_cgroup().make()
+    }
+
+    fn files(&self) -> Files {
+        Files::new(&self.files)
+    }
+
+    fn engine_cgroup(&self) -> Cgroup {
+        Cgroup::new(&self.cgroup_mount, &self.cgroup.join("engine"))
+    }
+
     fn whole_cgroup(&self) -> Cgroup {
         Cgroup::new(&self.cgroup_mount, &self.cgroup)
     }
@@ -116,7 +132,6 @@ impl Buildah {
             .args(args)
             .env_clear()
             .envs(command::environment(self, files))
-            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -124,7 +139,7 @@ impl Buildah {
             .kill_on_drop(true)
             .spawn()?;
         // It has not run long enough to have started anything, so all of it will be in there.
-        let cgroup = Cgroup::new(&self.cgroup_mount, &self.cgroup.join("engine"));
+        let cgroup = self.engine_cgroup();
         if let Err(error) = child.id().map_or(Ok(()), |pid| cgroup.adopt(pid)) {
             tracing::warn!(%error, "the engine has no cgroup of its own");
         }
@@ -213,16 +228,9 @@ impl Run<'_> {
         if tokio::fs::metadata(&work.dockerfile).await.is_err() {
             return Err(Box::new(missing_dockerfile(work)));
         }
-        let files = self.prepare().map_err(could_not("write the engine's configuration"))?;
+        let files = self.buildah.files();
         self.build(&files, work).await?;
         self.push(&files).await
-    }
-
-    fn prepare(&self) -> io::Result<Files> {
-        let buildah = self.buildah;
-        std::fs::create_dir_all(&buildah.tmp)?;
-        std::fs::create_dir_all(&buildah.storage)?;
-        Files::write(&buildah.files, &buildah.storage, &buildah.run_root)
     }
 
     async fn build(&self, files: &Files, work: &Work) -> Ended<()> {
@@ -349,6 +357,7 @@ mod tests {
                 cgroup_mount: here.join("cgroup"),
                 ..Buildah::default()
             };
+            buildah.prepare().unwrap();
             Self { directory, buildah }
         }
 

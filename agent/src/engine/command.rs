@@ -101,7 +101,7 @@ mod tests {
     fn golden() {
         let buildah = Buildah::default();
         let directory = tempfile::tempdir().unwrap();
-        let files = Files::write(directory.path(), &buildah.storage, &buildah.run_root).unwrap();
+        let files = Files::new(directory.path());
         let work = Work {
             context: "/build/source".into(),
             dockerfile: "/build/source/Dockerfile".into(),

@@ -20,15 +20,18 @@ pub struct Files {
 }
 
 impl Files {
-    /// Writes the files into a directory, which is made.
-    pub fn write(directory: &Path, storage: &Path, run_root: &Path) -> io::Result<Self> {
-        let files = Self { directory: directory.to_owned() };
-        fs::create_dir_all(directory)?;
-        fs::write(files.registries(), registries())?;
-        fs::write(files.policy(), POLICY)?;
-        fs::write(files.storage(), storage_conf(storage, run_root))?;
-        fs::write(files.containers(), CONTAINERS)?;
-        Ok(files)
+    /// The files of a directory.
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// Writes them; the directory is made.
+    pub fn write(&self, storage: &Path, run_root: &Path) -> io::Result<()> {
+        fs::create_dir_all(&self.directory)?;
+        fs::write(self.registries(), registries())?;
+        fs::write(self.policy(), POLICY)?;
+        fs::write(self.storage(), storage_conf(storage, run_root))?;
+        fs::write(self.containers(), CONTAINERS)
     }
 
     /// `registries.conf`
@@ -99,9 +102,10 @@ mod tests {
     fn golden() {
         let directory = tempfile::tempdir().unwrap();
         let conf = directory.path().join("engine");
-        let files = Files::write(&conf, Path::new("/s"), Path::new("/r")).unwrap();
+        let files = Files::new(&conf);
+        files.write(Path::new("/s"), Path::new("/r")).unwrap();
         // Again over what is there.
-        Files::write(&conf, Path::new("/s"), Path::new("/r")).unwrap();
+        files.write(Path::new("/s"), Path::new("/r")).unwrap();
         let all = [files.registries(), files.policy(), files.storage(), files.containers()]
             .map(|path| fs::read_to_string(path).unwrap());
         insta::assert_snapshot!(all.join("---\n"));

@@ -1,10 +1,15 @@
 //! PID 1: from the kernel's first process to an agent that can dial, and to power-off.
 //!
 //! ```text
-//! kernel ─▶ boot (one process, one thread) ─▶ fork ─┬─▶ PID 1: reaps, and powers off when the
-//!                                                   │          agent ends in whatever way
-//!                                                   └─▶ the agent: threads, session, engine
+//! kernel ─▶ PID 1 ─▶ fork ─┬─▶ PID 1: reaps, and powers off when the agent ends in whatever way
+//!                          │
+//!                          └─▶ agent ─┬─▶ drivers of disks and vsock ─┬─▶ Hello
+//!                                     └─▶ a thread: root, networks  ──┘
 //! ```
+//! Most of a boot is the loading of modules, which two processors do in half the time. Root and
+//! mounts are the whole agent's; PID 1 stays in the initrd's root, which holds nothing but this
+//! program.
+//!
 //! Nothing here knows a job, a name or the time: those come with Welcome. No shell and no other
 //! program is needed.
 //!
@@ -14,10 +19,11 @@
 //! | `/` | overlay: `/dev/vda` (EROFS, read-only) below, scratch above |
 //! | `/var/lib/containers`, `/var/tmp`, `/var/lib/kiln` | scratch itself (`/dev/vdb`, ext4) |
 //! | `/run`, `/tmp`, `/dev/shm` | memory |
-//! | `/sys/fs/cgroup` | cgroup v2, every controller enabled for children |
+//! | `/sys/fs/cgroup` | cgroup v2, the controllers that steps need enabled for children |
 //! | `/run/kiln/agent`, `/run/kiln/kiln-oci-runtime` | this program, twice |
 //! | `/run/netns/steps` | the steps' network: a loopback that is up |
 
+mod cgroups;
 pub mod clock;
 mod devices;
 mod modules;
@@ -28,14 +34,26 @@ mod sys;
 
 use std::fs;
 use std::process::ExitCode;
+use std::thread::JoinHandle;
 
 use anyhow::Context;
+
+use self::modules::Group;
+use self::net::Networks;
 
 /// What boot leaves for the agent.
 #[derive(Debug)]
 pub struct Booted {
     /// Identity of the builder image, as its initrd states it; empty when it does not.
     pub image: String,
+    root: JoinHandle<anyhow::Result<Networks>>,
+}
+
+impl Booted {
+    /// Waits until root and networks are whole. It blocks.
+    pub fn wait(self) -> anyhow::Result<Networks> {
+        self.root.join().unwrap_or_else(|_| anyhow::bail!("the thread that boots broke down"))
+    }
 }
 
 /// Where the initrd states the builder image's identity.
@@ -43,26 +61,41 @@ const IMAGE: &str = "/etc/kiln/image";
 
 /// Boots the VM and runs the agent in it. Does not return in PID 1, but powers off.
 pub fn run(agent: impl FnOnce(Booted) -> ExitCode) -> ExitCode {
-    match boot() {
-        Ok(booted) => supervise::run(|| agent(booted)),
+    if let Err(error) = reach_console() {
+        eprintln!("kiln-agent: boot failed: {error:#}");
+        supervise::power_off()
+    }
+    supervise::run(|| match boot() {
+        Ok(booted) => agent(booted),
         Err(error) => {
             // The console is all there is.
             eprintln!("kiln-agent: boot failed: {error:#}");
-            supervise::power_off()
+            ExitCode::FAILURE
         }
-    }
+    })
 }
 
-fn boot() -> anyhow::Result<Booted> {
+fn reach_console() -> anyhow::Result<()> {
     root::mount_kernel_file_systems()?;
-    root::open_console().context("/dev/console cannot be opened")?;
-    modules::load_all()?;
+    root::open_console().context("/dev/console cannot be opened")
+}
+
+/// Loads the drivers, and meanwhile puts the root together in a thread, which goes on.
+fn boot() -> anyhow::Result<Booted> {
+    sys::set_environment();
     let image = fs::read_to_string(IMAGE).unwrap_or_default().trim().to_owned();
-    for device in [root::LOWER_DEVICE, root::SCRATCH_DEVICE, "/dev/vsock"] {
+    let root = std::thread::spawn(boot_root);
+    modules::load(Group::Drivers)?;
+    devices::wait_for("/dev/vsock")?;
+    Ok(Booted { image, root })
+}
+
+fn boot_root() -> anyhow::Result<Networks> {
+    modules::load(Group::FileSystems)?;
+    cgroups::mount()?;
+    for device in [root::LOWER_DEVICE, root::SCRATCH_DEVICE] {
         devices::wait_for(device)?;
     }
     root::build_and_switch()?;
-    net::prepare()?;
-    sys::set_environment();
-    Ok(Booted { image })
+    net::prepare()
 }

@@ -9,15 +9,27 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 
 const DIRECTORY: &str = "/lib/kiln/modules";
 
+/// The last of the drivers; file systems, which need none of them, come after it.
+const LAST_DRIVER: &str = "vmw_vsock_virtio_transport";
+
 /// Without these there is no disk, no root or no host: boot ends with their name. Any other (a
 /// faster checksum that the CPU lacks, say) is only reported.
 const REQUIRED: [&str; 5] = ["virtio", "vsock", "vmw_vsock", "overlay", "erofs"];
 
-/// Loads every module and removes its file: the initrd's memory is the VM's.
-pub fn load_all() -> anyhow::Result<()> {
-    for path in in_order(Path::new(DIRECTORY))? {
+/// Modules that do not need those of the other group, so that both load at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Disks and vsock.
+    Drivers,
+    /// What comes after the last driver.
+    FileSystems,
+}
+
+/// Loads a group and removes its files: the initrd's memory is the VM's.
+pub fn load(group: Group) -> anyhow::Result<()> {
+    for path in of_group(group, in_order(Path::new(DIRECTORY))?) {
         let name = module_name(&path);
-        match load(&path) {
+        match insert(&path) {
             Ok(()) => {}
             Err(error) if is_required(name) => {
                 bail!(
@@ -32,7 +44,16 @@ pub fn load_all() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn load(path: &Path) -> anyhow::Result<()> {
+fn of_group(group: Group, mut paths: Vec<PathBuf>) -> Vec<PathBuf> {
+    let after = paths.iter().position(|path| module_name(path) == LAST_DRIVER);
+    let file_systems = after.map_or_else(Vec::new, |last| paths.split_off(last + 1));
+    match group {
+        Group::Drivers => paths,
+        Group::FileSystems => file_systems,
+    }
+}
+
+fn insert(path: &Path) -> anyhow::Result<()> {
     let file = File::open(path)?;
     match finit_module(file, c"", ModuleInitFlags::empty()) {
         // Built in, or loaded already.
@@ -82,6 +103,25 @@ mod tests {
         let names: Vec<_> = paths.iter().map(|path| module_name(path)).collect();
         assert_eq!(names, ["virtio_ring", "virtio", "erofs"]);
         assert!(in_order(&dir.path().join("missing")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn file_systems_come_after_the_last_driver() {
+        let names = |group, all: &[&str]| {
+            let paths = of_group(group, all.iter().map(PathBuf::from).collect());
+            paths.iter().map(|path| module_name(path).to_owned()).collect::<Vec<_>>()
+        };
+        let ours = [
+            "01-vmw_vsock_virtio_transport_common.ko",
+            "02-vmw_vsock_virtio_transport.ko",
+            "03-overlay.ko",
+            "04-erofs.ko",
+        ];
+        assert_eq!(names(Group::Drivers, &ours).len(), 2);
+        assert_eq!(names(Group::FileSystems, &ours), ["overlay", "erofs"]);
+        // In an order of its own: one after the other.
+        assert_eq!(names(Group::Drivers, &["01-overlay.ko"]), ["overlay"]);
+        assert!(names(Group::FileSystems, &["01-overlay.ko"]).is_empty());
     }
 
     #[test]

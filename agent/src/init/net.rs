@@ -2,53 +2,74 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::Context;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, socket};
 
 use super::sys;
 
 /// The steps' network namespace, as `--network ns:…` names it.
 pub const STEPS: &str = "/run/netns/steps";
 
+/// The network namespace of the calling thread.
+const OWN: &str = "/proc/thread-self/ns/net";
+
 /// The port of the steps' loopback that leads to the egress proxy.
 pub const EGRESS_PORT: u16 = 3128;
 /// The port of the VM's loopback that leads to the registry.
 pub const REGISTRY_PORT: u16 = 5000;
 
-/// Brings the VM's loopback up and makes the steps' network. The process has one thread yet, so
-/// that it can go into the new namespace and come back.
-pub fn prepare() -> anyhow::Result<()> {
+/// A socket of each network, each on its port. Nothing listens there until a job says so.
+#[derive(Debug)]
+pub struct Networks {
+    engine: OwnedFd,
+    steps: OwnedFd,
+}
+
+impl Networks {
+    /// Listens on the VM's own loopback: for the engine.
+    pub fn listen_for_engine(&self) -> io::Result<TcpListener> {
+        listen(&self.engine)
+    }
+
+    /// Listens on the steps' loopback.
+    pub fn listen_for_steps(&self) -> io::Result<TcpListener> {
+        listen(&self.steps)
+    }
+}
+
+/// Brings the VM's loopback up and makes the steps' network. The calling thread, and it alone, goes
+/// there and comes back: a socket stays in the network that it was made in.
+pub fn prepare() -> anyhow::Result<Networks> {
     sys::loopback_up().context("the loopback cannot be brought up")?;
-    let own = File::open("/proc/self/ns/net").context("the network namespace cannot be opened")?;
+    let engine = bind(REGISTRY_PORT).context("no socket for the engine")?;
+    let own = File::open(OWN).context("the network namespace cannot be opened")?;
     fs::create_dir_all("/run/netns").context("/run/netns cannot be made")?;
     File::create(STEPS).with_context(|| format!("{STEPS} cannot be made"))?;
     unshare(CloneFlags::CLONE_NEWNET).context("the steps' network cannot be made")?;
     sys::loopback_up().context("the steps' loopback cannot be brought up")?;
-    mount(Some("/proc/self/ns/net"), STEPS, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    let steps = bind(EGRESS_PORT).context("no socket for the steps")?;
+    mount(Some(OWN), STEPS, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .with_context(|| format!("the steps' network cannot be kept at {STEPS}"))?;
-    setns(own, CloneFlags::CLONE_NEWNET).context("the way back from the steps' network")
+    setns(own, CloneFlags::CLONE_NEWNET).context("the way back from the steps' network")?;
+    Ok(Networks { engine, steps })
 }
 
-/// Listens on the VM's own loopback.
-pub fn listen_for_engine() -> io::Result<TcpListener> {
-    listen(REGISTRY_PORT)
+/// A socket on a port of the calling thread's loopback.
+fn bind(port: u16) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
+    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+    socket::bind(socket.as_raw_fd(), &address)?;
+    Ok(socket)
 }
 
-/// Listens on the steps' loopback. A thread goes there, opens the socket, and ends: a socket stays
-/// in the namespace that it was made in.
-pub fn listen_for_steps() -> io::Result<TcpListener> {
-    let there = std::thread::spawn(|| {
-        setns(File::open(STEPS)?, CloneFlags::CLONE_NEWNET)?;
-        listen(EGRESS_PORT)
-    });
-    there.join().unwrap_or_else(|_| Err(io::Error::other("the thread that listens broke down")))
-}
-
-fn listen(port: u16) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+fn listen(bound: &OwnedFd) -> io::Result<TcpListener> {
+    let listener = bound.try_clone()?;
+    socket::listen(&listener, Backlog::MAXCONN)?;
+    Ok(listener.into())
 }

@@ -100,7 +100,6 @@ pub fn build_and_switch() -> anyhow::Result<()> {
             .with_context(|| format!("{moved} cannot be moved to the new root"))?;
     }
     switch().context("the new root cannot become /")?;
-    mount_cgroups()?;
     sethostname("kiln").context("the host name cannot be set")?;
     fs::write("/etc/hosts", HOSTS).context("/etc/hosts cannot be written")
 }
@@ -132,33 +131,8 @@ fn switch() -> nix::Result<()> {
     chdir("/")
 }
 
-fn mount_cgroups() -> anyhow::Result<()> {
-    const CGROUPS: &str = "/sys/fs/cgroup";
-    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    // A step that makes namespaces of its own must not get at its own limits.
-    mount_new("cgroup2", CGROUPS, "cgroup2", plain, "nsdelegate")?;
-    let available = fs::read_to_string(format!("{CGROUPS}/cgroup.controllers"))
-        .context("the cgroup controllers cannot be listed")?;
-    for controller in available.split_whitespace() {
-        let enabled =
-            fs::write(format!("{CGROUPS}/cgroup.subtree_control"), format!("+{controller}"));
-        match enabled {
-            Err(error) if matches!(controller, "memory" | "pids") => {
-                return Err(error).with_context(|| format!("no cgroup controller {controller}"));
-            }
-            // One that nothing here needs.
-            _ => {}
-        }
-    }
-    for needed in ["memory", "pids"] {
-        if !available.split_whitespace().any(|controller| controller == needed) {
-            anyhow::bail!("the kernel has no cgroup controller {needed}");
-        }
-    }
-    Ok(())
-}
-
-fn mount_new(
+/// Mounts something on a directory, which is made.
+pub fn mount_new(
     source: &str,
     target: &str,
     kind: &str,

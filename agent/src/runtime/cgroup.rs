@@ -39,9 +39,13 @@ impl Cgroup {
         }
     }
 
-    /// Makes it, and moves a process into it.
+    /// Makes it.
+    pub fn make(&self) -> io::Result<()> {
+        fs::create_dir_all(&self.directory)
+    }
+
+    /// Moves a process into it.
     pub fn adopt(&self, pid: u32) -> io::Result<()> {
-        fs::create_dir_all(&self.directory)?;
         fs::write(self.directory.join("cgroup.procs"), pid.to_string())
     }
 

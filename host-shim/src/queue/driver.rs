@@ -29,12 +29,12 @@ use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
 use crate::tunnel;
 use crate::vmm::{Vm, VmSpec, Vmm};
 
-/// How long a VM may take to say Hello. Generous: under software emulation on a busy host a boot
+/// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on a busy host a boot
 /// takes up to 12 s, and a VM that dies is noticed at once anyway.
 const BOOT_DEADLINE: Duration = Duration::from_secs(45);
 
 /// How many VMs are booted for a build before it fails for want of one. Under software emulation
-/// one boot in some sixty hung before its first dial (on a host with twice as many VMs as cores).
+/// and load a boot can hang: once in sixty on the worst day that was seen, never in 150 on another.
 const BOOTS: u32 = 2;
 
 /// How much later than the guest's own deadline the host's is, so that the guest's report, with
@@ -108,6 +108,8 @@ pub struct Driver {
 struct Worked {
     next: Next,
     context: Option<Arc<GuestContext>>,
+    /// Whether the VM reported anything of the build.
+    begun: bool,
 }
 
 impl Driver {
@@ -138,7 +140,7 @@ impl Driver {
 
     async fn drive(&mut self) -> Result<(), StoreError> {
         tracing::info!("building");
-        let Worked { mut next, context } = self.work().await;
+        let Worked { mut next, context, begun: _ } = self.work().await;
         self.workshop.store.annotate(&self.build, self.fence).await?;
         if let Next::Publish { digest } = next {
             next = match context {
@@ -162,20 +164,17 @@ impl Driver {
 
     /// Runs the build in a VM, which is gone when this returns.
     ///
-    /// A VM that never said Hello is replaced: nothing of the build has entered it.
+    /// A VM that is lost before it began is replaced: nothing of the build has run in it.
     async fn work(&mut self) -> Worked {
         for _ in 1..BOOTS {
             let worked = self.work_once().await;
             match &worked.next {
-                Next::Fail(failure)
-                    if failure.kind == FailureKind::VmLost
-                        && self.build.usage.boot_ms.is_none() =>
-                {
+                Next::Fail(failure) if failure.kind == FailureKind::VmLost && !worked.begun => {
                     let console = failure.detail.as_deref().unwrap_or("nothing");
                     tracing::warn!(
                         why = failure.message,
                         console,
-                        "a VM did not boot; trying another"
+                        "a VM did not begin; trying another"
                     );
                 }
                 _ => return worked,
@@ -188,6 +187,7 @@ impl Driver {
         let fail = |kind, message: String| Worked {
             next: Next::Fail(Failure::new(kind, message)),
             context: None,
+            begun: false,
         };
         let dir = self.workshop.build_dir(&self.build);
         let source = match tokio::fs::File::open(dir.join("source")).await {
@@ -217,7 +217,7 @@ impl Driver {
         };
         let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
         let vm = match started {
-            None => return Worked { next: Next::Cancel, context: None },
+            None => return Worked { next: Next::Cancel, context: None, begun: false },
             Some(Err(error)) => {
                 tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
                 return fail(
@@ -229,25 +229,26 @@ impl Driver {
         };
         self.build.builder_digest = Some(self.workshop.builder_digest.clone());
         let since_submit = crate::clock::now() - self.build.created_at;
-        self.build.usage.vm_start_ms = u64::try_from(since_submit).ok();
+        let running = i64::try_from(vm.started().elapsed().as_millis()).unwrap_or(i64::MAX);
+        self.build.usage.vm_start_ms = u64::try_from(since_submit - running).ok();
         let context = Arc::new(GuestContext::new(
             self.build.id.clone(),
             self.build.tenant.clone(),
             staging,
             self.workshop.backing.clone(),
         ));
-        let next = self.attend(vm, source, Arc::clone(&context)).await;
+        let (next, begun) = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
-        Worked { next, context: Some(context) }
+        Worked { next, context: Some(context), begun }
     }
 
-    /// Serves a VM until its session ends, and destroys it.
+    /// Serves a VM until its session ends, and destroys it. Tells besides whether it ever began.
     async fn attend(
         &mut self,
         vm: Vm,
         source: tokio::fs::File,
         context: Arc<GuestContext>,
-    ) -> Next {
+    ) -> (Next, bool) {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
         let tunnels = TaskTracker::new();
@@ -274,7 +275,9 @@ impl Driver {
         }
         let params =
             session::Params { job: self.job(), source, nonce, boot_deadline: BOOT_DEADLINE };
-        let mut sink = BuildSink::new(&self.workshop, &mut self.build, self.fence, context);
+        let started = vm.started().into();
+        let mut sink =
+            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started);
         let allowed = sink.timeout();
         let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
         let cancel = self.entry.cancel.clone();
@@ -307,6 +310,7 @@ impl Driver {
                 }
             }
         };
+        let begun = sink.begun();
         let next = match next {
             Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
                 let console = vm.console_tail().await;
@@ -323,7 +327,7 @@ impl Driver {
         if let Err(error) = vm.destroy().await {
             tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
         }
-        next
+        (next, begun)
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.

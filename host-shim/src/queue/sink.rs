@@ -19,8 +19,9 @@ pub(super) struct BuildSink<'d> {
     build: &'d mut Build,
     fence: Fence,
     context: Arc<GuestContext>,
-    started: Instant,
+    vm_started: Instant,
     hello: Option<Instant>,
+    begun: bool,
 }
 
 /// The guest sent more log content than the build may have.
@@ -34,8 +35,14 @@ impl<'d> BuildSink<'d> {
         build: &'d mut Build,
         fence: Fence,
         context: Arc<GuestContext>,
+        vm_started: Instant,
     ) -> Self {
-        Self { workshop, build, fence, context, started: Instant::now(), hello: None }
+        Self { workshop, build, fence, context, vm_started, hello: None, begun: false }
+    }
+
+    /// Whether the VM has reported anything of the build.
+    pub(super) fn begun(&self) -> bool {
+        self.begun
     }
 
     /// How long the build may run.
@@ -94,6 +101,7 @@ impl<'d> BuildSink<'d> {
 
 impl Sink for BuildSink<'_> {
     async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
+        self.begun = true;
         let mut batch = Vec::with_capacity(reported.len());
         for event in reported {
             self.note(&event.event)?;
@@ -110,7 +118,7 @@ impl Sink for BuildSink<'_> {
     async fn hello(&mut self, agent: &str, image: &str) {
         let now = Instant::now();
         self.hello = Some(now);
-        let boot = now - self.started;
+        let boot = now - self.vm_started;
         self.build.usage.boot_ms = u64::try_from(boot.as_millis()).ok();
         tracing::info!(agent = %agent.escape_default(), image = %image.escape_default(), boot_ms = boot.as_millis(), "the agent connected");
     }

@@ -294,6 +294,23 @@ async fn a_cancel_does_not_wait_for_a_deaf_agent() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_agent_that_does_not_begin_its_job_is_lost_and_one_that_begins_is_not() {
+    let host = host(3);
+    let (mut agent, _) = Agent::welcomed(&host).await;
+    agent.take_source().await;
+    let (end, _) = host.session.await.unwrap();
+    let End::Lost(why) = end else { panic!("{end:?}") };
+    assert!(why.contains("did not begin its job within 60 s"), "{why}");
+
+    let host = self::host(3);
+    let (mut agent, _) = Agent::welcomed(&host).await;
+    agent.take_source().await;
+    agent.say(log(1, b"x")).await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert!(!host.session.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_agent_that_never_dials_is_lost() {
     let host = host(10);
     assert!(matches!(host.session.await.unwrap().0, End::Lost(_)));

@@ -97,7 +97,7 @@ impl Files {
     pub fn each(&self) -> [(&'static str, &'static str, &FileInfo); 3] {
         [
             ("kernel", "application/vnd.kiln.builder.kernel.v1", &self.kernel),
-            ("initrd", "application/vnd.kiln.builder.initrd.v1+zstd", &self.initrd),
+            ("initrd", "application/vnd.kiln.builder.initrd.v1", &self.initrd),
             ("root.erofs", "application/vnd.kiln.builder.root.v1.erofs", &self.root),
         ]
     }
