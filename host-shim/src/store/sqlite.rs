@@ -106,14 +106,14 @@ impl SqliteStore {
 
 /// The migrations, in the program. A published one is never edited.
 fn migrator() -> Migrator {
-    let builds = include_str!("../../migrations/sqlite/0001_builds.sql");
-    Migrator::with_migrations(vec![Migration::new(
-        1,
-        "builds".into(),
-        MigrationType::Simple,
-        builds.into_sql_str(),
-        false,
-    )])
+    let all = [
+        ("builds", include_str!("../../migrations/sqlite/0001_builds.sql")),
+        ("active builds", include_str!("../../migrations/sqlite/0002_active_builds.sql")),
+    ];
+    let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
+        Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
+    };
+    Migrator::with_migrations((1..).zip(all).map(migration).collect())
 }
 
 /// Makes the file before SQLite does, so that only its owner reads it: it holds Dockerfiles and
@@ -308,5 +308,34 @@ impl Store for SqliteStore {
         // a lock that is stuck, a file that is gone or read-only shows here.
         let tx = self.write("begin a write").await?;
         tx.rollback().await.map_err(failed("begin a write"))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use sqlx::Row;
+
+    use super::*;
+
+    /// What the queue does all the time costs by what is active, not by all that ever was.
+    #[tokio::test]
+    async fn the_queue_is_read_by_its_own_indexes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        for (statement, index) in [
+            (claims::CLAIM, "builds_queued"),
+            (claims::RECLAIM, "builds_claimed"),
+            (builds::QUEUE_POSITION, "builds_queued"),
+            (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
+        ] {
+            let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
+            let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();
+            let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
+            let by = |plan: &String| plan.split_whitespace().any(|word| word == index);
+            assert!(plan.iter().any(by), "{statement}: {plan:?}");
+            let whole = |plan: &String| plan.starts_with("SCAN") && !plan.contains("INDEX");
+            assert!(!plan.iter().any(whole), "{statement}: {plan:?}");
+        }
     }
 }

@@ -8,25 +8,30 @@ use super::failed;
 use crate::build::{Build, BuildId, Millis, Status};
 use crate::store::{Claimed, Fence, StoreError};
 
+pub(super) const CLAIM: &str = "
+    UPDATE builds
+    SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
+        started_at = COALESCE(started_at, $2)
+    WHERE status = 'queued' AND id =
+        (SELECT id FROM builds WHERE status = 'queued' ORDER BY created_at, id LIMIT 1)
+    RETURNING *";
+
+pub(super) const RECLAIM: &str = "
+    UPDATE builds SET fence = fence + 1, owner = $1
+    WHERE status IN ('building', 'pushing') RETURNING *";
+
 /// Takes the oldest queued build: [`crate::build::Change::Claim`] as one statement.
 pub(super) async fn claim(
     db: &mut SqliteConnection,
     owner: &str,
     now: Millis,
 ) -> Result<Option<Claimed>, StoreError> {
-    let row = sqlx::query(
-        "UPDATE builds
-         SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
-             started_at = COALESCE(started_at, $2)
-         WHERE status = 'queued' AND id =
-             (SELECT id FROM builds WHERE status = 'queued' ORDER BY created_at, id LIMIT 1)
-         RETURNING *",
-    )
-    .bind(owner)
-    .bind(now)
-    .fetch_optional(db)
-    .await
-    .map_err(failed("claim a build"))?;
+    let row = sqlx::query(CLAIM)
+        .bind(owner)
+        .bind(now)
+        .fetch_optional(db)
+        .await
+        .map_err(failed("claim a build"))?;
     row.as_ref().map(claimed).transpose()
 }
 
@@ -35,14 +40,8 @@ pub(super) async fn reclaim(
     db: &mut SqliteConnection,
     owner: &str,
 ) -> Result<Vec<Claimed>, StoreError> {
-    let rows = sqlx::query(
-        "UPDATE builds SET fence = fence + 1, owner = $1
-         WHERE status IN ('building', 'pushing') RETURNING *",
-    )
-    .bind(owner)
-    .fetch_all(db)
-    .await
-    .map_err(failed("take over builds"))?;
+    let rows =
+        sqlx::query(RECLAIM).bind(owner).fetch_all(db).await.map_err(failed("take over builds"))?;
     let mut all = rows.iter().map(claimed).collect::<Result<Vec<_>, _>>()?;
     all.sort_by(|a, b| (a.build.created_at, &a.build.id).cmp(&(b.build.created_at, &b.build.id)));
     Ok(all)
