@@ -317,7 +317,7 @@ pub(crate) mod tests {
         "#);
         assert_eq!(
             digest.as_str(),
-            "sha256:9f36eb70882fdb62381d900d3d6587f5a17914f009c9ae922e10ed85351c76b6"
+            "sha256:bc0f59b1f6dadf614839e9c1aa38656730b1c4766de9f8844b1f9e03ba448fa2"
         );
         let bundle = Bundle::open(dir.path()).unwrap();
         assert_eq!((bundle.manifest.clone(), bundle.digest.clone()), (manifest(), digest));

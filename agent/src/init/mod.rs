@@ -38,7 +38,7 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 
-use self::modules::Group;
+use self::modules::{Module, Modules};
 use self::net::Networks;
 
 /// What boot leaves for the agent.
@@ -80,18 +80,19 @@ fn reach_console() -> anyhow::Result<()> {
     root::open_console().context("/dev/console cannot be opened")
 }
 
-/// Loads the drivers, and meanwhile puts the root together in a thread, which goes on.
+/// Loads the drivers, and meanwhile puts the root together in a thread, which goes on. From then on no
+/// path is certain: the thread changes the root.
 fn boot() -> anyhow::Result<Booted> {
     sys::set_environment();
     let image = fs::read_to_string(IMAGE).unwrap_or_default().trim().to_owned();
-    let root = std::thread::spawn(boot_root);
-    modules::load(Group::Drivers)?;
-    devices::wait_for("/dev/vsock")?;
+    let Modules { drivers, file_systems } = modules::open()?;
+    let root = std::thread::spawn(|| boot_root(file_systems));
+    modules::load(drivers)?;
     Ok(Booted { image, root })
 }
 
-fn boot_root() -> anyhow::Result<Networks> {
-    modules::load(Group::FileSystems)?;
+fn boot_root(file_systems: Vec<Module>) -> anyhow::Result<Networks> {
+    modules::load(file_systems)?;
     cgroups::mount()?;
     for device in [root::LOWER_DEVICE, root::SCRATCH_DEVICE] {
         devices::wait_for(device)?;

@@ -16,50 +16,56 @@ const LAST_DRIVER: &str = "vmw_vsock_virtio_transport";
 /// faster checksum that the CPU lacks, say) is only reported.
 const REQUIRED: [&str; 5] = ["virtio", "vsock", "vmw_vsock", "overlay", "erofs"];
 
-/// Modules that do not need those of the other group, so that both load at one time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Group {
-    /// Disks and vsock.
-    Drivers,
-    /// What comes after the last driver.
-    FileSystems,
+/// A module that is about to be loaded.
+#[derive(Debug)]
+pub struct Module {
+    name: String,
+    file: File,
 }
 
-/// Loads a group and removes its files: the initrd's memory is the VM's.
-pub fn load(group: Group) -> anyhow::Result<()> {
-    for path in of_group(group, in_order(Path::new(DIRECTORY))?) {
-        let name = module_name(&path);
-        match insert(&path) {
-            Ok(()) => {}
-            Err(error) if is_required(name) => {
+/// Modules in two groups that do not need each other, so that both load at one time.
+#[derive(Debug)]
+pub struct Modules {
+    /// Disks and vsock.
+    pub drivers: Vec<Module>,
+    /// What comes after the last driver.
+    pub file_systems: Vec<Module>,
+}
+
+/// Opens every module, since its path ends with the initrd's root, and removes it: the initrd's memory is
+/// the VM's.
+pub fn open() -> anyhow::Result<Modules> {
+    open_in(Path::new(DIRECTORY))
+}
+
+fn open_in(directory: &Path) -> anyhow::Result<Modules> {
+    let mut drivers = Vec::new();
+    for path in in_order(directory)? {
+        let file = File::open(&path).with_context(|| format!("{} is lost", path.display()))?;
+        // What cannot be removed costs some memory and nothing else.
+        let _ = fs::remove_file(&path);
+        drivers.push(Module { name: module_name(&path).to_owned(), file });
+    }
+    let last = drivers.iter().position(|module| module.name == LAST_DRIVER);
+    let file_systems = last.map_or_else(Vec::new, |last| drivers.split_off(last + 1));
+    Ok(Modules { drivers, file_systems })
+}
+
+/// Loads modules, one after the other.
+pub fn load(modules: Vec<Module>) -> anyhow::Result<()> {
+    for Module { name, file } in modules {
+        match finit_module(file, c"", ModuleInitFlags::empty()) {
+            // Built in, or loaded already.
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) if is_required(&name) => {
                 bail!(
                     "the kernel module {name} cannot be loaded: {error}; rebuild the builder image"
                 );
             }
             Err(error) => eprintln!("kiln-agent: the kernel module {name} is left out: {error}"),
         }
-        // What cannot be removed costs some memory and nothing else.
-        let _ = fs::remove_file(&path);
     }
     Ok(())
-}
-
-fn of_group(group: Group, mut paths: Vec<PathBuf>) -> Vec<PathBuf> {
-    let after = paths.iter().position(|path| module_name(path) == LAST_DRIVER);
-    let file_systems = after.map_or_else(Vec::new, |last| paths.split_off(last + 1));
-    match group {
-        Group::Drivers => paths,
-        Group::FileSystems => file_systems,
-    }
-}
-
-fn insert(path: &Path) -> anyhow::Result<()> {
-    let file = File::open(path)?;
-    match finit_module(file, c"", ModuleInitFlags::empty()) {
-        // Built in, or loaded already.
-        Ok(()) | Err(Errno::EEXIST) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// The modules of a directory. A kernel with everything built in needs none.
@@ -106,22 +112,27 @@ mod tests {
     }
 
     #[test]
-    fn file_systems_come_after_the_last_driver() {
-        let names = |group, all: &[&str]| {
-            let paths = of_group(group, all.iter().map(PathBuf::from).collect());
-            paths.iter().map(|path| module_name(path).to_owned()).collect::<Vec<_>>()
+    fn file_systems_come_after_the_last_driver_and_no_file_stays() {
+        let opened = |files: &[&str]| {
+            let dir = tempfile::tempdir().unwrap();
+            for name in files {
+                fs::write(dir.path().join(name), "").unwrap();
+            }
+            let Modules { drivers, file_systems } = open_in(dir.path()).unwrap();
+            assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
+            let names = |of: Vec<Module>| of.into_iter().map(|m| m.name).collect::<Vec<_>>();
+            (names(drivers), names(file_systems))
         };
-        let ours = [
+        let (drivers, file_systems) = opened(&[
+            "03-overlay.ko",
             "01-vmw_vsock_virtio_transport_common.ko",
             "02-vmw_vsock_virtio_transport.ko",
-            "03-overlay.ko",
             "04-erofs.ko",
-        ];
-        assert_eq!(names(Group::Drivers, &ours).len(), 2);
-        assert_eq!(names(Group::FileSystems, &ours), ["overlay", "erofs"]);
+        ]);
+        assert_eq!(drivers.len(), 2);
+        assert_eq!(file_systems, ["overlay", "erofs"]);
         // In an order of its own: one after the other.
-        assert_eq!(names(Group::Drivers, &["01-overlay.ko"]), ["overlay"]);
-        assert!(names(Group::FileSystems, &["01-overlay.ko"]).is_empty());
+        assert_eq!(opened(&["01-overlay.ko"]), (vec!["overlay".to_owned()], vec![]));
     }
 
     #[test]

@@ -65,7 +65,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         crate::bundle::tests::sample(dir.path());
         insta::assert_snapshot!(describe(&verify::inspect_dir(dir.path()).unwrap()).unwrap(), @r#"
-        digest    sha256:9f36eb70882fdb62381d900d3d6587f5a17914f009c9ae922e10ed85351c76b6
+        digest    sha256:bc0f59b1f6dadf614839e9c1aa38656730b1c4766de9f8844b1f9e03ba448fa2
         type      application/vnd.kiln.builder.v1+json
         layer     sha256:a204d4ad1de3e9b07751899e5cf4d4a3017328c41372c70fdcc8db9587bb38fb           6  kernel
         layer     sha256:f5e3dba158c542884540793cb24e361afb19e6874c5934e2a0304203b7626fe4           6  initrd
