@@ -13,10 +13,12 @@ export PATH="$BIN:$TOOLS/bin:$PATH"
 
 # What Kiln runs on (Debian's names), and what its tests use besides.
 RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs)
-BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils zstd xz-utils)
+BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils patch zstd xz-utils)
 TEST_PACKAGES=(skopeo shellcheck iproute2 jq)
 
+# The released one can leave a connection waiting for ever: see the patch.
 VSOCK_DEVICE_VERSION=0.3.0
+VSOCK_DEVICE_PATCHED=0.3.0+kiln.1
 CARGO_DENY_VERSION=0.20.2
 
 # say MESSAGE: a line of progress on standard error.
@@ -91,7 +93,27 @@ need_rust() {
 install_to_run() {
   need_rust
   install_packages "${BUILD_PACKAGES[@]}" "${RUN_PACKAGES[@]}"
-  install_crate vhost-device-vsock "$VSOCK_DEVICE_VERSION"
+  install_vsock_device
+}
+
+install_vsock_device() {
+  [[ $("$TOOLS/bin/vhost-device-vsock" --version 2>/dev/null) == *" $VSOCK_DEVICE_PATCHED" ]] && return
+  step "Installing vhost-device-vsock $VSOCK_DEVICE_PATCHED" build_vsock_device
+}
+
+# The crate as it was released, with Kiln's patch. Not below this workspace, which it does not belong to.
+build_vsock_device() {
+  local work crate=vhost-device-vsock-$VSOCK_DEVICE_VERSION
+  work=$(mktemp -d)
+  mkdir "$work/src"
+  printf '[package]\nname = "sources"\nversion = "0.0.0"\n[dependencies]\nvhost-device-vsock = "=%s"\n' \
+    "$VSOCK_DEVICE_VERSION" >"$work/Cargo.toml"
+  touch "$work/src/lib.rs"
+  cargo fetch --quiet --manifest-path "$work/Cargo.toml" --target "$GUEST_TARGET"
+  cp -r "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$crate" "$work/$crate"
+  patch --quiet -p1 -d "$work/$crate" <"$ROOT/scripts/patches/$crate.patch"
+  CARGO_TARGET_DIR=$work/target cargo install --quiet --locked --root "$TOOLS" --path "$work/$crate"
+  rm -rf "$work"
 }
 
 build_programs() {
