@@ -19,7 +19,7 @@ mod relay;
 mod target;
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -83,6 +83,9 @@ pub trait Resolve: Send + Sync {
     async fn addresses(&self, host: &str) -> std::io::Result<Vec<IpAddr>>;
 }
 
+/// Lookups of all VMs at one time. The runtime has some 500 threads for what blocks.
+static LOOKUPS: Semaphore = Semaphore::const_new(64);
+
 /// The host's resolver.
 #[derive(Debug)]
 pub struct SystemResolver;
@@ -90,7 +93,17 @@ pub struct SystemResolver;
 #[async_trait]
 impl Resolve for SystemResolver {
     async fn addresses(&self, host: &str) -> std::io::Result<Vec<IpAddr>> {
-        Ok(tokio::net::lookup_host((host, 0)).await?.map(|addr| addr.ip()).collect())
+        // The permit goes with the lookup, which nobody can stop: given up by its caller it still holds a
+        // thread that file operations need.
+        let permit = LOOKUPS.acquire().await.map_err(std::io::Error::other)?;
+        let host = host.to_owned();
+        let lookup = tokio::task::spawn_blocking(move || {
+            let addresses = (host.as_str(), 0).to_socket_addrs()?;
+            let addresses = addresses.map(|address| address.ip()).collect();
+            drop(permit);
+            Ok(addresses)
+        });
+        lookup.await.map_err(std::io::Error::other)?
     }
 }
 

@@ -54,6 +54,7 @@ impl ServeCommand {
 /// Removes what a server on this data directory left when it was killed. Refused while one runs.
 pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
     let config = settings.resolve()?;
+    parts::raise_descriptor_limit();
     let _lock = parts::lock(&config.data_dir)?;
     let swept = Vmm::sweep_leftovers(&parts::instance(&config), &parts::run_dir(&config)).await;
     swept.context("cannot remove what an earlier server left")

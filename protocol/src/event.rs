@@ -43,6 +43,16 @@ pub struct Log {
     pub content: Vec<u8>,
 }
 
+/// What a line counts towards the log limit at least: its record costs more than its content.
+const MIN_COST: u64 = 16;
+
+impl Log {
+    /// What the line counts towards the log limit, in bytes.
+    pub fn cost(&self) -> u64 {
+        (self.content.len() as u64).max(MIN_COST)
+    }
+}
+
 /// Who printed a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LogStream {

@@ -262,7 +262,7 @@ where
         };
         if let (Event::Log(log), Some(job)) = (&event, &self.job) {
             let log_bytes = job.limits.log_bytes;
-            self.logged = self.logged.saturating_add(log.content.len() as u64);
+            self.logged = self.logged.saturating_add(log.cost());
             if self.logged > log_bytes {
                 self.stop(Stop::LogLimit { log_bytes });
                 return Ok(());

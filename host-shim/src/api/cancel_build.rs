@@ -63,7 +63,14 @@ async fn cancel_queued(api: &Api, id: &BuildId) -> Result<bool, ApiError> {
     let now = api.now();
     let event = payload::of_host(now, payload::status(Status::Cancelled, None));
     match api.state.events.cancel_queued(id, now, &[event]).await {
-        Ok(_) => Ok(true),
+        Ok(_) => {
+            // Nobody else will: only claimed builds have a driver.
+            if let Err(error) = tokio::fs::remove_dir_all(api.state.sources.join(id.as_str())).await
+            {
+                tracing::warn!(%id, %error, "the source of a cancelled build cannot be removed");
+            }
+            Ok(true)
+        }
         Err(StoreError::Refused(Refused::Final(_))) => Err(finished(api, id).await),
         Err(StoreError::Refused(_)) => Ok(false),
         Err(error) => Err(error.into()),

@@ -142,8 +142,8 @@ fn is_archive(head: &[u8]) -> bool {
         || (head.len() >= HEAD && (&head[257..262] == b"ustar" || head.iter().all(|b| *b == 0)))
 }
 
-/// Removes the directories of sources that no build stands on: uploads that a crash cut off. To be
-/// called before requests are taken. Returns how many there were.
+/// Removes the directories that no build needs: uploads that a crash cut off, and what a build that has
+/// ended left. To be called before requests are taken. Returns how many there were.
 pub async fn sweep(sources: &Path, store: &dyn Store) -> Result<usize, StoreError> {
     let io = |source: std::io::Error| StoreError::Database {
         operation: "sweep partial sources",
@@ -159,7 +159,7 @@ pub async fn sweep(sources: &Path, store: &dyn Store) -> Result<usize, StoreErro
         let Some(id) = entry.file_name().to_str().and_then(|name| BuildId::new(name).ok()) else {
             continue;
         };
-        if store.build(&id).await?.is_none() {
+        if store.build(&id).await?.is_none_or(|build| build.status.is_final()) {
             tokio::fs::remove_dir_all(entry.path()).await.map_err(io)?;
             removed += 1;
         }

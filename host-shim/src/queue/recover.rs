@@ -50,13 +50,14 @@ async fn republish(workshop: &Workshop, build: &Build, digest: &str) -> Result<(
     };
     let digest = Digest::parse(digest).map_err(|_| lost())?;
     let repository = build.repository();
-    let published = publish::is_published(&workshop.backing, &repository, digest).await;
-    if published.map_err(|e| publish_failure(&e))? {
-        return Ok(());
-    }
     let staging = workshop.build_dir(build).join("staging");
     let checked = Checked::load(&staging).await.map_err(|e| publish_failure(&e))?;
-    let checked = checked.filter(|checked| checked.digest == digest).ok_or_else(lost)?;
+    let Some(checked) = checked.filter(|checked| checked.digest == digest) else {
+        // Staging goes when all is pushed, the tag last.
+        let published = publish::is_published(&workshop.backing, &repository, digest).await;
+        return published.map_err(|e| publish_failure(&e))?.then_some(()).ok_or_else(lost);
+    };
+    // Also where the digest is there: the tag may not be. What is there is not sent again.
     let pushed = publish::push(&checked, &workshop.backing, &repository, build.tag()).await;
     pushed.map_err(|e| publish_failure(&e))
 }

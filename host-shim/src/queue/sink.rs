@@ -22,6 +22,8 @@ pub(super) struct BuildSink<'d> {
     vm_started: Instant,
     hello: Option<Instant>,
     begun: bool,
+    /// What counts towards the log limit so far.
+    charged: u64,
 }
 
 /// The guest sent more log content than the build may have.
@@ -37,7 +39,7 @@ impl<'d> BuildSink<'d> {
         context: Arc<GuestContext>,
         vm_started: Instant,
     ) -> Self {
-        Self { workshop, build, fence, context, vm_started, hello: None, begun: false }
+        Self { workshop, build, fence, context, vm_started, hello: None, begun: false, charged: 0 }
     }
 
     /// Whether the VM has reported anything of the build.
@@ -77,21 +79,29 @@ impl<'d> BuildSink<'d> {
         Ok(())
     }
 
+    /// Counts towards the log limit.
+    fn charge(&mut self, bytes: u64) -> anyhow::Result<()> {
+        self.charged = self.charged.saturating_add(bytes);
+        if self.charged > self.workshop.log_limit {
+            return Err(LogLimit(self.workshop.log_limit).into());
+        }
+        Ok(())
+    }
+
     fn note(&mut self, event: &Event) -> anyhow::Result<()> {
         let usage = &mut self.build.usage;
         match event {
             Event::Log(log) => {
-                let total = usage.log_bytes.unwrap_or(0) + log.content.len() as u64;
-                usage.log_bytes = Some(total);
-                if total > self.workshop.log_limit {
-                    return Err(LogLimit(self.workshop.log_limit).into());
-                }
+                usage.log_bytes = Some(usage.log_bytes.unwrap_or(0) + log.content.len() as u64);
+                self.charge(log.cost())?;
             }
             Event::Step(step) => {
                 if let StepState::Ended(end) = &step.state {
                     usage.memory_peak_bytes =
                         usage.memory_peak_bytes.max(Some(end.memory_peak_bytes));
                 }
+                // An honest agent reports each step twice.
+                self.charge(step.name.len() as u64)?;
             }
             Event::Phase(_) => {}
         }

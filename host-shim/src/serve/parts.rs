@@ -28,6 +28,15 @@ use crate::store::{Store, StoreError};
 use crate::token::{self, AuthError};
 use crate::vmm::{Vmm, VmmConfig};
 
+/// As many descriptors as the host allows: every connection of a client and of a VM takes one.
+pub(super) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 /// One server for a data directory: the lock is held as long as the process lives.
 pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
     std::fs::DirBuilder::new()

@@ -8,10 +8,15 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::session::Connections;
+
+/// Before the next try, when the host has no descriptor left for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Bound before the VM starts, so that a guest never finds nobody there.
 #[derive(Debug)]
@@ -36,7 +41,15 @@ impl GuestListener {
     /// The next connection of the VM's own processes; a stranger's is closed. Cancel-safe.
     pub async fn accept(&self) -> io::Result<UnixStream> {
         loop {
-            let (stream, _) = self.listener.accept().await?;
+            let (stream, _) = match self.listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) if passes(&error) => {
+                    tracing::warn!(port = self.port, %error, "a connection of a VM has to wait");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == self.uid => return Ok(stream),
                 Ok(peer) => {
@@ -54,6 +67,15 @@ impl GuestListener {
     }
 }
 
+/// Whether the host ran out of something that others will give back. The VM must not suffer for it longer.
+fn passes(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
+    matches!(
+        errno,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::CONNABORTED)
+    )
+}
+
 impl Connections for Arc<GuestListener> {
     type Stream = UnixStream;
 
@@ -68,6 +90,17 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+
+    #[test]
+    fn only_want_of_resources_passes() {
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::CONNABORTED] {
+            assert!(passes(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
+            assert!(!passes(&errno.into()), "{errno}");
+        }
+        assert!(!passes(&io::ErrorKind::Other.into()));
+    }
 
     #[tokio::test]
     async fn only_the_vms_user_is_let_in() {
