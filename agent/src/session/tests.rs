@@ -504,7 +504,7 @@ async fn a_build_out_of_time_fails_and_names_the_step() {
 
 #[tokio::test(start_paused = true)]
 async fn the_log_limit_holds_at_and_breaks_above() {
-    for (bytes, fits) in [(10, true), (11, false)] {
+    for (bytes, fits) in [(100, true), (101, false)] {
         let mut fixture =
             start(move |_, reporter: Reporter, cancel: CancellationToken| async move {
                 reporter.report(Report::Event(line(&"x".repeat(bytes)))).await;
@@ -513,7 +513,7 @@ async fn the_log_limit_holds_at_and_breaks_above() {
                 }
                 built()
             });
-        let limits = Limits { log_bytes: 10, ..job().limits };
+        let limits = Limits { log_bytes: 100, ..job().limits };
         let mut peer = fixture.building(Job { limits, ..job() }).await;
         let outcome = peer.outcome().await.0;
         if fits {
@@ -521,10 +521,25 @@ async fn the_log_limit_holds_at_and_breaks_above() {
         } else {
             let failure = failure(outcome);
             assert_eq!(failure.kind, FailureKind::LogLimit);
-            assert!(failure.message.contains("10 bytes"), "{}", failure.message);
+            assert!(failure.message.contains("100 bytes"), "{}", failure.message);
         }
         peer.finish(fixture).await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn lines_without_content_count_for_the_log_limit() {
+    let mut fixture = start(async |_, reporter: Reporter, cancel: CancellationToken| {
+        for _ in 0..7 {
+            reporter.report(Report::Event(line(""))).await;
+        }
+        cancel.cancelled().await;
+        built()
+    });
+    let limits = Limits { log_bytes: 100, ..job().limits };
+    let mut peer = fixture.building(Job { limits, ..job() }).await;
+    assert_eq!(failure(peer.outcome().await.0).kind, FailureKind::LogLimit);
+    peer.finish(fixture).await;
 }
 
 #[tokio::test(start_paused = true)]

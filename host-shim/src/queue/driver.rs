@@ -108,7 +108,7 @@ pub struct Driver {
 struct Worked {
     next: Next,
     context: Option<Arc<GuestContext>>,
-    /// Whether the VM reported anything of the build.
+    /// Whether the VM reported anything of the build, or ended by itself.
     begun: bool,
 }
 
@@ -164,7 +164,8 @@ impl Driver {
 
     /// Runs the build in a VM, which is gone when this returns.
     ///
-    /// A VM that is lost before it began is replaced: nothing of the build has run in it.
+    /// A VM that hangs before it began is replaced: nothing of the build has run in it. One that ends is
+    /// not: somebody or something ended it.
     async fn work(&mut self) -> Worked {
         for _ in 1..BOOTS {
             let worked = self.work_once().await;
@@ -242,7 +243,7 @@ impl Driver {
         Worked { next, context: Some(context), begun }
     }
 
-    /// Serves a VM until its session ends, and destroys it. Tells besides whether it ever began.
+    /// Serves a VM until its session ends, and destroys it. Tells besides whether it ever began or ended.
     async fn attend(
         &mut self,
         vm: Vm,
@@ -281,6 +282,7 @@ impl Driver {
         let allowed = sink.timeout();
         let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
         let cancel = self.entry.cancel.clone();
+        let mut ended = false;
         let next = {
             let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
             tokio::pin!(session);
@@ -292,6 +294,7 @@ impl Driver {
                 )),
                 end = &mut session => outcome::next(end),
                 exit = vm.exited() => {
+                    ended = true;
                     // What the VM had sent before it ended is still in the sockets.
                     match timeout(LAST_WORDS, &mut session).await {
                         Ok(end @ (End::Outcome(_) | End::Cancelled)) => outcome::next(end),
@@ -327,7 +330,7 @@ impl Driver {
         if let Err(error) = vm.destroy().await {
             tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
         }
-        (next, begun)
+        (next, begun || ended)
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.
