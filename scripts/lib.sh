@@ -30,22 +30,26 @@ fail() {
   exit 1
 }
 
-# step TITLE COMMAND...: runs quietly, with the time it took; shows the output only when it fails.
+# step TITLE COMMAND...: runs quietly, with the time it took; shows the output only when it fails. A function
+# ends at its first command that fails: for that it must not be the condition of an `if`.
 step() {
-  local title=$1 log begun
+  local title=$1 log begun status
   shift
   mkdir -p "$LOGS"
   log=$LOGS/$(tr -c 'a-z0-9\n' - <<<"${title,,}").log
   begun=$SECONDS
   if [[ -t 2 ]]; then printf 'kiln: %s …' "$title" >&2; else say "$title …"; fi
-  if "$@" >"$log" 2>&1 </dev/null; then
+  set +e
+  (set -e; "$@") >"$log" 2>&1 </dev/null
+  status=$?
+  set -e
+  if ((status == 0)); then
     if [[ -t 2 ]]; then
       printf '\r\033[Kkiln: %s (%s s)\n' "$title" $((SECONDS - begun)) >&2
     elif ((SECONDS - begun > 2)); then
       say "$title: done in $((SECONDS - begun)) s"
     fi
   else
-    local status=$?
     [[ -t 2 ]] && printf '\n' >&2
     tail -n 40 "$log" >&2
     fail "$title failed (exit $status). The whole output is in $log"
@@ -110,7 +114,8 @@ build_vsock_device() {
     "$VSOCK_DEVICE_VERSION" >"$work/Cargo.toml"
   touch "$work/src/lib.rs"
   cargo fetch --quiet --manifest-path "$work/Cargo.toml" --target "$GUEST_TARGET"
-  cp -r "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$crate" "$work/$crate"
+  # One directory for each registry that was ever used.
+  cp -r "$(find "${CARGO_HOME:-$HOME/.cargo}/registry/src" -maxdepth 2 -name "$crate" | head -n 1)" "$work/$crate"
   patch --quiet -p1 -d "$work/$crate" <"$ROOT/scripts/patches/$crate.patch"
   CARGO_TARGET_DIR=$work/target cargo install --quiet --locked --root "$TOOLS" --path "$work/$crate"
   rm -rf "$work"

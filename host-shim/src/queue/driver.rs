@@ -29,8 +29,8 @@ use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
 use crate::tunnel;
 use crate::vmm::{Vm, VmSpec, Vmm};
 
-/// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on a busy host a boot
-/// takes up to 12 s, and a VM that dies is noticed at once anyway.
+/// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on
+/// a busy host a boot takes up to 12 s, and a VM that dies is noticed at once anyway.
 const BOOT_DEADLINE: Duration = Duration::from_secs(45);
 
 /// How many VMs are booted for a build before it fails for want of one. Under software emulation
@@ -108,8 +108,8 @@ pub struct Driver {
 struct Worked {
     next: Next,
     context: Option<Arc<GuestContext>>,
-    /// Whether the VM reported anything of the build, or ended by itself.
-    begun: bool,
+    /// The VM hung before it reported anything of the build.
+    hung: bool,
 }
 
 impl Driver {
@@ -140,7 +140,7 @@ impl Driver {
 
     async fn drive(&mut self) -> Result<(), StoreError> {
         tracing::info!("building");
-        let Worked { mut next, context, begun: _ } = self.work().await;
+        let Worked { mut next, context, hung: _ } = self.work().await;
         self.workshop.store.annotate(&self.build, self.fence).await?;
         if let Next::Publish { digest } = next {
             next = match context {
@@ -170,7 +170,7 @@ impl Driver {
         for _ in 1..BOOTS {
             let worked = self.work_once().await;
             match &worked.next {
-                Next::Fail(failure) if failure.kind == FailureKind::VmLost && !worked.begun => {
+                Next::Fail(failure) if failure.kind == FailureKind::VmLost && worked.hung => {
                     let console = failure.detail.as_deref().unwrap_or("nothing");
                     tracing::warn!(
                         why = failure.message,
@@ -188,7 +188,7 @@ impl Driver {
         let fail = |kind, message: String| Worked {
             next: Next::Fail(Failure::new(kind, message)),
             context: None,
-            begun: false,
+            hung: false,
         };
         let dir = self.workshop.build_dir(&self.build);
         let source = match tokio::fs::File::open(dir.join("source")).await {
@@ -218,7 +218,7 @@ impl Driver {
         };
         let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
         let vm = match started {
-            None => return Worked { next: Next::Cancel, context: None, begun: false },
+            None => return Worked { next: Next::Cancel, context: None, hung: false },
             Some(Err(error)) => {
                 tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
                 return fail(
@@ -238,12 +238,12 @@ impl Driver {
             staging,
             self.workshop.backing.clone(),
         ));
-        let (next, begun) = self.attend(vm, source, Arc::clone(&context)).await;
+        let (next, hung) = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
-        Worked { next, context: Some(context), begun }
+        Worked { next, context: Some(context), hung }
     }
 
-    /// Serves a VM until its session ends, and destroys it. Tells besides whether it ever began or ended.
+    /// Serves a VM until its session ends, and destroys it. Tells besides whether it hung before it began.
     async fn attend(
         &mut self,
         vm: Vm,
@@ -330,7 +330,7 @@ impl Driver {
         if let Err(error) = vm.destroy().await {
             tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
         }
-        (next, begun || ended)
+        (next, !begun && !ended)
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.

@@ -212,10 +212,13 @@ async fn cancel_build_queued() {
     let client = server.client("acme", Role::Tenant).await;
     let build = client.submit(form()).await;
     let path = format!("/builds/{}", build["id"].as_str().unwrap());
+    let source = server.sources.join(build["id"].as_str().unwrap());
+    assert!(source.exists());
     let response = client.delete(&path).await;
     assert_eq!(response.status(), 204);
     assert_eq!(client.json(&path).await["status"], "cancelled");
     assert!(server.store.claim("x", 1, &[]).await.unwrap().is_none());
+    assert!(!source.exists(), "nobody else removes it");
 }
 
 #[tokio::test]
