@@ -8,6 +8,7 @@
 //! reports, the channel fills up, reporters wait, and in the end a program's pipe is full.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use kiln_protocol::event::{Event, MAX_LOG_BYTES, NumberedEvent, cut_text};
 use kiln_protocol::frame::{self, FrameError};
@@ -32,7 +33,10 @@ pub enum Report {
     /// Something happened.
     Event(Event),
     /// The engine's process is running.
-    EngineStarted,
+    EngineStarted {
+        /// How long the kernel took to start it.
+        spawn: Duration,
+    },
 }
 
 /// Takes reports from any part of the agent. A full buffer makes the reporter wait, so that a
@@ -247,9 +251,10 @@ mod tests {
     async fn a_reporter_waits_for_room_and_not_for_a_session_that_is_over() {
         let (reporter, mut reports) = channel();
         for _ in 0..WAITING_REPORTS {
-            reporter.report(Report::EngineStarted).await;
+            reporter.report(Report::EngineStarted { spawn: Duration::ZERO }).await;
         }
-        let mut waiting = std::pin::pin!(reporter.report(Report::EngineStarted));
+        let mut waiting =
+            std::pin::pin!(reporter.report(Report::EngineStarted { spawn: Duration::ZERO }));
         tokio::select! {
             biased;
             () = &mut waiting => panic!("there is no room"),
@@ -258,6 +263,6 @@ mod tests {
         reports.recv().await.unwrap();
         waiting.await;
         drop(reports);
-        reporter.report(Report::EngineStarted).await;
+        reporter.report(Report::EngineStarted { spawn: Duration::ZERO }).await;
     }
 }

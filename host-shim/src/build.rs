@@ -239,6 +239,10 @@ pub struct Usage {
     pub boot_ms: Option<u64>,
     /// From the Hello to the engine's process running, in milliseconds. Holds the unpacking of the source.
     pub engine_start_ms: Option<u64>,
+    /// How long of that the kernel took to start the engine's process, in milliseconds, as the agent says.
+    pub engine_spawn_ms: Option<u64>,
+    /// The most memory that the agent used at one time, in bytes, as it says.
+    pub agent_memory_peak_bytes: Option<u64>,
 }
 
 /// Something that the build pulled through the gateway.

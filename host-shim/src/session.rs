@@ -21,6 +21,7 @@ use std::time::Duration;
 use kiln_protocol::event::{NumberedEvent, Outcome};
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::Job;
+use kiln_protocol::message::AgentUsage;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -61,12 +62,16 @@ pub trait Sink: Send {
     fn hello(&mut self, agent: &str, image: &str) -> impl Future<Output = ()> + Send;
     /// The engine's process is running.
     fn engine_started(&mut self) -> impl Future<Output = ()> + Send;
+    /// What the agent cost, as it says.
+    fn agent_usage(&mut self, usage: AgentUsage) -> impl Future<Output = ()> + Send;
 }
 
 /// What a session needs to know.
 pub struct Params {
     /// What the guest is to do.
     pub job: Job,
+    /// When the VM was started: its timeout runs from there.
+    pub started: Instant,
     /// The source archive.
     pub source: tokio::fs::File,
     /// For the preambles of the VM's other connections.
@@ -120,7 +125,9 @@ pub async fn run<C: Connections, S: Sink>(
         Ok(Ok(opened)) => opened,
     };
     session.sink.hello(&hello.agent, &hello.image).await;
-    let connection = Connection::start(stream, params.job, params.source);
+    let mut job = params.job;
+    job.limits.spent_ms = u64::try_from(params.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let connection = Connection::start(stream, job, params.source);
     match session.converse(connection, &mut connections, &cancel).await {
         Ok(outcome) => End::Outcome(outcome),
         Err(end) => end,
@@ -230,6 +237,7 @@ impl<S: Sink> Session<'_, S> {
                     events.push(event);
                 }
                 Heard::EngineStarted => self.sink.engine_started().await,
+                Heard::Usage(usage) => self.sink.agent_usage(usage).await,
                 Heard::Outcome(outcome) => {
                     outcome.check().map_err(|e| End::Protocol(e.to_string()))?;
                     self.outcome = Some(outcome);

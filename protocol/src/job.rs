@@ -107,8 +107,10 @@ pub enum StepNetwork {
 /// What a job may use up. The host enforces its own side of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// From the agent's Welcome to its outcome, in milliseconds.
+    /// From the VM's start to the outcome, in milliseconds.
     pub timeout_ms: u64,
+    /// How much of the timeout had passed when the job was sent, in milliseconds.
+    pub spent_ms: u64,
     /// Of all log content together, in bytes.
     pub log_bytes: u64,
     /// Processes of one step at one time.
@@ -167,6 +169,7 @@ mod tests {
             role: Role::Build(build),
             limits: Limits {
                 timeout_ms: 1,
+                spent_ms: 0,
                 log_bytes: 1,
                 processes: 1,
                 source_bytes: 1,

@@ -50,4 +50,15 @@ pub enum AgentToHost {
     EngineStarted,
     /// How the job ended. Sent after every event; repeated after a resume until [`HostToAgent::Finish`].
     Outcome(Outcome),
+    /// What the agent itself cost, before each [`AgentToHost::Outcome`].
+    Usage(AgentUsage),
+}
+
+/// What a build cost beside its steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentUsage {
+    /// The most memory of the agent's that was resident at one time, in bytes.
+    pub memory_peak_bytes: u64,
+    /// How long the kernel took to start the engine's process, in microseconds; `None` when there was none.
+    pub engine_spawn_us: Option<u64>,
 }

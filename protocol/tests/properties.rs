@@ -12,7 +12,7 @@ use kiln_protocol::event::{
 use kiln_protocol::frame::{FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, Reject, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
-use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
 use kiln_protocol::preamble::{self, Preamble};
 use kiln_protocol::version::{Features, Version, VersionRange};
 use proptest::prelude::*;
@@ -85,6 +85,7 @@ fn job() -> impl Strategy<Value = Job> {
             role: Role::Build(build),
             limits: Limits {
                 timeout_ms: time,
+                spent_ms: time / 2,
                 log_bytes: log,
                 processes: procs,
                 source_bytes: source,
@@ -149,6 +150,9 @@ fn agent_message() -> impl Strategy<Value = AgentToHost> {
         any::<u64>().prop_map(|total| AgentToHost::SourceTaken { total }),
         Just(AgentToHost::EngineStarted),
         outcome().prop_map(AgentToHost::Outcome),
+        any::<(u64, Option<u64>)>().prop_map(|(memory_peak_bytes, engine_spawn_us)| {
+            AgentToHost::Usage(AgentUsage { memory_peak_bytes, engine_spawn_us })
+        }),
     ]
 }
 

@@ -6,10 +6,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::time::Instant;
 
 use kiln_protocol::event::{Built, Event, LogStream, Outcome, Phase};
 use kiln_protocol::event::{Failure, FailureKind};
 use kiln_protocol::name;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
@@ -96,6 +98,7 @@ impl Engine for Buildah {
 impl Buildah {
     /// Makes what every build needs, before there is one.
     pub fn prepare(&self) -> io::Result<()> {
+        read_ahead(&self.program);
         std::fs::create_dir_all(&self.tmp)?;
         std::fs::create_dir_all(&self.storage)?;
         self.files().write(&self.storage, &self.run_root)?;
@@ -126,7 +129,7 @@ impl Buildah {
         }
     }
 
-    /// A process of buildah, in a process group and cgroup of its own. Dropping it kills it.
+    /// A process of buildah, in a process group of its own. Dropping it kills it.
     fn spawn(&self, files: &Files, args: &[std::ffi::OsString]) -> io::Result<Engaged> {
         let mut child = Command::new(&self.program)
             .args(args)
@@ -138,16 +141,12 @@ impl Buildah {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        // It has not run long enough to have started anything, so all of it will be in there.
-        let cgroup = self.engine_cgroup();
-        if let Err(error) = child.id().map_or(Ok(()), |pid| cgroup.adopt(pid)) {
-            tracing::warn!(%error, "the engine has no cgroup of its own");
-        }
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
             return Err(io::Error::other("no pipes"));
         };
-        Ok(Engaged { child, stdout, stderr, whole: self.whole_cgroup() })
+        let (own, whole) = (self.engine_cgroup(), self.whole_cgroup());
+        Ok(Engaged { child, stdout, stderr, own, whole })
     }
 
     /// What the engine calls itself. It takes a while to start, so this is asked while the image
@@ -172,13 +171,18 @@ struct Engaged {
     child: Child,
     stdout: tokio::process::ChildStdout,
     stderr: tokio::process::ChildStderr,
+    own: Cgroup,
     whole: Cgroup,
 }
 
 impl Engaged {
-    /// Reports its output, and gives its end.
+    /// Takes it into its cgroup, reports its output, and gives its end. Called at once, before it can have
+    /// started anything, so all of it will be in there.
     async fn finish(self, reporter: &Reporter, last: &LastLines) -> io::Result<ExitStatus> {
-        let Self { child, stdout, stderr, whole } = self;
+        let Self { child, stdout, stderr, own, whole } = self;
+        if let Err(error) = child.id().map_or(Ok(()), |pid| own.adopt(pid)) {
+            tracing::warn!(%error, "the engine has no cgroup of its own");
+        }
         let mut group = Group { child, whole };
         let out = output::report(stdout, LogStream::Stdout, reporter.clone(), last.clone());
         let err = output::report(stderr, LogStream::Stderr, reporter.clone(), last.clone());
@@ -237,10 +241,11 @@ impl Run<'_> {
         let buildah = self.buildah;
         let server = Server::bind(&buildah.socket, buildah.settings(work))
             .map_err(could_not("listen for the container runtime"))?;
+        let begun = Instant::now();
         let engine = buildah
             .spawn(files, &command::build(buildah, files, work))
             .map_err(could_not("start the build engine"))?;
-        self.reporter.report(Report::EngineStarted).await;
+        self.reporter.report(Report::EngineStarted { spawn: begun.elapsed() }).await;
 
         let stop = CancellationToken::new();
         let engine = async {
@@ -277,6 +282,16 @@ impl Run<'_> {
             .map_err(could_not("read the digest of the pushed image"))?;
         Ok(Built { digest: checked_digest(digest.trim())?, engine })
     }
+}
+
+/// Has a program read from the disk before it is needed. Nobody waits for it.
+fn read_ahead(program: &Path) {
+    let program = program.to_owned();
+    std::thread::spawn(move || {
+        let file = std::fs::File::open(program)?;
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?;
+        Ok::<_, io::Error>(())
+    });
 }
 
 fn missing_dockerfile(work: &Work) -> Failure {
@@ -405,7 +420,7 @@ mod tests {
         let engine = "buildah 1.39.3".to_owned();
         assert_eq!(outcome, Outcome::Built(Built { digest: DIGEST.into(), engine }));
         let kinds: Vec<_> = reports.iter().map(|report| format!("{report:?}")).collect();
-        assert_eq!(kinds[0], "EngineStarted");
+        assert!(kinds[0].starts_with("EngineStarted"), "{}", kinds[0]);
         assert!(kinds[1].starts_with("Event(Log("), "{}", kinds[1]);
         assert_eq!(kinds[2], "Event(Phase(Pushing))");
     }

@@ -18,6 +18,7 @@
 mod link;
 mod running;
 mod stop;
+mod usage;
 mod work;
 
 use std::sync::Arc;

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::link::{DIAL_DEADLINE, DialError, Link, Moved, dial};
 use super::stop::{Progress, Stop};
+use super::usage::usage;
 use super::work::{build, crashed, fail};
 use super::{
     DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, Places, STOP_GRACE, Session, SessionError,
@@ -49,6 +50,7 @@ pub struct Running<C: Connector, E, P> {
     stop: Option<Stop>,
     logged: u64,
     engine_started: Unsent,
+    engine_spawn: Option<Duration>,
     taken_sent: u64,
     /// After a resume nothing is said about the source until all that arrived has been taken.
     taken_resync: bool,
@@ -113,6 +115,7 @@ where
             stop: None,
             logged: 0,
             engine_started: Unsent::default(),
+            engine_spawn: None,
             taken_sent: 0,
             taken_resync: false,
             outcome: None,
@@ -179,6 +182,8 @@ where
             } else if let Some(outcome) = self.outcome.as_ref().filter(|_| !self.outcome_sent) {
                 self.outcome_sent = true;
                 self.deadline = Instant::now() + FINISH_WAIT;
+                link.send(&AgentToHost::Usage(usage(self.engine_spawn)))
+                    .map_err(SessionError::Frame)?;
                 link.send(&AgentToHost::Outcome(outcome.clone())).map_err(SessionError::Frame)?;
             } else {
                 break;
@@ -234,7 +239,8 @@ where
         let task = build(engine, (*job).clone(), places, feed, reporter, cancel.clone());
         self.working = Some(Working { task: tokio::spawn(task), reports, cancel });
         self.feeder = Some(feeder);
-        self.deadline = after(self.welcomed, job.limits.timeout_ms);
+        let left_ms = job.limits.timeout_ms.saturating_sub(job.limits.spent_ms);
+        self.deadline = after(self.welcomed, left_ms);
         self.job = Some(job);
         Ok(Then::GoOn)
     }
@@ -255,7 +261,8 @@ where
     fn take(&mut self, report: Report) -> Result<(), SessionError> {
         let event = match report {
             Report::Event(event) => event,
-            Report::EngineStarted => {
+            Report::EngineStarted { spawn } => {
+                self.engine_spawn = Some(spawn);
                 self.engine_started.happened = true;
                 return Ok(());
             }

@@ -178,6 +178,7 @@ fn job() -> Job {
         }),
         limits: Limits {
             timeout_ms: 600_000,
+            spent_ms: 0,
             log_bytes: 1 << 20,
             processes: 77,
             source_bytes: 1 << 20,
@@ -226,7 +227,7 @@ async fn a_build_goes_from_hello_to_finish() {
         assert_eq!(work.dockerfile, work.context.join("Dockerfile"));
         assert_eq!((work.processes, work.target.as_deref()), (77, Some("stage")));
         assert_eq!(work.network, StepNetwork::Proxy);
-        reporter.report(Report::EngineStarted).await;
+        reporter.report(Report::EngineStarted { spawn: Duration::from_millis(9) }).await;
         reporter.report(Report::Event(line("hello"))).await;
         built()
     });
@@ -237,16 +238,19 @@ async fn a_build_goes_from_hello_to_finish() {
     peer.send(HostToAgent::Job(Box::new(job()))).await;
     peer.send_source(&archive()).await;
     let (mut taken, mut started, mut events) = (0, false, Vec::new());
+    let mut usage = None;
     let outcome = loop {
         match peer.next().await {
             AgentToHost::Event(event) => events.push(event),
             AgentToHost::SourceTaken { total } => taken = total,
             AgentToHost::EngineStarted => started = true,
+            AgentToHost::Usage(agent) => usage = Some(agent),
             AgentToHost::Outcome(outcome) => break outcome,
         }
     };
     assert_eq!(outcome, built());
     assert!(started);
+    assert_eq!(usage.unwrap().engine_spawn_us, Some(9000));
     assert_eq!(taken, archive().len() as u64);
     assert_eq!(seqs(&events), [1, 2, 3]);
     assert_eq!(events[2].event, line("hello"));
@@ -493,12 +497,14 @@ async fn a_build_out_of_time_fails_and_names_the_step() {
         built()
     });
     let begun = Instant::now();
-    let mut peer = fixture.building(job()).await;
+    let mut job = job();
+    job.limits.spent_ms = 100_000;
+    let mut peer = fixture.building(job).await;
     let failure = failure(peer.outcome().await.0);
     assert_eq!((failure.kind, failure.step), (FailureKind::TimedOut, Some(4)));
     assert!(failure.message.contains("600 s") && failure.message.contains("make world"));
     let took = begun.elapsed();
-    assert!((600..602).contains(&took.as_secs()), "{took:?}");
+    assert!((500..502).contains(&took.as_secs()), "{took:?}");
     peer.finish(fixture).await;
 }
 
@@ -584,7 +590,7 @@ async fn a_broken_connection_is_resumed_with_the_latest_token() {
     let mut fixture = start(move |_, reporter: Reporter, _| {
         let wait = Arc::clone(&wait);
         async move {
-            reporter.report(Report::EngineStarted).await;
+            reporter.report(Report::EngineStarted { spawn: Duration::from_millis(9) }).await;
             for n in 3..=6 {
                 reporter.report(Report::Event(line(&n.to_string()))).await;
             }

@@ -1,6 +1,6 @@
 //! The work of a build: source, Dockerfile, engine. One task, which returns the outcome.
 
-use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use cap_std::ambient_authority;
@@ -82,13 +82,13 @@ fn prepare(
                 .map_err(|error| internal(&places.dockerfile, error))?;
             places.dockerfile.clone()
         }
-        Dockerfile::InSource(path) => places.source.join(find(&places.source, path)?),
+        Dockerfile::InSource(path) => find(&places.source, path)?,
     };
     Ok((places.source.clone(), dockerfile))
 }
 
-/// The Dockerfile's path in the source, with no link left in it: who opens it by path cannot be
-/// led out of the source.
+/// The path of the source's Dockerfile, with no link left in it: who opens it by path cannot be led
+/// out of the source.
 fn find(source: &Path, path: &str) -> Result<PathBuf, Failure> {
     let shown: String = path.chars().flat_map(char::escape_debug).collect();
     let missing = |why: &str| {
@@ -98,27 +98,29 @@ fn find(source: &Path, path: &str) -> Result<PathBuf, Failure> {
     let root = Dir::open_ambient_dir(source, ambient_authority()).map_err(|error| {
         fail(FailureKind::Internal, format!("the source cannot be read: {error}"))
     })?;
-    let found = root.canonicalize(path).map_err(|error| match error.kind() {
+    // Not a FIFO and not a device: the source has none.
+    let file = root.open(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
             missing("is not in the source")
         }
         std::io::ErrorKind::PermissionDenied => missing("leads out of the source"),
         _ => missing(&format!("cannot be opened ({error})")),
     })?;
-    // Not a FIFO and not a device: the source has none.
-    let file =
-        root.open(&found).map_err(|error| missing(&format!("cannot be opened ({error})")))?;
-    if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+    let meta = file.metadata().map_err(|error| missing(&format!("cannot be read ({error})")))?;
+    if !meta.is_file() {
         return Err(missing("is not a file"));
     }
-    let limit = MAX_DOCKERFILE as u64;
-    let len = std::io::copy(&mut file.take(limit + 1), &mut std::io::sink())
-        .map_err(|error| missing(&format!("cannot be read ({error})")))?;
-    if len > limit {
-        let message = format!("the Dockerfile `{shown}` is longer than {limit} bytes; shorten it");
+    if meta.len() > MAX_DOCKERFILE as u64 {
+        let message =
+            format!("the Dockerfile `{shown}` is longer than {MAX_DOCKERFILE} bytes; shorten it");
         return Err(fail(FailureKind::DockerfileInvalid, message));
     }
-    Ok(found)
+    opened_path(&file).map_err(|error| missing(&format!("cannot be found ({error})")))
+}
+
+/// Where an open file is, without a link.
+fn opened_path(file: &impl AsRawFd) -> std::io::Result<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 #[cfg(test)]
@@ -145,7 +147,11 @@ mod tests {
         let dir = source();
         symlink("docker/app", dir.path().join("source/Dockerfile")).unwrap();
         for path in ["docker/app", "./docker/app", "docker/../docker/app", "Dockerfile"] {
-            assert_eq!(find_in(&dir, path).unwrap(), Path::new("docker/app"), "{path}");
+            assert_eq!(
+                find_in(&dir, path).unwrap(),
+                dir.path().join("source/docker/app"),
+                "{path}"
+            );
         }
     }
 

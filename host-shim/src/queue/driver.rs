@@ -274,13 +274,18 @@ impl Driver {
                 move |stream| egress::serve(stream, Arc::clone(&context), stop.clone()),
             ));
         }
-        let params =
-            session::Params { job: self.job(), source, nonce, boot_deadline: BOOT_DEADLINE };
         let started = vm.started().into();
+        let params = session::Params {
+            job: self.job(),
+            started,
+            source,
+            nonce,
+            boot_deadline: BOOT_DEADLINE,
+        };
         let mut sink =
             BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started);
         let allowed = sink.timeout();
-        let deadline = Instant::now() + BOOT_DEADLINE + allowed + DEADLINE_MARGIN;
+        let deadline = started + allowed + DEADLINE_MARGIN;
         let cancel = self.entry.cancel.clone();
         let mut ended = false;
         let next = {
@@ -419,6 +424,7 @@ impl Driver {
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,
+            spent_ms: 0,
             log_bytes: self.workshop.log_limit,
             processes: MAX_PROCESSES,
             source_bytes: u64::from(request.disk_gb) * GIB / SOURCE_SHARE,

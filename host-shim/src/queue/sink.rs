@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_protocol::event::{Event, NumberedEvent, Phase, StepState};
+use kiln_protocol::message::AgentUsage;
 use tokio::time::Instant;
 
 use super::driver::Workshop;
@@ -137,5 +138,11 @@ impl Sink for BuildSink<'_> {
         if let Some(hello) = self.hello.take() {
             self.build.usage.engine_start_ms = u64::try_from(hello.elapsed().as_millis()).ok();
         }
+    }
+
+    async fn agent_usage(&mut self, agent: AgentUsage) {
+        let usage = &mut self.build.usage;
+        usage.engine_spawn_ms = agent.engine_spawn_us.map(|us| us / 1000);
+        usage.agent_memory_peak_bytes = Some(agent.memory_peak_bytes);
     }
 }

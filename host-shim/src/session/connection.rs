@@ -7,7 +7,9 @@ use futures_util::FutureExt;
 use kiln_protocol::event::{NumberedEvent, Outcome};
 use kiln_protocol::frame::{self, FrameError, FrameReader};
 use kiln_protocol::job::Job;
-use kiln_protocol::message::{AgentToHost, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW};
+use kiln_protocol::message::{
+    AgentToHost, AgentUsage, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW,
+};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, ReadHalf, WriteHalf};
 use tokio::sync::watch;
@@ -26,6 +28,7 @@ const FINISH_DEADLINE: Duration = Duration::from_millis(200);
 pub(super) enum Event {
     Event(NumberedEvent),
     EngineStarted,
+    Usage(AgentUsage),
     Outcome(Outcome),
 }
 
@@ -116,6 +119,7 @@ impl<T: Stream> Connection<T> {
                 None => break,
                 Some(Ok(AgentToHost::Event(event))) => heard.push(Event::Event(event)),
                 Some(Ok(AgentToHost::EngineStarted)) => heard.push(Event::EngineStarted),
+                Some(Ok(AgentToHost::Usage(usage))) => heard.push(Event::Usage(usage)),
                 Some(Ok(AgentToHost::Outcome(outcome))) => {
                     heard.push(Event::Outcome(outcome));
                     break;

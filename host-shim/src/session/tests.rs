@@ -9,7 +9,7 @@ use kiln_protocol::event::{
 use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, MAGIC, RejectReason, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Limits, Role, StepNetwork};
-use kiln_protocol::message::{AgentToHost, HostToAgent, SOURCE_WINDOW};
+use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent, SOURCE_WINDOW};
 use kiln_protocol::version::{Features, SUPPORTED, Version, VersionRange};
 use tokio::io::{DuplexStream, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -35,6 +35,7 @@ impl Connections for Dialled {
 struct Stored {
     events: Vec<NumberedEvent>,
     engine_started: bool,
+    usage: Option<AgentUsage>,
 }
 
 impl Sink for Stored {
@@ -47,6 +48,9 @@ impl Sink for Stored {
     }
     async fn engine_started(&mut self) {
         self.engine_started = true;
+    }
+    async fn agent_usage(&mut self, usage: AgentUsage) {
+        self.usage = Some(usage);
     }
 }
 
@@ -69,6 +73,7 @@ fn host(source: usize) -> Host {
     };
     let limits = Limits {
         timeout_ms: 1000,
+        spent_ms: 0,
         log_bytes: 1000,
         processes: 10,
         source_bytes: 1000,
@@ -76,6 +81,7 @@ fn host(source: usize) -> Host {
     };
     let params = Params {
         job: Job { build: BuildId::new("b").unwrap(), role: Role::Build(build), limits },
+        started: Instant::now().checked_sub(Duration::from_secs(3)).unwrap(),
         source: tokio::fs::File::from_std(file),
         nonce: NONCE,
         boot_deadline: Duration::from_secs(60),
@@ -127,7 +133,9 @@ impl Agent {
 
     /// Takes job and source as an agent does; returns the source's length.
     async fn take_source(&mut self) -> u64 {
-        assert!(matches!(self.hear().await, HostToAgent::Job(_)));
+        let HostToAgent::Job(job) = self.hear().await else { panic!("no job") };
+        // The VM was started three seconds ago.
+        assert!((3000..60_000).contains(&job.limits.spent_ms), "{}", job.limits.spent_ms);
         let mut taken = 0;
         loop {
             match self.hear().await {
@@ -190,12 +198,15 @@ async fn a_session_from_hello_to_outcome() {
     agent.say(log(1, b"one")).await;
     agent.say(log(2, b"two")).await;
     agent.acknowledged(2).await;
+    let usage = AgentUsage { memory_peak_bytes: 5 << 20, engine_spawn_us: Some(9) };
+    agent.say(AgentToHost::Usage(usage)).await;
     agent.say(built()).await;
     assert_eq!(agent.hear().await, HostToAgent::Finish);
     let (end, stored) = host.session.await.unwrap();
     assert!(matches!(end, End::Outcome(Outcome::Built(_))), "{end:?}");
     assert_eq!(seqs(&stored), [1, 2]);
     assert!(stored.engine_started);
+    assert_eq!(stored.usage, Some(usage));
 }
 
 #[tokio::test]

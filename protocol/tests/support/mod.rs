@@ -12,7 +12,7 @@ use kiln_protocol::hello::{
     Hello, HelloReply, MAGIC, Reject, RejectReason, Resume, TOKEN_LEN, Welcome,
 };
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
-use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
 use kiln_protocol::version::{Features, Version, VersionRange};
 
 /// Any frame's value of the control connection.
@@ -137,6 +137,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
         }),
         limits: Limits {
             timeout_ms: 600_000,
+            spent_ms: 2_300,
             log_bytes: 256 << 20,
             processes: 1024,
             source_bytes: 4096 << 20,
@@ -173,6 +174,11 @@ fn agent_messages() -> Vec<AgentToHost> {
             engine: "buildah 1.39.3".into(),
         })),
         AgentToHost::Outcome(Outcome::Cancelled),
+        AgentToHost::Usage(AgentUsage {
+            memory_peak_bytes: 9 << 20,
+            engine_spawn_us: Some(17_000),
+        }),
+        AgentToHost::Usage(AgentUsage { memory_peak_bytes: 9 << 20, engine_spawn_us: None }),
     ];
     all.extend(FailureKind::ALL.into_iter().map(|kind| {
         let blames = kind == FailureKind::StepFailed;
@@ -237,6 +243,8 @@ fn agent_name(message: &AgentToHost) -> String {
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",
+        AgentToHost::Usage(AgentUsage { engine_spawn_us: Some(_), .. }) => "usage",
+        AgentToHost::Usage(AgentUsage { engine_spawn_us: None, .. }) => "usage-without-engine",
         AgentToHost::Outcome(Outcome::Built(_)) => "outcome-built",
         AgentToHost::Outcome(Outcome::Cancelled) => "outcome-cancelled",
         AgentToHost::Outcome(Outcome::Failed(failure)) => {
