@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::{BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::preamble::Channel;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
