@@ -29,7 +29,7 @@ use kiln_protocol::port;
 use kiln_protocol::preamble::Channel;
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::Buildah;
+use crate::engine::{Buildah, Prepared};
 use crate::init::net::Networks;
 use crate::init::{Booted, clock};
 use crate::session::{Identity, Places, Session};
@@ -77,10 +77,8 @@ fn agent(booted: Booted) -> ExitCode {
 
 async fn serve(booted: Booted) -> anyhow::Result<()> {
     let identity = Identity { agent: NAME.to_owned(), image: booted.image.clone() };
-    let engine = Buildah::default();
     // Hello says that the VM is ready for a job.
-    let networks = booted.wait().context("the VM did not boot")?;
-    engine.prepare().context("the engine's files and cgroup cannot be made")?;
+    let (networks, engine) = tokio::task::spawn_blocking(|| ready(booted)).await??;
     let session = Session::open(Arc::new(Vsock), identity).await?;
     clock::take_from(session.welcome()).context("the clock and the entropy of Welcome")?;
     let nonce = session.welcome().nonce;
@@ -96,6 +94,15 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
     };
     session.run(engine, places, prepare).await?;
     Ok(())
+}
+
+/// Waits until the VM is ready for a job. It blocks.
+fn ready(booted: Booted) -> anyhow::Result<(Networks, Prepared)> {
+    let networks = booted.wait().context("the VM did not boot")?;
+    let engine = Buildah::default()
+        .prepare()
+        .context("the engine's files, cgroup and socket cannot be made")?;
+    Ok((networks, engine))
 }
 
 /// The ways to the host that a job's engine and steps have.

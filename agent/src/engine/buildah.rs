@@ -78,15 +78,24 @@ impl Default for Buildah {
     }
 }
 
-impl Engine for Buildah {
-    async fn run(&self, work: Work, reporter: Reporter, cancel: CancellationToken) -> Outcome {
-        let run = Run { buildah: self, reporter: &reporter, last: LastLines::default() };
+/// buildah when all that every build needs is there.
+#[derive(Debug)]
+pub struct Prepared {
+    buildah: Buildah,
+    /// Listens for the runtime's wrappers.
+    server: Server,
+}
+
+impl Engine for Prepared {
+    async fn run(self, work: Work, reporter: Reporter, cancel: CancellationToken) -> Outcome {
+        let Self { buildah, server } = self;
+        let run = Run { buildah: &buildah, reporter: &reporter, last: LastLines::default() };
         let ended = tokio::select! {
-            ended = run.build_and_push(&work) => Some(ended),
+            ended = run.build_and_push(&work, server) => Some(ended),
             () = cancel.cancelled() => None,
         };
         // Whatever happened, nothing of it runs on.
-        self.whole_cgroup().kill();
+        buildah.whole_cgroup().kill();
         match ended {
             Some(Ok(built)) => Outcome::Built(built),
             Some(Err(failure)) => Outcome::Failed(*failure),
@@ -96,13 +105,15 @@ impl Engine for Buildah {
 }
 
 impl Buildah {
-    /// Makes what every build needs, before there is one.
-    pub fn prepare(&self) -> io::Result<()> {
+    /// Makes what every build needs, before there is one. It blocks.
+    pub fn prepare(self) -> io::Result<Prepared> {
         read_ahead(&self.program);
         std::fs::create_dir_all(&self.tmp)?;
         std::fs::create_dir_all(&self.storage)?;
         self.files().write(&self.storage, &self.run_root)?;
-        self.engine_cgroup().make()
+        self.engine_cgroup().make()?;
+        let server = Server::bind(&self.socket)?;
+        Ok(Prepared { buildah: self, server })
     }
 
     fn files(&self) -> Files {
@@ -228,19 +239,17 @@ struct Run<'a> {
 type Ended<T> = Result<T, Box<Failure>>;
 
 impl Run<'_> {
-    async fn build_and_push(&self, work: &Work) -> Ended<Built> {
+    async fn build_and_push(&self, work: &Work, server: Server) -> Ended<Built> {
         if tokio::fs::metadata(&work.dockerfile).await.is_err() {
             return Err(Box::new(missing_dockerfile(work)));
         }
         let files = self.buildah.files();
-        self.build(&files, work).await?;
+        self.build(&files, work, server).await?;
         self.push(&files).await
     }
 
-    async fn build(&self, files: &Files, work: &Work) -> Ended<()> {
+    async fn build(&self, files: &Files, work: &Work, server: Server) -> Ended<()> {
         let buildah = self.buildah;
-        let server = Server::bind(&buildah.socket, buildah.settings(work))
-            .map_err(could_not("listen for the container runtime"))?;
         let begun = Instant::now();
         let engine = buildah
             .spawn(files, &command::build(buildah, files, work))
@@ -253,7 +262,7 @@ impl Run<'_> {
             stop.cancel();
             status
         };
-        let steps = server.run(self.reporter.clone(), stop.clone());
+        let steps = server.run(buildah.settings(work), self.reporter.clone(), stop.clone());
         let (status, steps) = tokio::join!(engine, steps);
         let status = status.map_err(could_not("wait for the build engine"))?;
         if status.success() { Ok(()) } else { Err(Box::new(self.build_failure(status, &steps))) }
@@ -372,7 +381,6 @@ mod tests {
                 cgroup_mount: here.join("cgroup"),
                 ..Buildah::default()
             };
-            buildah.prepare().unwrap();
             Self { directory, buildah }
         }
 
@@ -390,7 +398,8 @@ mod tests {
 
         async fn run(&self) -> (Outcome, Vec<Report>) {
             let (reporter, reports) = channel();
-            let run = self.buildah.run(self.work(), reporter, CancellationToken::new());
+            let engine = self.buildah.clone().prepare().unwrap();
+            let run = engine.run(self.work(), reporter, CancellationToken::new());
             tokio::join!(run, all(reports))
         }
     }
@@ -484,7 +493,8 @@ mod tests {
         let pipe = tokio::net::unix::pipe::OpenOptions::new().open_receiver(&alive).unwrap();
         let cancel = CancellationToken::new();
         let (reporter, mut reports) = channel();
-        let run = bench.buildah.run(bench.work(), reporter, cancel.clone());
+        let engine = bench.buildah.clone().prepare().unwrap();
+        let run = engine.run(bench.work(), reporter, cancel.clone());
         let cancelling = async {
             while let Some(report) = reports.recv().await {
                 if matches!(&report, Report::Event(Event::Log(log)) if log.content == b"ready") {

@@ -17,7 +17,7 @@ use kiln_protocol::event::Outcome;
 use kiln_protocol::job::StepNetwork;
 use tokio_util::sync::CancellationToken;
 
-pub use buildah::Buildah;
+pub use buildah::{Buildah, Prepared};
 
 use crate::events::Reporter;
 
@@ -56,7 +56,7 @@ pub trait Engine {
     /// Works until the image is in staging, something fails, or it is cancelled. All its processes
     /// are killed by then.
     fn run(
-        &self,
+        self,
         work: Work,
         reporter: Reporter,
         cancel: CancellationToken,

@@ -76,23 +76,28 @@ pub struct StepRecord {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    settings: Arc<Settings>,
 }
 
 impl Server {
     /// Listens at the path. Only this user can connect.
-    pub fn bind(socket: &Path, settings: Settings) -> io::Result<Self> {
+    pub fn bind(socket: &Path) -> io::Result<Self> {
         match fs::remove_file(socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let listener = UnixListener::bind(socket)?;
         fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, settings: Arc::new(settings) })
+        Ok(Self { listener })
     }
 
     /// Serves until `stop`, then until the steps that began are over. Gives them in order.
-    pub async fn run(self, reporter: Reporter, stop: CancellationToken) -> Vec<StepRecord> {
+    pub async fn run(
+        self,
+        settings: Settings,
+        reporter: Reporter,
+        stop: CancellationToken,
+    ) -> Vec<StepRecord> {
+        let settings = Arc::new(settings);
         let counter = Arc::new(AtomicU32::new(0));
         let mut steps = JoinSet::new();
         let mut records = Vec::new();
@@ -100,7 +105,7 @@ impl Server {
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        let served = serve(stream, Arc::clone(&self.settings), Arc::clone(&counter), reporter.clone());
+                        let served = serve(stream, Arc::clone(&settings), Arc::clone(&counter), reporter.clone());
                         steps.spawn(served);
                     }
                     Err(error) => {
@@ -313,9 +318,9 @@ mod tests {
                 steps_cgroup: "/kiln/steps".into(),
                 scratch: directory.path().into(),
             };
-            let server = Server::bind(&directory.path().join("socket"), settings).unwrap();
+            let server = Server::bind(&directory.path().join("socket")).unwrap();
             let (stop, (reporter, reports)) = (CancellationToken::new(), channel());
-            let running = tokio::spawn(server.run(reporter, stop.clone()));
+            let running = tokio::spawn(server.run(settings, reporter, stop.clone()));
             Self { directory, stop, reports, running }
         }
 

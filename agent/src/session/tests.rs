@@ -46,7 +46,7 @@ where
     F: Fn(Work, Reporter, CancellationToken) -> R + Send + Sync,
     R: Future<Output = Outcome> + Send,
 {
-    async fn run(&self, work: Work, reporter: Reporter, cancel: CancellationToken) -> Outcome {
+    async fn run(self, work: Work, reporter: Reporter, cancel: CancellationToken) -> Outcome {
         (self.0)(work, reporter, cancel).await
     }
 }
