@@ -12,9 +12,9 @@ GUEST_TARGET=x86_64-unknown-linux-gnu
 export PATH="$BIN:$TOOLS/bin:$PATH"
 
 # What Kiln runs on (Debian's names), and what its tests use besides.
-RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs)
+RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs skopeo)
 BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils patch zstd xz-utils)
-TEST_PACKAGES=(skopeo shellcheck iproute2 jq)
+TEST_PACKAGES=(shellcheck iproute2 jq)
 
 # The released one can leave a connection waiting for ever: see the patch.
 VSOCK_DEVICE_VERSION=0.3.0
@@ -145,7 +145,7 @@ build_images() {
 serve_pid() {
   local pid start
   [[ -r $STATE/serve.pid ]] || return 1
-  read -r pid start <"$STATE/serve.pid" || return 1
+  read -r pid start _ <"$STATE/serve.pid" || return 1
   # A pid may be somebody else's by now: the start time tells.
   [[ $(process_start "$pid") == "$start" ]] && echo "$pid"
 }
