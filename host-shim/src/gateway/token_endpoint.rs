@@ -11,10 +11,11 @@ use serde_json::json;
 use url::form_urlencoded;
 
 use super::clients::GatewayState;
-use super::error::{Refusal, chain};
+use super::error::Refusal;
 use super::path::Name;
 use super::rights::{self, Action, Caller};
 use super::token::{Access, LIFETIME, SERVICE};
+use crate::causes::chain;
 
 /// Most scopes of one request. A push with mounts names a handful.
 const MAX_SCOPES: usize = 32;

@@ -132,7 +132,7 @@ impl Driver {
                 // Somebody else owns the build now: it is theirs to end.
                 StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
                 error => {
-                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state");
+                    tracing::error!(error = %crate::causes::chain(&error), "cannot record the build's state");
                 }
             }
         }
@@ -220,7 +220,7 @@ impl Driver {
         let vm = match started {
             None => return Worked { next: Next::Cancel, context: None, hung: false },
             Some(Err(error)) => {
-                tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
+                tracing::error!(error = %crate::causes::chain(&error), "cannot start a VM");
                 return fail(
                     FailureKind::Internal,
                     format!("the host could not start a VM: {error}"),
@@ -328,7 +328,7 @@ impl Driver {
         tunnels.close();
         tunnels.wait().await;
         if let Err(error) = vm.destroy().await {
-            tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
+            tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
         }
         (next, !begun && !ended)
     }

@@ -16,12 +16,13 @@ use sha2::{Digest, Sha256};
 
 use crate::api::Readiness;
 use crate::build::{BuildId, Tenant};
+use crate::causes::chain;
 use crate::config::ServeConfig;
 use crate::egress::policy::own_addresses;
+use crate::gateway::Backing;
 use crate::gateway::managed::Managed;
 use crate::gateway::path::Route;
 use crate::gateway::rights::{Authorizer, Caller};
-use crate::gateway::{Backing, error::chain};
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};

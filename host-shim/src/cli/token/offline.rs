@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::{KnownToken, MadeToken, NewToken, Tokens};
 use crate::api::types::rfc3339;
+use crate::causes::chain;
 use crate::cli::error::CliError;
-use crate::gateway::error::chain;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Role, Store};
 use crate::token;
