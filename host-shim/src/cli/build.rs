@@ -102,7 +102,7 @@ async fn watch(
     renderer: &mut Renderer,
     interrupts: &mut Interrupts,
 ) -> Result<BuildView, CliError> {
-    let mut follower = Follower::new(client, id, patience);
+    let mut follower = Follower::new(client, id, patience).of_reached();
     loop {
         let mut see = |seen: Seen<'_>| {
             match seen {

@@ -125,7 +125,15 @@ async fn a_server_that_is_not_there_is_told_from_a_failure() {
     let url = format!("http://{}", held.local_addr().unwrap());
     drop(held);
     let dir = source();
-    for args in [&["build", text(dir.path())][..], &["ls"], &["show", "b1"], &["cancel", "b1"]] {
+    let commands = [
+        &["build", text(dir.path())][..],
+        &["ls"],
+        &["show", "b1"],
+        &["logs", "b1"],
+        &["logs", "-f", "b1"],
+        &["cancel", "b1"],
+    ];
+    for args in commands {
         let output = output(kiln_at(&url, args)).await;
         ended(&output, 3, "", &["kiln: cannot reach http://127.0.0.1:", "kiln serve"]);
     }
