@@ -16,7 +16,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, ApiState};
-use crate::config::{ServeArgs, ServeConfig};
+use crate::config::{ConfigError, ServeArgs, ServeConfig};
+use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
@@ -58,6 +59,17 @@ pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
     let _lock = parts::lock(&config.data_dir)?;
     let swept = Vmm::sweep_leftovers(&parts::instance(&config), &parts::run_dir(&config)).await;
     swept.context("cannot remove what an earlier server left")
+}
+
+/// Whether the command ended because of a setting that cannot be as it was given.
+pub fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<ConfigError>()
+            || matches!(
+                cause.downcast_ref(),
+                Some(BackingError::Url { .. } | BackingError::Config { .. })
+            )
+    })
 }
 
 async fn serve(
@@ -163,9 +175,10 @@ async fn drain(
 }
 
 #[allow(unsafe_code)]
-fn take_descriptor(fd: RawFd) -> anyhow::Result<OwnedFd> {
+fn take_descriptor(fd: RawFd) -> Result<OwnedFd, ConfigError> {
+    let refused = || ConfigError::refused("notify-fd", fd, "an open descriptor from 3 on");
     if fd < 3 {
-        bail!("--notify-fd is {fd}; it must be 3 or more");
+        return Err(refused());
     }
     if nix::fcntl::fcntl(
         // SAFETY: only asked whether it is open; nothing is kept.
@@ -174,7 +187,7 @@ fn take_descriptor(fd: RawFd) -> anyhow::Result<OwnedFd> {
     )
     .is_err()
     {
-        bail!("--notify-fd {fd} is not open");
+        return Err(refused());
     }
     // SAFETY: it is open, and the caller of the program gave it to us: nothing else in here owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -108,7 +108,7 @@ async fn tokens_are_made_listed_and_revoked() {
         ["token", "create", "--tenant", "dev", "--role", "reader", "--ttl", "30m", "--name", "n"];
     ended(&output(kiln(&server, &create)).await, 0, "kiln_dev\n", &[]);
     let list = output(kiln(&server, &["token", "list"])).await;
-    assert!(stdout(&list).contains("t1  dev     admin  ci\\x1b[2J"), "{}", stdout(&list));
+    assert!(stdout(&list).contains("t1  valid  dev     admin  ci\\x1b[2J"), "{}", stdout(&list));
     ended(&output(kiln(&server, &["token", "revoke", "t1"])).await, 0, "", &[]);
     ended(&output(kiln(&server, &["token", "revoke", "t9"])).await, 1, "", &["kiln: "]);
 }
