@@ -3,6 +3,7 @@
 //! Order matters at the start: the data directory is locked, what an earlier process left is swept,
 //! its builds are ended, and only then is anything claimed or answered.
 
+mod connections;
 mod parts;
 mod signals;
 
@@ -15,6 +16,7 @@ use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use self::connections::Connections;
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
 use crate::gateway::BackingError;
@@ -131,9 +133,8 @@ async fn serve(
     let dispatcher = Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
     let queue = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
     let hang_up = CancellationToken::new();
-    let serving =
-        axum::serve(listener, router).with_graceful_shutdown(hang_up.clone().cancelled_owned());
-    let mut server = tokio::spawn(serving.into_future());
+    let serving = Connections::default().serve(listener, router, hang_up.clone());
+    let mut server = tokio::spawn(serving);
     tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {
         // Nobody may be listening any more.
