@@ -57,7 +57,6 @@ impl ServeCommand {
 /// Removes what a server on this data directory left when it was killed. Refused while one runs.
 pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
     let config = settings.resolve()?;
-    parts::raise_descriptor_limit();
     let _lock = parts::lock(&config.data_dir)?;
     let swept = Vmm::sweep_leftovers(&parts::instance(&config), &parts::run_dir(&config)).await;
     swept.context("cannot remove what an earlier server left")
@@ -79,6 +78,7 @@ async fn serve(
     notify: Option<OwnedFd>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    parts::raise_descriptor_limit();
     let _lock = parts::lock(&config.data_dir)?;
     let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
