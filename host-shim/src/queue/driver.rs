@@ -14,11 +14,12 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::egress_log::LogEgress;
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
-use crate::build::{Build, BuildId, Change, Failure, FailureKind, NetworkMode};
-use crate::egress::{self, EgressContext, Observer, Reach};
+use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
+use crate::egress::{self, EgressContext, Reach};
 use crate::events::{EventLog, payload};
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
@@ -398,7 +399,7 @@ impl Driver {
             Reach::Public,
             permitted,
             own,
-            Arc::new(LogEgress(self.build.id.clone())),
+            Arc::new(LogEgress::new(self.build.id.clone())),
         )
     }
 
@@ -431,17 +432,4 @@ impl Driver {
 /// The failure of a build whose image was not published.
 pub(super) fn publish_failure(error: &publish::PublishError) -> Failure {
     Failure::new(error.failure_kind(), error.to_string()).with_detail(error.detail())
-}
-
-/// Tells the host's log what a build's steps reached.
-struct LogEgress(BuildId);
-
-impl Observer for LogEgress {
-    fn reached(&self, host: &str, port: u16) {
-        tracing::debug!(id = %self.0, host, port, "a step reached");
-    }
-
-    fn refused(&self, host: &str, reason: &str) {
-        tracing::info!(id = %self.0, host, reason, "a step was refused");
-    }
 }
