@@ -192,6 +192,17 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// A value that is not allowed, and what would be.
+    pub(crate) fn refused(
+        flag: &'static str,
+        value: impl Display,
+        allowed: impl Into<String>,
+    ) -> Self {
+        Self::Value { flag, value: value.to_string(), allowed: allowed.into() }
+    }
+}
+
 impl ServeArgs {
     /// The settings of this process: flags and variables, then the file, then defaults.
     pub fn resolve(self) -> Result<ServeConfig, ConfigError> {
@@ -252,19 +263,23 @@ impl ServeArgs {
         };
         let builder = match self.builder {
             Some(builder) if builder.is_empty() => {
-                return Err(refused("builder", "empty", "a bundle's directory or reference"));
+                return Err(ConfigError::refused(
+                    "builder",
+                    "empty",
+                    "a bundle's directory or reference",
+                ));
             }
             Some(builder) => builder,
             None => data_dir.join("builder").display().to_string(),
         };
         if let Some(NetworkMode::Allowlist) = self.network_default {
             let allowed = "none or open (allowlist is not available yet)";
-            return Err(refused("network-default", "allowlist", allowed));
+            return Err(ConfigError::refused("network-default", "allowlist", allowed));
         }
         let accel = self.accel.unwrap_or_default();
         let require_isolation = self.require_isolation.unwrap_or(false);
         if require_isolation && accel == Accel::Tcg {
-            return Err(refused(
+            return Err(ConfigError::refused(
                 "accel",
                 "tcg",
                 "auto or kvm with --require-isolation: emulation isolates nothing",
@@ -348,10 +363,6 @@ fn read_file(path: &Path) -> Result<ServeArgs, ConfigError> {
     })
 }
 
-fn refused(flag: &'static str, value: impl Display, allowed: impl Into<String>) -> ConfigError {
-    ConfigError::Value { flag, value: value.to_string(), allowed: allowed.into() }
-}
-
 fn number(
     flag: &'static str,
     given: Option<u32>,
@@ -362,17 +373,22 @@ fn number(
     if range.contains(&value) {
         return Ok(value);
     }
-    Err(refused(flag, value, format!("a number from {} to {}", range.start(), range.end())))
+    Err(ConfigError::refused(
+        flag,
+        value,
+        format!("a number from {} to {}", range.start(), range.end()),
+    ))
 }
 
 /// Absolute, so that it means the same whatever the process does later.
 fn path(flag: &'static str, given: &Path) -> Result<PathBuf, ConfigError> {
-    std::path::absolute(given).map_err(|_| refused(flag, "empty", "a path"))
+    std::path::absolute(given).map_err(|_| ConfigError::refused(flag, "empty", "a path"))
 }
 
 fn registry(url: Url) -> Result<Url, ConfigError> {
     let plain = matches!(url.scheme(), "http" | "https")
         && url.has_host()
+        && url.path() == "/"
         && url.username().is_empty()
         && url.password().is_none()
         && url.query().is_none()
@@ -382,7 +398,7 @@ fn registry(url: Url) -> Result<Url, ConfigError> {
     }
     // Not repeated: it may hold a password.
     let allowed = "http(s)://HOST[:PORT], with the login in --registry-config";
-    Err(refused("registry", "something else", allowed))
+    Err(ConfigError::refused("registry", "something else", allowed))
 }
 
 fn public_host(given: Option<String>, listen: SocketAddr) -> Result<String, ConfigError> {
@@ -405,7 +421,11 @@ fn public_host(given: Option<String>, listen: SocketAddr) -> Result<String, Conf
     if same && (text.contains(':') || text.contains('.')) {
         return Ok(text);
     }
-    Err(refused("public-host", format!("{text:?}"), "HOST:PORT, such as kiln.example.com:4973"))
+    Err(ConfigError::refused(
+        "public-host",
+        format!("{text:?}"),
+        "HOST:PORT, such as kiln.example.com:4973",
+    ))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 
 pub mod api;
 pub mod build;
+mod causes;
 pub mod cli;
 pub mod clock;
 pub mod config;

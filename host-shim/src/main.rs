@@ -1,10 +1,12 @@
 //! `kiln`: the server, and the client commands.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
-use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory, FromArgMatches, Parser};
+use kiln::cli::error::Exit;
 use kiln::cli::{ClientCommand, Global};
 use kiln::serve::ServeCommand;
 
@@ -30,14 +32,41 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli) {
+    match run(parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("kiln: {error:#}");
-            ExitCode::FAILURE
+            // Nobody is left to tell when stderr is closed or full.
+            let _ = writeln!(std::io::stderr(), "kiln: {error:#}");
+            let usage = kiln::serve::is_usage(&error);
+            ExitCode::from(if usage { Exit::Usage } else { Exit::Failed } as u8)
         }
     }
+}
+
+fn parse() -> Cli {
+    let parsed = command().try_get_matches().and_then(|found| Cli::from_arg_matches(&found));
+    parsed.unwrap_or_else(|mut error| {
+        // clap names hidden commands where one is missing.
+        if let Some(ContextValue::Strings(names)) = error.get(ContextKind::ValidSubcommand) {
+            let shown = names.iter().filter(|name| *name != "sweep").cloned().collect();
+            error.insert(ContextKind::ValidSubcommand, ContextValue::Strings(shown));
+        }
+        error.exit()
+    })
+}
+
+/// The command line. What every client command takes means nothing to those that serve, and is not in
+/// their help.
+fn command() -> clap::Command {
+    let mut command = Cli::command();
+    // Gives each command what is global.
+    command.build();
+    for server in ["serve", "sweep"] {
+        command = command.mut_subcommand(server, |server| {
+            server.mut_args(|arg| if arg.is_global_set() { arg.hide(true) } else { arg })
+        });
+    }
+    command
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -72,5 +101,7 @@ fn log_to_stderr() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // Its complaint about a stderr that is full would be a panic.
+        .log_internal_errors(false)
         .init();
 }

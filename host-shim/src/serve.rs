@@ -3,6 +3,7 @@
 //! Order matters at the start: the data directory is locked, what an earlier process left is swept,
 //! its builds are ended, and only then is anything claimed or answered.
 
+mod connections;
 mod parts;
 mod signals;
 
@@ -15,8 +16,10 @@ use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use self::connections::Connections;
 use crate::api::{self, ApiState};
-use crate::config::{ServeArgs, ServeConfig};
+use crate::config::{ConfigError, ServeArgs, ServeConfig};
+use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
@@ -54,10 +57,20 @@ impl ServeCommand {
 /// Removes what a server on this data directory left when it was killed. Refused while one runs.
 pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
     let config = settings.resolve()?;
-    parts::raise_descriptor_limit();
     let _lock = parts::lock(&config.data_dir)?;
     let swept = Vmm::sweep_leftovers(&parts::instance(&config), &parts::run_dir(&config)).await;
     swept.context("cannot remove what an earlier server left")
+}
+
+/// Whether the command ended because of a setting that cannot be as it was given.
+pub fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<ConfigError>()
+            || matches!(
+                cause.downcast_ref(),
+                Some(BackingError::Url { .. } | BackingError::Config { .. })
+            )
+    })
 }
 
 async fn serve(
@@ -65,6 +78,7 @@ async fn serve(
     notify: Option<OwnedFd>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    parts::raise_descriptor_limit();
     let _lock = parts::lock(&config.data_dir)?;
     let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
@@ -119,9 +133,8 @@ async fn serve(
     let dispatcher = Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
     let queue = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
     let hang_up = CancellationToken::new();
-    let serving =
-        axum::serve(listener, router).with_graceful_shutdown(hang_up.clone().cancelled_owned());
-    let mut server = tokio::spawn(serving.into_future());
+    let serving = Connections::default().serve(listener, router, hang_up.clone());
+    let mut server = tokio::spawn(serving);
     tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {
         // Nobody may be listening any more.
@@ -163,9 +176,10 @@ async fn drain(
 }
 
 #[allow(unsafe_code)]
-fn take_descriptor(fd: RawFd) -> anyhow::Result<OwnedFd> {
+fn take_descriptor(fd: RawFd) -> Result<OwnedFd, ConfigError> {
+    let refused = || ConfigError::refused("notify-fd", fd, "an open descriptor from 3 on");
     if fd < 3 {
-        bail!("--notify-fd is {fd}; it must be 3 or more");
+        return Err(refused());
     }
     if nix::fcntl::fcntl(
         // SAFETY: only asked whether it is open; nothing is kept.
@@ -174,7 +188,7 @@ fn take_descriptor(fd: RawFd) -> anyhow::Result<OwnedFd> {
     )
     .is_err()
     {
-        bail!("--notify-fd {fd} is not open");
+        return Err(refused());
     }
     // SAFETY: it is open, and the caller of the program gave it to us: nothing else in here owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -85,6 +85,27 @@ async fn a_chunk_must_continue_and_a_broken_one_can_be_continued() {
 }
 
 #[tokio::test]
+async fn an_upload_that_was_dropped_inside_a_write_has_to_begin_anew() {
+    let limits = Limits { max_bytes: u64::MAX, max_blobs: 3 };
+    let (_dir, staging) = staging_with(limits);
+    // Far more than the file takes at once, so that the first look cannot write it all.
+    let content = vec![7; 64 << 20];
+    let id = staging.begin_upload().await.unwrap();
+    {
+        let chunks = [content.as_slice()];
+        let append = staging.append(id, None, body(&chunks));
+        tokio::pin!(append);
+        assert!(futures_util::poll!(&mut append).is_pending());
+    }
+    assert!(matches!(staging.upload_offset(id), Err(StagingError::UnknownUpload)));
+    let end = staging.finish(id, None, body(&[]), Digest::of(&content)).await;
+    assert!(matches!(end, Err(StagingError::UnknownUpload)), "{end:?}");
+    assert_eq!((files(&staging), staging.used_bytes()), (0, 0));
+    let digest = put(&staging, &content).await.unwrap();
+    assert_eq!(std::fs::read(staging.blob_path(&digest)).unwrap().len(), content.len());
+}
+
+#[tokio::test]
 async fn the_byte_limit_holds_over_everything_and_is_given_back() {
     let (_dir, staging) = staging();
     put(&staging, &[1; 400]).await.unwrap();

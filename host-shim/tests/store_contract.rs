@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kiln::build::{
-    Build, BuildId, Change, Failure, FailureKind, NetworkMode, Pulled, Refused, Request, Status,
-    Tenant, Usage,
+    Build, BuildId, Change, Failure, FailureKind, ImageName, NetworkMode, Pulled, Refused, Request,
+    Status, Tenant, Usage,
 };
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
@@ -413,6 +413,21 @@ async fn lists_are_newest_first_filtered_and_paged() {
     assert_eq!(list(Filter { limit: 2, before: Some(id("e")), ..acme }).await, ["d", "b"]);
     assert_eq!(list(Filter { before: Some(id("a")), ..all.clone() }).await, [""; 0]);
     assert_eq!(list(Filter { before: Some(id("nobody")), ..all }).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_list_has_all_of_a_build_but_what_may_be_large_in_its_request() {
+    let place = Place::new();
+    let store = place.open().await;
+    let mut whole = build("a", "acme", 5);
+    whole.request.image_name = Some(ImageName { name: "app".into(), tag: "v1".into() });
+    whole.request.tags.insert("team".into(), "\"é\n".into());
+    put(&*store, &whole).await;
+    let listed = store.builds(&Filter { limit: 1, ..Filter::default() }).await.unwrap();
+    let request =
+        Request { dockerfile: None, build_args: BTreeMap::new(), ..whole.request.clone() };
+    assert_eq!(listed, [Build { request, ..whole.clone() }]);
+    assert_eq!(store.build(&id("a")).await.unwrap().unwrap(), whole);
 }
 
 #[tokio::test]

@@ -7,19 +7,17 @@ use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
 
-use kiln_image::bundle::{self, AgentInfo, Bundle, FileInfo, Files, KernelInfo, Manifest};
+use kiln_image::bundle::Bundle;
 use kiln_image::digest::Digest;
 use kiln_image::publish::{PublishError, Published, pinned, push_layout};
 use kiln_image::pull::{PullError, pull_bundle};
 use kiln_image::registry::{Options, RegistryError, parse_reference};
 use kiln_image::verify::{inspect_ref, verify_ref};
 use kiln_protocol::version::{SUPPORTED, Version, VersionRange};
+use support::bundle::{ROOT_SIZE, sample};
 use support::{CREDS, Registry};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
-
-/// Larger than one chunk, so that streaming is really streaming.
-const ROOT_SIZE: usize = 2 * 256 * 1024 + 17;
 
 /// TLS is not used here, but the client wants a provider.
 fn provider() {
@@ -34,33 +32,6 @@ fn plain(creds: Option<(&str, &str)>) -> Options {
 /// Not the developer's own configuration; a registry without authentication ignores them.
 fn anonymous() -> Options {
     plain(Some(("nobody", "")))
-}
-
-fn sample(dir: &Path, protocol: VersionRange) -> Digest {
-    fs::write(dir.join("kernel"), "KERNEL").unwrap();
-    fs::write(dir.join("initrd"), "INITRD").unwrap();
-    fs::write(dir.join("root.erofs"), vec![b'r'; ROOT_SIZE]).unwrap();
-    let info = |name: &str| FileInfo::of(&dir.join(name)).unwrap();
-    let files = Files { kernel: info("kernel"), initrd: info("initrd"), root: info("root.erofs") };
-    let manifest = Manifest {
-        schema: bundle::SCHEMA,
-        name: "builder".into(),
-        identity: format!("builder@{}", files.root.digest),
-        architecture: "amd64".into(),
-        suite: "trixie".into(),
-        protocol,
-        agent: AgentInfo { version: "0.1.0".into(), digest: Digest::of(b"AGENT") },
-        kernel: KernelInfo {
-            release: "6.1".into(),
-            version: None,
-            suite: "bookworm".into(),
-            modules: Vec::new(),
-        },
-        engine: [("buildah".into(), "1.39.3".into())].into(),
-        files,
-        created: None,
-    };
-    bundle::write(dir, &manifest).unwrap()
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //! then is it accepted.
 //!
 //! ```text
-//! role ▸ queue's limit ▸ idempotency key ▸ parts (in any order) ▸ fsync ▸ store ▸ wake ▸ 202
+//! role ▸ idempotency key ▸ queue's limit ▸ upload's place ▸ parts (in any order) ▸ fsync ▸ store ▸ wake ▸ 202
 //! ```
 //!
 //! Until the store has the build, everything that was made for it goes when it fails. From the
@@ -17,13 +17,13 @@ use axum::http::header::{CONTENT_LENGTH, LOCATION};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
-use tokio::sync::SemaphorePermit;
 
 use super::error::{ApiError, log, shown};
 use super::fields::{self, Fields, SOURCE};
 use super::get_build::shape;
 use super::multipart::{self, Part, Parts};
 use super::source::{Received, SourceError, Upload};
+use super::uploads::Place;
 use super::{Api, Shared};
 use crate::build::{self, Build, BuildId, Status, Tenant};
 use crate::events::payload;
@@ -42,7 +42,7 @@ pub(super) async fn create_build(
     headers: HeaderMap,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let (_permit, in_flight) = match admit(&api, &caller, &headers).await {
+    let (_place, in_flight) = match admit(&api, &caller, &headers).await {
         Ok(admitted) => admitted,
         Err(refusal) => {
             multipart::discard(request).await;
@@ -66,21 +66,25 @@ pub(super) async fn create_build(
 }
 
 /// What can be refused before anything is received.
-async fn admit<'a>(
-    api: &'a Arc<Api>,
+async fn admit(
+    api: &Arc<Api>,
     caller: &Caller,
     headers: &HeaderMap,
-) -> Result<(SemaphorePermit<'a>, Option<InFlight>), ApiError> {
+) -> Result<(Place, Option<InFlight>), ApiError> {
     caller.require(Role::Tenant)?;
     let key = parse_key(headers)?;
     check_length(headers, api.state.limits.max_source_bytes)?;
-    check_queue(api, &caller.tenant).await?;
-    let permit = api.uploads.try_acquire().map_err(|_| {
-        let message = "the host receives as many sources as it can; try again soon";
-        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message).retry_after(5)
-    })?;
-    let in_flight = key.map(|key| InFlight::reserve(api, &caller.tenant, key)).transpose()?;
-    Ok((permit, in_flight))
+    let tenant = &caller.tenant;
+    let in_flight = key.map(|key| InFlight::reserve(api, tenant, key)).transpose()?;
+    // A request that is sent again adds nothing to the queue: it is to get the build that it made.
+    let again = match &in_flight {
+        Some(held) => api.state.store.build_by_key(tenant, &held.key).await?.is_some(),
+        None => false,
+    };
+    if !again {
+        check_queue(api, tenant).await?;
+    }
+    Ok((api.uploads.enter(tenant)?, in_flight))
 }
 
 /// Reads every part.

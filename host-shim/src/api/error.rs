@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::build::Refused;
+use crate::causes::chain;
 use crate::store::StoreError;
 use crate::token::AuthError;
 
@@ -105,16 +106,6 @@ pub(super) fn shown(text: &str) -> String {
 /// Writes a request's failure to the log, with its causes.
 pub(super) fn log(error: &(dyn std::error::Error + 'static)) {
     tracing::error!(error = chain(error), "a request failed");
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 impl IntoResponse for ApiError {

@@ -162,12 +162,13 @@ impl Fields {
     }
 
     fn dockerfile(&self) -> Result<Option<String>, ApiError> {
-        let Some(text) = self.text("dockerfile") else { return Ok(None) };
+        // An empty one is one all the same: the source's own must not take its place.
+        let Some(text) = self.0.get("dockerfile") else { return Ok(None) };
         if text.len() > MAX_DOCKERFILE {
             let message = format!("dockerfile is longer than {MAX_DOCKERFILE} bytes");
             return Err(ApiError::too_large(message));
         }
-        Ok(Some(text.to_owned()))
+        Ok(Some(text.clone()))
     }
 
     fn target(&self) -> Result<Option<String>, ApiError> {

@@ -23,6 +23,7 @@ mod multipart;
 mod source;
 mod tokens;
 pub mod types;
+mod uploads;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -32,9 +33,9 @@ use async_trait::async_trait;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
-use tokio::sync::Semaphore;
 
 pub use self::source::{SOURCE_FILE, sweep};
+use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
 use crate::events::EventLog;
 use crate::store::Store;
@@ -42,7 +43,7 @@ use crate::store::Store;
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
 /// gateway's) can be merged into it and is left alone by the API's layers.
 pub fn router(state: ApiState) -> Router {
-    let uploads = Semaphore::new(state.limits.max_uploads);
+    let uploads = Uploads::new(state.limits.max_uploads);
     let shared: Shared = Arc::new(Api { state, uploads, keys_in_flight: Mutex::default() });
     let submit = post(create_build::create_build).layer(DefaultBodyLimit::disable());
     let routes = Router::new()
@@ -136,7 +137,7 @@ pub struct Limits {
     pub max_disk_gb: u32,
     /// Queued builds of one tenant.
     pub max_queued: u32,
-    /// Sources that are received at one time.
+    /// Sources that are received at one time; half of them of one tenant.
     pub max_uploads: usize,
     /// For builds that do not say.
     pub network_default: NetworkMode,
@@ -159,7 +160,7 @@ impl Default for Limits {
 
 struct Api {
     state: ApiState,
-    uploads: Semaphore,
+    uploads: Arc<Uploads>,
     /// Idempotency keys of submits that are being received now.
     keys_in_flight: Mutex<HashSet<(Tenant, String)>>,
 }

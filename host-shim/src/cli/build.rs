@@ -1,6 +1,7 @@
 //! `kiln build`: sends a source, follows the build, prints the image's reference.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ pub struct BuildArgs {
     /// The source: a directory, or - for a tar archive (plain, gzip, zstd) on standard input
     #[arg(default_value = ".")]
     path: PathBuf,
-    /// The Dockerfile, relative to the current directory [default: Dockerfile in the source]
+    /// The Dockerfile, relative to the current directory, in the source or elsewhere [default:
+    /// Dockerfile in the source]
     #[arg(short, long)]
     file: Option<PathBuf>,
     /// The stage to build [default: the last]
@@ -70,9 +72,20 @@ pub struct BuildArgs {
 /// Runs the command.
 pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result<(), CliError> {
     let mut interrupts = Interrupts::listen()?;
-    let dockerfile = args.file.as_deref().map(context::read_dockerfile).transpose()?;
-    let source = source(&args.path, args.file.as_deref())?;
+    // Before anything is sent: a build whose digest cannot be told is not begun.
+    let mut iidfile = args.iidfile.as_deref().map(IdFile::open).transpose()?;
+    let (dockerfile, missing) = match args.file.as_deref() {
+        None => (None, None),
+        Some(path) => match context::read_dockerfile(path)? {
+            Some(content) => (Some(content), None),
+            None => (None, Some(path)),
+        },
+    };
+    let source = source(&args.path, args.file.as_deref(), missing)?;
     let mut renderer = Renderer::new(args.progress);
+    if let Some(path) = missing {
+        renderer.note(&format!("warning: {}", not_there(path)));
+    }
     let fields = form_fields(&args);
     let build = submit(client, fields, dockerfile, source, &renderer, &mut interrupts).await?;
     if args.detach {
@@ -82,16 +95,45 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
     renderer.note(&format!("build {}", build.id));
     let build = watch(client, &build.id, patience, &mut renderer, &mut interrupts).await?;
     renderer.finish();
-    build.verdict()?;
-    if let Some(path) = &args.iidfile {
-        let digest = build.image_digest.as_deref().unwrap_or_default();
-        std::fs::write(path, digest)
-            .map_err(|e| CliError::failed(format!("cannot write {}: {e}", path.display())))?;
-    }
+    let found_missing = build.failure.as_ref().is_some_and(|f| f.kind == "dockerfile_missing");
+    build.verdict().map_err(|error| match missing.filter(|_| found_missing) {
+        Some(path) => error.hint(not_there(path)),
+        None => error,
+    })?;
     let reference = build.image_ref.ok_or_else(|| {
         CliError::host(format!("the server gives build {} no reference", build.id))
     })?;
-    print_line(&escape(&reference)).map(drop)
+    // Each is tried whatever becomes of the other.
+    let printed = print_line(&escape(&reference)).map(drop);
+    let written = iidfile.as_mut().map(|file| file.write(build.image_digest.as_deref()));
+    printed.and(written.unwrap_or(Ok(())))
+}
+
+/// The file of `--iidfile`: empty from the start, so that no digest of an earlier build is taken for
+/// this one's.
+struct IdFile<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> IdFile<'a> {
+    fn open(path: &'a Path) -> Result<Self, CliError> {
+        let file = File::create(path).map_err(|e| {
+            CliError::usage(format!("--iidfile {} cannot be written: {e}", path.display()))
+                .hint("nothing was built; give a file in a directory that you may write to")
+        })?;
+        Ok(Self { path, file })
+    }
+
+    fn write(&mut self, digest: Option<&str>) -> Result<(), CliError> {
+        let text = digest.unwrap_or_default();
+        self.file.write_all(text.as_bytes()).map_err(|e| {
+            CliError::failed(format!(
+                "the image is there, but --iidfile {} cannot be written: {e}",
+                self.path.display()
+            ))
+        })
+    }
 }
 
 /// Follows a build to its end. The first Ctrl-C cancels it, the second leaves at once.
@@ -102,7 +144,7 @@ async fn watch(
     renderer: &mut Renderer,
     interrupts: &mut Interrupts,
 ) -> Result<BuildView, CliError> {
-    let mut follower = Follower::new(client, id, patience);
+    let mut follower = Follower::new(client, id, patience).of_reached();
     loop {
         let mut see = |seen: Seen<'_>| {
             match seen {
@@ -151,8 +193,26 @@ async fn watch(
     BuildView::of(&answer)
 }
 
-fn source(path: &Path, dockerfile: Option<&Path>) -> Result<Source, CliError> {
+/// What to tell of a Dockerfile of `-f` that is missing. The build finds it out, not the client: it is
+/// sent a source without any.
+fn not_there(dockerfile: &Path) -> String {
+    format!(
+        "the Dockerfile {} does not exist; -f is relative to the current directory, not to the source",
+        dockerfile.display()
+    )
+}
+
+fn source(
+    path: &Path,
+    dockerfile: Option<&Path>,
+    missing: Option<&Path>,
+) -> Result<Source, CliError> {
     if path == Path::new("-") {
+        if let Some(missing) = missing {
+            // An archive is passed on as it is, and may have a Dockerfile that was not asked for.
+            return Err(CliError::failed(not_there(missing))
+                .hint("with an archive on standard input, -f is a file beside it, not one in it"));
+        }
         if std::io::stdin().is_terminal() {
             return Err(CliError::usage(
                 "an archive is expected on standard input, which is a terminal",
@@ -161,7 +221,8 @@ fn source(path: &Path, dockerfile: Option<&Path>) -> Result<Source, CliError> {
         }
         return Ok(Source::Stdin);
     }
-    Context::open(path, dockerfile).map(Source::Directory)
+    let context = Context::open(path, dockerfile)?;
+    Ok(Source::Directory(if missing.is_some() { context.without_dockerfile() } else { context }))
 }
 
 fn form_fields(args: &BuildArgs) -> Fields {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use reqwest::header::{ACCEPT, LINK};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, LINK};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, redirect};
 use serde::Deserialize;
 use serde_json::Value;
@@ -204,7 +204,15 @@ impl Client {
             request = request.header("last-event-id", after);
         }
         let opened = tokio::time::timeout(CALL_TIMEOUT, self.send(request)).await;
-        opened.unwrap_or_else(|_| Err(self.unreachable("it does not answer".into())))
+        let response =
+            opened.unwrap_or_else(|_| Err(self.unreachable("it does not answer".into())))?;
+        match media_type(&response) {
+            Some("text/event-stream") => Ok(response),
+            other => {
+                let other = other.unwrap_or("something of no type").to_owned();
+                Err(self.strange(format!("it sends {other} and no events")))
+            }
+        }
     }
 
     /// `GET` of a path below the server, as JSON.
@@ -263,6 +271,18 @@ impl Client {
         if status.is_redirection() {
             return Err(self.strange(format!("it redirects ({status})")));
         }
+        // A web server has nothing at most paths, and no methods but GET: those are not Kiln's words. The
+        // other statuses may come from a proxy on the way, and say enough.
+        let words = media_type(&response) == Some("application/problem+json");
+        let nobodys = [
+            StatusCode::BAD_REQUEST,
+            StatusCode::NOT_FOUND,
+            StatusCode::METHOD_NOT_ALLOWED,
+            StatusCode::NOT_IMPLEMENTED,
+        ];
+        if !words && nobodys.contains(&status) {
+            return Err(self.strange(format!("it answers {status} and no more")));
+        }
         // The status says enough where the answer cannot be read.
         let body = self.body(response, MAX_PROBLEM).await.unwrap_or_default();
         Err(CallError::Refused { status, detail: problem(status, &body) })
@@ -299,6 +319,12 @@ impl Client {
     fn shown(&self) -> String {
         self.base.origin().ascii_serialization()
     }
+}
+
+/// What an answer holds, without parameters.
+fn media_type(response: &Response) -> Option<&str> {
+    let value = response.headers().get(CONTENT_TYPE)?.to_str().ok()?;
+    value.split(';').next().map(str::trim)
 }
 
 /// A problem's words: RFC 9457's `detail`, hypeman's `message`, or the status.

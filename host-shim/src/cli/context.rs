@@ -1,7 +1,7 @@
 //! The build context on disk: which Dockerfile, which ignore file, which paths, in which order.
 
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,8 @@ pub struct Context {
     pub excludes: Excludes,
     /// Sent as `.dockerignore` instead of what may have that name; see [`Context::open`].
     pub ignore_file: Option<Vec<u8>>,
+    /// Entries of the root that stay at home whatever the ignore file says.
+    withheld: Vec<&'static str>,
 }
 
 /// An entry of the context.
@@ -66,8 +68,10 @@ impl Context {
         };
         let mut excludes = Excludes::parse(&String::from_utf8_lossy(&text))
             .map_err(|e| CliError::failed(format!("{}: {e}", path.display())))?;
+        let mut withheld = vec![];
         let ignore_file = if dockerfile.is_some() && path == beside {
             text.extend_from_slice(b"\n.dockerignore\n");
+            withheld.push(".dockerignore");
             Some(text)
         } else {
             // Not kept where a file is sent in its place.
@@ -78,7 +82,15 @@ impl Context {
             excludes.keep("Dockerfile");
             excludes.keep("Dockerfile.dockerignore");
         }
-        Ok(Self { root: root.to_owned(), excludes, ignore_file })
+        Ok(Self { root: root.to_owned(), excludes, ignore_file, withheld })
+    }
+
+    /// Keeps a `Dockerfile` at the root back: the one that was asked for is not there, and the build is
+    /// to find that out, not to take another.
+    #[must_use]
+    pub fn without_dockerfile(mut self) -> Self {
+        self.withheld.push("Dockerfile");
+        self
     }
 
     /// Gives every entry that is sent to `send`, directories before what is in them, names in the
@@ -117,9 +129,11 @@ impl<S, K> Walk<'_, S, K> {
         names.sort();
         for name in names {
             let path = below.join(&name);
+            if self.context.withheld.iter().any(|withheld| path == Path::new(withheld)) {
+                continue;
+            }
             let text = path.to_string_lossy();
-            let excluded = self.context.excludes.excludes(&text)
-                || (self.context.ignore_file.is_some() && path == Path::new(".dockerignore"));
+            let excluded = self.context.excludes.excludes(&text);
             if excluded && !self.context.excludes.may_include_below(&text) {
                 continue;
             }
@@ -166,19 +180,19 @@ impl<S, K> Walk<'_, S, K> {
     }
 }
 
-/// Reads the Dockerfile that `-f` names.
-pub fn read_dockerfile(path: &Path) -> Result<Vec<u8>, CliError> {
-    read_if_there(path, MAX_DOCKERFILE)?.ok_or_else(|| {
-        CliError::failed(format!("the Dockerfile {} does not exist", path.display()))
-            .hint("-f is relative to the current directory, not to the source")
-    })
+/// Reads the Dockerfile that `-f` names, relative to the current directory as with Docker; `None`
+/// where there is none.
+pub fn read_dockerfile(path: &Path) -> Result<Option<Vec<u8>>, CliError> {
+    read_if_there(path, MAX_DOCKERFILE)
 }
 
 fn read_if_there(path: &Path, limit: usize) -> Result<Option<Vec<u8>>, CliError> {
     let wrong = |e: &dyn std::fmt::Display| CliError::failed(format!("{}: {e}", path.display()));
     let file = match fs::File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(error) => return Err(wrong(&error)),
     };
     let mut content = vec![];
@@ -299,10 +313,23 @@ mod tests {
             ("fits", &"x".repeat(MAX_DOCKERFILE)),
             ("large", &"x".repeat(MAX_DOCKERFILE + 1)),
         ]);
-        assert_eq!(read_dockerfile(&dir.path().join("fits")).unwrap().len(), MAX_DOCKERFILE);
-        assert!(read_dockerfile(&dir.path().join("large")).is_err());
-        let error = read_dockerfile(&dir.path().join("none")).unwrap_err();
-        assert!(error.message.contains("does not exist"), "{error}");
+        let read = |name| read_dockerfile(&dir.path().join(name));
+        assert_eq!(read("fits").unwrap().unwrap().len(), MAX_DOCKERFILE);
+        assert!(read("large").is_err());
+        assert_eq!(read("none").unwrap(), None);
+        assert_eq!(read("fits/none").unwrap(), None);
+    }
+
+    #[test]
+    fn a_dockerfile_can_be_kept_back_whatever_the_patterns_say() {
+        let dir = tree(&[
+            (".dockerignore", "!Dockerfile\n"),
+            ("Dockerfile/x", ""),
+            ("Dockerfile.dev", ""),
+            ("sub/Dockerfile", ""),
+        ]);
+        let context = Context::open(dir.path(), None).unwrap().without_dockerfile();
+        assert_eq!(sent(&context), [".dockerignore", "Dockerfile.dev", "sub", "sub/Dockerfile"]);
     }
 
     #[test]

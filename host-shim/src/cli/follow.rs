@@ -1,7 +1,8 @@
 //! Follows a build's events over connections that break.
 //!
 //! A stream that ends early, errs or falls silent is opened again after the last event that was
-//! seen, with growing pauses, until nothing has come for as long as the user's patience lasts.
+//! seen, with growing pauses, until nothing has come for as long as the user's patience lasts. A
+//! server that never answered is not waited for: there the first error is the end.
 
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Follower<'a> {
     client: &'a Client,
     id: &'a str,
     patience: Duration,
+    /// The server has answered before.
+    reached: bool,
     last: Option<String>,
     retry: Option<Duration>,
     /// Since when nothing has come.
@@ -65,7 +68,15 @@ enum End {
 impl<'a> Follower<'a> {
     /// Follows a build from its first event.
     pub fn new(client: &'a Client, id: &'a str, patience: Duration) -> Self {
-        Self { client, id, patience, last: None, retry: None, quiet_since: Instant::now() }
+        let quiet_since = Instant::now();
+        Self { client, id, patience, reached: false, last: None, retry: None, quiet_since }
+    }
+
+    /// The same for a build that this process has made: the server was there a moment ago.
+    #[must_use]
+    pub fn of_reached(mut self) -> Self {
+        self.reached = true;
+        self
     }
 
     /// Gives `see` every event up to the final status.
@@ -95,6 +106,7 @@ impl<'a> Follower<'a> {
             let before = self.quiet_since;
             let why = match self.client.events(self.id, follow, self.last.as_deref()).await {
                 Ok(response) => {
+                    self.reached = true;
                     let stream =
                         response.bytes_stream().map(|part| part.map_err(|e| innermost(&e)));
                     match self.read(stream, see).await? {
@@ -104,7 +116,7 @@ impl<'a> Follower<'a> {
                         End::Broken(why) => why,
                     }
                 }
-                Err(error) if error.is_passing() => error.to_string(),
+                Err(error) if self.reached && error.is_passing() => error.to_string(),
                 Err(error) => return Err(error.into()),
             };
             tries = if self.quiet_since > before { 0 } else { tries + 1 };

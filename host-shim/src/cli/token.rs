@@ -5,6 +5,7 @@ mod offline;
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
+use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -33,7 +34,10 @@ impl TokenArgs {
         client: impl FnOnce() -> Result<Client, CliError>,
     ) -> Result<(), CliError> {
         match self.data_dir {
-            Some(dir) => run(&Offline::open(&dir).await?, self.command).await,
+            Some(dir) => {
+                let may_make = matches!(self.command, TokenCommand::Create(_));
+                run(&Offline::open(&dir, may_make).await?, self.command).await
+            }
             None => run(&client()?, self.command).await,
         }
     }
@@ -63,8 +67,8 @@ pub struct NewToken {
     /// What it may do
     #[arg(long, value_name = "R", value_parser = ["admin", "tenant", "reader"])]
     pub role: String,
-    /// How long it is valid, in s, m, h or d; in seconds once parsed
-    #[arg(long, default_value = "24h", value_parser = fields::ttl)]
+    /// How long it is valid: a number of seconds (s), minutes (m), hours (h) or days (d), such as 30m or 7d
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = fields::ttl)]
     pub ttl: u64,
     /// What it is for, for people
     #[arg(long, value_name = "N")]
@@ -91,6 +95,21 @@ pub struct KnownToken {
     pub name: Option<String>,
     pub created_at: Option<String>,
     pub expires_at: Option<String>,
+    pub revoked: bool,
+}
+
+impl KnownToken {
+    /// Whether it opens anything now.
+    fn state(&self, now: Timestamp) -> &'static str {
+        let end = self.expires_at.as_ref().and_then(|end| end.parse::<Timestamp>().ok());
+        if self.revoked {
+            "revoked"
+        } else if end.is_some_and(|end| end <= now) {
+            "expired"
+        } else {
+            "valid"
+        }
+    }
 }
 
 /// Where tokens are kept: behind the API ([`Client`]), or in a data directory that is at hand.
@@ -111,19 +130,22 @@ pub async fn run(tokens: &impl Tokens, command: TokenCommand) -> Result<(), CliE
             let made = tokens.create(&new).await?;
             print_line(&escape(&made.token)).map(drop)
         }
-        TokenCommand::List => print_line(&listing(tokens.list().await?)).map(drop),
+        TokenCommand::List => {
+            print_line(&listing(tokens.list().await?, Timestamp::now())).map(drop)
+        }
         TokenCommand::Revoke { id } => tokens.revoke(&id).await,
     }
 }
 
-fn listing(tokens: Vec<KnownToken>) -> String {
+fn listing(tokens: Vec<KnownToken>, now: Timestamp) -> String {
     let rows = tokens.into_iter().map(|token| {
+        let state = token.state(now).to_owned();
         let text = Option::unwrap_or_default;
         let (name, created, expires) =
             (text(token.name), text(token.created_at), text(token.expires_at));
-        [token.id, token.tenant, token.role, name, created, expires]
+        [token.id, state, token.tenant, token.role, name, created, expires]
     });
-    table(["ID", "TENANT", "ROLE", "NAME", "CREATED", "EXPIRES"], rows)
+    table(["ID", "STATE", "TENANT", "ROLE", "NAME", "CREATED", "EXPIRES"], rows)
 }
 
 impl Tokens for Client {
@@ -141,5 +163,35 @@ impl Tokens for Client {
 
     async fn revoke(&self, id: &str) -> Result<(), CliError> {
         Ok(self.delete(&["tokens", id]).await?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_says_which_tokens_still_open_something() {
+        let token = |id: &str, revoked, expires_at: Option<&str>| KnownToken {
+            id: id.into(),
+            tenant: "dev".into(),
+            role: "admin".into(),
+            expires_at: expires_at.map(Into::into),
+            revoked,
+            ..KnownToken::default()
+        };
+        let past = "2026-01-01T00:00:00.000Z";
+        let tokens = vec![
+            token("a", false, None),
+            token("b", false, Some("2026-01-01T00:00:00.001Z")),
+            token("c", false, Some(past)),
+            token("d", true, Some(past)),
+            token("e", true, None),
+        ];
+        let listing = listing(tokens, past.parse().unwrap());
+        let states = listing.lines().map(|line| line.split_whitespace().nth(1).unwrap());
+        let expected = ["STATE", "valid", "valid", "expired", "revoked", "revoked"];
+        assert_eq!(states.collect::<Vec<_>>(), expected);
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{ConfigError, path, refused};
+use super::{ConfigError, path};
 
 /// Where programs are besides `PATH`: a service's `PATH` often lacks them.
 const USUAL: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
@@ -74,7 +74,11 @@ impl Host {
             if is_program(&absolute) {
                 return Ok(absolute);
             }
-            return Err(refused(flag, format!("{}", absolute.display()), "the path of a program"));
+            return Err(ConfigError::refused(
+                flag,
+                format!("{}", absolute.display()),
+                "the path of a program",
+            ));
         }
         let path = self.path.as_ref().map(std::env::split_paths).into_iter().flatten();
         let cargo = self.home.as_ref().map(|home| home.join(".cargo/bin"));

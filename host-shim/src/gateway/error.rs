@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::backing::BackingError;
 use super::path::BadPath;
+use crate::causes::chain;
 use crate::staging::StagingError;
 
 /// What a registry client gets instead of what it asked for.
@@ -79,7 +80,7 @@ impl From<BadPath> for Refusal {
 /// The cause goes to the log: it names hosts and paths of the operator's.
 impl From<BackingError> for Refusal {
     fn from(error: BackingError) -> Self {
-        tracing::warn!(error = %crate::gateway::error::chain(&error), "the registry behind Kiln failed");
+        tracing::warn!(error = %chain(&error), "the registry behind Kiln failed");
         let status = match error {
             BackingError::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
             _ => StatusCode::BAD_GATEWAY,
@@ -110,16 +111,4 @@ impl From<StagingError> for Refusal {
         };
         Self::new(status, code, message)
     }
-}
-
-/// An error with all its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -1,6 +1,8 @@
 //! `/v2/token`: an API token for a registry token (distribution spec, "Token Authentication" and
 //! "OAuth 2.0"). GET is what podman, skopeo and docker use; containerd tries POST first.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -8,18 +10,22 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{HeaderValue, Method, StatusCode, header};
 use serde_json::json;
+use tokio::time::timeout;
 use url::form_urlencoded;
 
 use super::clients::GatewayState;
-use super::error::{Refusal, chain};
+use super::error::Refusal;
 use super::path::Name;
 use super::rights::{self, Action, Caller};
 use super::token::{Access, LIFETIME, SERVICE};
+use crate::causes::chain;
 
 /// Most scopes of one request. A push with mounts names a handful.
 const MAX_SCOPES: usize = 32;
 /// Longest query or form.
 const MAX_FORM_BYTES: usize = 16 * 1024;
+/// How long a form may take. It is the one body that is read before anybody has shown a token.
+const FORM_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest API token, generously.
 const MAX_API_TOKEN_BYTES: usize = 256;
 
@@ -104,7 +110,11 @@ fn asked_by_get(request: &Request<Body>) -> Result<Asked, Refusal> {
 
 async fn asked_by_post(request: Request<Body>) -> Result<Asked, Refusal> {
     let header_token = basic_password(request.headers());
-    let form = axum::body::to_bytes(request.into_body(), MAX_FORM_BYTES).await;
+    let form = axum::body::to_bytes(request.into_body(), MAX_FORM_BYTES);
+    let form = timeout(FORM_DEADLINE, form).await.map_err(|_| {
+        let message = format!("the form was not sent within {} s", FORM_DEADLINE.as_secs());
+        Refusal::new(StatusCode::REQUEST_TIMEOUT, "UNSUPPORTED", message)
+    })?;
     let form = form.map_err(|_| bad("the form is too large"))?;
     let grant = form_urlencoded::parse(&form).find(|(key, _)| key == "grant_type");
     if grant.is_none_or(|(_, grant)| grant != "password") {
@@ -193,6 +203,16 @@ mod tests {
         assert_eq!(parse("repository:A:pull"), None);
         assert_eq!(parse("repository:a/../b:pull"), None);
         assert_eq!(parse("repository"), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_form_that_trickles_is_given_up() {
+        let drops = futures_util::stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Some((Ok::<_, std::io::Error>("a"), ()))
+        });
+        let refusal = asked_by_post(Request::new(Body::from_stream(drops))).await.unwrap_err();
+        assert_eq!(refusal.status, StatusCode::REQUEST_TIMEOUT);
     }
 
     #[test]

@@ -11,8 +11,8 @@ mod check;
 mod push;
 
 use crate::build::FailureKind;
+use crate::causes::chain;
 use crate::gateway::BackingError;
-use crate::gateway::error::chain;
 use crate::staging::{Digest, StagingError};
 
 pub use self::check::{Checked, CheckedBlob, check};

@@ -107,7 +107,7 @@ impl Dispatcher {
                     continue;
                 }
                 Err(error) => {
-                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot claim a build; trying again");
+                    tracing::error!(error = %crate::causes::chain(&error), "cannot claim a build; trying again");
                     drop((claiming, permit));
                     tokio::select! {
                         () = stop.cancelled() => break,

@@ -14,11 +14,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::egress_log::LogEgress;
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
-use crate::build::{Build, BuildId, Change, Failure, FailureKind, NetworkMode};
-use crate::egress::{self, EgressContext, Observer, Reach};
+use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
+use crate::egress::{self, EgressContext, Reach};
 use crate::events::{EventLog, payload};
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
@@ -132,7 +133,7 @@ impl Driver {
                 // Somebody else owns the build now: it is theirs to end.
                 StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
                 error => {
-                    tracing::error!(error = %crate::gateway::error::chain(&error), "cannot record the build's state");
+                    tracing::error!(error = %crate::causes::chain(&error), "cannot record the build's state");
                 }
             }
         }
@@ -220,7 +221,7 @@ impl Driver {
         let vm = match started {
             None => return Worked { next: Next::Cancel, context: None, hung: false },
             Some(Err(error)) => {
-                tracing::error!(error = %crate::gateway::error::chain(&error), "cannot start a VM");
+                tracing::error!(error = %crate::causes::chain(&error), "cannot start a VM");
                 return fail(
                     FailureKind::Internal,
                     format!("the host could not start a VM: {error}"),
@@ -333,7 +334,7 @@ impl Driver {
         tunnels.close();
         tunnels.wait().await;
         if let Err(error) = vm.destroy().await {
-            tracing::error!(error = %crate::gateway::error::chain(&error), "the VM was not removed completely");
+            tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
         }
         (next, !begun && !ended)
     }
@@ -403,7 +404,7 @@ impl Driver {
             Reach::Public,
             permitted,
             own,
-            Arc::new(LogEgress(self.build.id.clone())),
+            Arc::new(LogEgress::new(self.build.id.clone())),
         )
     }
 
@@ -437,17 +438,4 @@ impl Driver {
 /// The failure of a build whose image was not published.
 pub(super) fn publish_failure(error: &publish::PublishError) -> Failure {
     Failure::new(error.failure_kind(), error.to_string()).with_detail(error.detail())
-}
-
-/// Tells the host's log what a build's steps reached.
-struct LogEgress(BuildId);
-
-impl Observer for LogEgress {
-    fn reached(&self, host: &str, port: u16) {
-        tracing::debug!(id = %self.0, host, port, "a step reached");
-    }
-
-    fn refused(&self, host: &str, reason: &str) {
-        tracing::info!(id = %self.0, host, reason, "a step was refused");
-    }
 }

@@ -10,6 +10,7 @@
 
 mod dispatcher;
 mod driver;
+mod egress_log;
 mod live;
 mod outcome;
 mod recover;

@@ -16,12 +16,13 @@ use sha2::{Digest, Sha256};
 
 use crate::api::Readiness;
 use crate::build::{BuildId, Tenant};
-use crate::config::ServeConfig;
+use crate::causes::chain;
+use crate::config::{ConfigError, ServeConfig};
 use crate::egress::policy::own_addresses;
+use crate::gateway::Backing;
 use crate::gateway::managed::Managed;
 use crate::gateway::path::Route;
 use crate::gateway::rights::{Authorizer, Caller};
-use crate::gateway::{Backing, error::chain};
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
@@ -69,11 +70,9 @@ pub(super) async fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
     let bundle = if dir.is_dir() {
         Bundle::open(dir)?
     } else {
-        let reference = parse_reference(&config.builder).with_context(|| {
-            format!(
-                "--builder {} is neither a directory nor a reference; make one with kiln-image build",
-                config.builder
-            )
+        let reference = parse_reference(&config.builder).map_err(|_| {
+            let allowed = "a bundle's directory, as kiln-image build makes one, or a reference";
+            ConfigError::refused("builder", &config.builder, allowed)
         })?;
         let options = Options { plain_http: is_loopback(reference.registry()), creds: None };
         let place = config.data_dir.join("builder-pulled");

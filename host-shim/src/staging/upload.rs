@@ -39,6 +39,8 @@ pub(super) struct Upload {
     path: PathBuf,
     hasher: Sha256,
     written: u64,
+    /// A write has begun and not returned: how much of it is in the file is not known.
+    in_write: bool,
 }
 
 impl Staging {
@@ -50,7 +52,8 @@ impl Staging {
         let mut options = tokio::fs::OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(&path).await.map_err(StagingError::io("write to"))?;
-        let upload = Upload { file, path: path.clone(), hasher: Sha256::new(), written: 0 };
+        let upload =
+            Upload { file, path: path.clone(), hasher: Sha256::new(), written: 0, in_write: false };
         let refused = {
             let mut state = self.state();
             let refused = state.room_for_an_upload().err();
@@ -72,12 +75,13 @@ impl Staging {
     pub fn upload_offset(&self, id: UploadId) -> Result<u64, StagingError> {
         let upload = self.upload(id)?;
         let upload = upload.try_lock().map_err(|_| StagingError::Busy)?;
-        Ok(upload.written)
+        if upload.in_write { Err(StagingError::UnknownUpload) } else { Ok(upload.written) }
     }
 
     /// Adds a chunk and returns how many bytes the upload has then. A chunk that says where it
     /// starts must start at the end of the last one. Bytes that came before the sender broke off
-    /// are kept, so that it can go on; an upload that broke a limit is given up.
+    /// are kept, so that it can go on; an upload that broke a limit is given up, and so is one whose
+    /// request was dropped inside of a write: the sender has to begin anew.
     pub async fn append<S, E>(
         &self,
         id: UploadId,
@@ -90,6 +94,10 @@ impl Staging {
     {
         let shared = self.upload(id)?;
         let mut upload = shared.try_lock().map_err(|_| StagingError::Busy)?;
+        if upload.in_write {
+            self.give_up(id, &upload).await;
+            return Err(StagingError::UnknownUpload);
+        }
         match self.write(&mut upload, start, body).await {
             Ok(()) => Ok(upload.written),
             Err(error @ (StagingError::WrongOffset { .. } | StagingError::Body(_))) => Err(error),
@@ -162,7 +170,9 @@ impl Staging {
             // Counted before it is written: what a failed write leaves is released with the rest.
             upload.written += chunk.len() as u64;
             upload.hasher.update(&chunk);
+            upload.in_write = true;
             upload.file.write_all(&chunk).await.map_err(StagingError::io("write to"))?;
+            upload.in_write = false;
         }
         Ok(())
     }

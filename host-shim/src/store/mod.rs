@@ -178,7 +178,8 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Option<(BuildId, String)>, StoreError>;
     /// One build.
     async fn build(&self, id: &BuildId) -> Result<Option<Build>, StoreError>;
-    /// Builds, newest first.
+    /// Builds, newest first, as a list shows them: without the Dockerfile and the arguments of their
+    /// requests.
     async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError>;
     /// How many queued builds will be claimed before this one, plus one; `None` when not queued.
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;

@@ -76,6 +76,38 @@ async fn a_tenant_has_so_many_queued_builds() {
     acme.submit(form()).await;
 }
 
+#[tokio::test]
+async fn a_submit_that_is_sent_again_gets_its_build_though_the_queue_is_full() {
+    let server = limited(Limits { max_queued: 1, ..Limits::default() }).await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let submit = || {
+        acme.request(Method::POST, "/builds")
+            .header("Idempotency-Key", "k")
+            .multipart(form())
+            .send()
+    };
+    let first: serde_json::Value = submit().await.unwrap().json().await.unwrap();
+    refusal(acme.post(form()).await, 429, "queue_full").await;
+    let again = submit().await.unwrap();
+    assert_eq!(again.status(), 202);
+    let again: serde_json::Value = again.json().await.unwrap();
+    assert_eq!(again["id"], first["id"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_sends_slowly_leaves_room_for_others() {
+    let server = limited(Limits { max_uploads: 2, ..Limits::default() }).await;
+    let (send, first) = begun(&server, None).await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let refused = acme.post(form()).await;
+    assert!(refused.headers().contains_key("retry-after"));
+    refusal(refused, 429, "too_many_uploads").await;
+    server.client("other", Role::Tenant).await.submit(form()).await;
+    drop(send);
+    assert_eq!(first.await.unwrap().status(), 202);
+    acme.submit(form()).await;
+}
+
 /// A submit that has begun and waits for more of its source.
 async fn begun(
     server: &Server,

@@ -56,6 +56,36 @@ async fn a_build_prints_its_reference_and_nothing_else_to_stdout() {
 }
 
 #[tokio::test]
+async fn an_iidfile_that_cannot_be_opened_ends_it_before_anything_is_sent() {
+    let server = Server::start(script(&[], ready())).await;
+    let dir = source();
+    let iid = dir.path().join("none/iid");
+    let output = output(kiln(&server, &["build", text(dir.path()), "--iidfile", text(&iid)])).await;
+    ended(&output, 2, "", &["--iidfile ", "none/iid cannot be written: "]);
+    assert!(server.script().parts.is_empty());
+}
+
+#[tokio::test]
+async fn an_iidfile_that_cannot_be_written_does_not_hide_the_reference() {
+    let server = Server::start(script(&[], ready())).await;
+    let dir = source();
+    let args = ["build", text(dir.path()), "--iidfile", "/dev/full"];
+    let said = ["the image is there, but --iidfile /dev/full cannot be written: "];
+    ended(&output(kiln(&server, &args)).await, 1, &format!("{REFERENCE}\n"), &said);
+}
+
+#[tokio::test]
+async fn a_failed_build_leaves_no_digest_of_an_earlier_one() {
+    let server = Server::start(script(&[], failed("step_failed", "no"))).await;
+    let dir = source();
+    let iid = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(iid.path(), "sha256:old").unwrap();
+    let args = ["build", text(dir.path()), "--iidfile", text(iid.path())];
+    ended(&output(kiln(&server, &args)).await, 1, "", &[]);
+    assert_eq!(std::fs::read_to_string(iid.path()).unwrap(), "");
+}
+
+#[tokio::test]
 async fn only_what_was_given_is_sent() {
     let server = Server::start(script(&[], ready())).await;
     let dir = source();
@@ -125,7 +155,15 @@ async fn a_server_that_is_not_there_is_told_from_a_failure() {
     let url = format!("http://{}", held.local_addr().unwrap());
     drop(held);
     let dir = source();
-    for args in [&["build", text(dir.path())][..], &["ls"], &["show", "b1"], &["cancel", "b1"]] {
+    let commands = [
+        &["build", text(dir.path())][..],
+        &["ls"],
+        &["show", "b1"],
+        &["logs", "b1"],
+        &["logs", "-f", "b1"],
+        &["cancel", "b1"],
+    ];
+    for args in commands {
         let output = output(kiln_at(&url, args)).await;
         ended(&output, 3, "", &["kiln: cannot reach http://127.0.0.1:", "kiln serve"]);
     }

@@ -108,7 +108,7 @@ async fn tokens_are_made_listed_and_revoked() {
         ["token", "create", "--tenant", "dev", "--role", "reader", "--ttl", "30m", "--name", "n"];
     ended(&output(kiln(&server, &create)).await, 0, "kiln_dev\n", &[]);
     let list = output(kiln(&server, &["token", "list"])).await;
-    assert!(stdout(&list).contains("t1  dev     admin  ci\\x1b[2J"), "{}", stdout(&list));
+    assert!(stdout(&list).contains("t1  valid  dev     admin  ci\\x1b[2J"), "{}", stdout(&list));
     ended(&output(kiln(&server, &["token", "revoke", "t1"])).await, 0, "", &[]);
     ended(&output(kiln(&server, &["token", "revoke", "t9"])).await, 1, "", &["kiln: "]);
 }
@@ -129,4 +129,35 @@ async fn a_token_is_sent_nowhere_else_and_shown_never() {
     tokio::spawn(async move { axum::serve(listener, redirect).await.unwrap() });
     ended(&output(kiln_at(&url, &["ls", "--token", "kiln_x"])).await, 3, "", &["redirects"]);
     assert_eq!(elsewhere.script().authorization, None);
+}
+
+#[tokio::test]
+async fn a_web_server_that_is_not_kiln_is_not_taken_for_one() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let page = (StatusCode::NOT_FOUND, [("content-type", "text/html")], "<h1>Not found</h1>");
+    let nothing = axum::Router::new().fallback(move || std::future::ready(page));
+    tokio::spawn(async move { axum::serve(listener, nothing).await.unwrap() });
+    for args in [
+        &["ls"][..],
+        &["show", "b1"],
+        &["logs", "b1"],
+        &["logs", "-f", "b1"],
+        &["cancel", "b1"],
+        &["token", "revoke", "t1"],
+    ] {
+        let said = ["does not answer like a Kiln server: it answers 404 Not Found", "KILN_URL"];
+        ended(&output(kiln_at(&url, args)).await, 3, "", &said);
+    }
+}
+
+#[tokio::test]
+async fn a_page_for_every_path_is_no_log() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let pages = axum::Router::new().fallback(|| async { axum::response::Html("<h1>Hello</h1>") });
+    tokio::spawn(async move { axum::serve(listener, pages).await.unwrap() });
+    for args in [&["logs", "b1"][..], &["ls"], &["show", "b1"]] {
+        ended(&output(kiln_at(&url, args)).await, 3, "", &["does not answer like a Kiln server"]);
+    }
 }

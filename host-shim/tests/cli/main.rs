@@ -8,6 +8,7 @@ mod server;
 mod building;
 mod interrupting;
 mod looking;
+mod offline;
 mod sending;
 mod terminal;
 

@@ -101,16 +101,53 @@ async fn a_dockerfile_of_f_is_sent_apart_with_its_own_ignore_file() {
 }
 
 #[tokio::test]
-async fn a_missing_dockerfile_is_found_by_the_build_but_one_of_f_by_the_client() {
+async fn a_missing_dockerfile_is_found_by_the_build() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir, &[("a", "")]);
     let (entries, ..) = sent(dir.path(), &[]).await;
     assert_eq!(entries, [pair("a", "")]);
+}
 
+#[tokio::test]
+async fn a_missing_dockerfile_of_f_is_found_by_the_build_and_no_other_is_taken() {
+    let dir = source();
+    write(&dir, &[("a", "")]);
+    let (entries, server, detached) = sent(dir.path(), &["-f", "/none/such"]).await;
+    assert_eq!(entries, [pair("a", "")], "the source's own Dockerfile was not asked for");
+    assert!(!server.script().parts.contains_key("dockerfile"));
+    ended(&detached, 0, "b1\n", &["warning: the Dockerfile /none/such does not exist"]);
+
+    let build = failed("dockerfile_missing", "the Dockerfile is not in the source");
+    let server = Server::start(script(&[], build)).await;
+    let args = ["build", text(dir.path()), "-f", "/none/such", "--progress", "json"];
+    let said = [
+        "kiln: build b1 failed: the Dockerfile is not in the source\n",
+        "kiln: the Dockerfile /none/such does not exist; -f is relative to the current directory",
+    ];
+    ended(&output(kiln(&server, &args)).await, 1, "", &said);
+}
+
+#[tokio::test]
+async fn a_missing_dockerfile_beside_an_archive_is_told_at_once() {
     let server = Server::start(Script::default()).await;
-    let output = output(kiln(&server, &["build", text(dir.path()), "-f", "/none/such"])).await;
-    ended(&output, 1, "", &["kiln: the Dockerfile /none/such does not exist\n"]);
+    let output = output(kiln(&server, &["build", "-", "-f", "/none/such"])).await;
+    ended(&output, 1, "", &["kiln: the Dockerfile /none/such does not exist"]);
     assert!(server.script().parts.is_empty());
+}
+
+#[tokio::test]
+async fn f_is_relative_to_the_current_directory_wherever_the_source_is() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&dir, &[("here/Dockerfile", "FROM source\n"), ("other", "FROM other\n"), ("empty", "")]);
+    for (file, content) in
+        [("other", "FROM other\n"), ("here/Dockerfile", "FROM source\n"), ("empty", "")]
+    {
+        let server = Server::start(script(&[], ready())).await;
+        let mut command = kiln(&server, &["build", "here", "-f", file, "--detach"]);
+        command.current_dir(dir.path());
+        ended(&output(command).await, 0, "b1\n", &[]);
+        assert_eq!(server.script().parts["dockerfile"], content.as_bytes(), "{file}");
+    }
 }
 
 #[tokio::test]

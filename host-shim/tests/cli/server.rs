@@ -138,7 +138,7 @@ async fn keep_authorization(
 async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
     let refuse = server.script().refuse_post.clone();
     if let Some((StatusCode::UNAUTHORIZED, body)) = refuse {
-        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
+        return refusal(StatusCode::UNAUTHORIZED, &body);
     }
     // An error is a client that went away.
     while let Ok(Some(mut field)) = form.next_field().await {
@@ -167,7 +167,7 @@ async fn create(State(server): State<Server>, mut form: Multipart) -> Response {
     }
     // Only now, so that a connection with unread bytes does not lose the answer.
     if let Some((status, body)) = refuse {
-        return (status, axum::Json(body)).into_response();
+        return refusal(status, &body);
     }
     let mut script = server.script();
     // The client waits for the answer: its peak so far is that of the upload.
@@ -192,7 +192,7 @@ async fn events(
     script.connections.push((last, query["follow"].clone()));
     server.asked.notify_waiters();
     let (text, ending) = match script.streams.len() {
-        0 => return StatusCode::NOT_FOUND.into_response(),
+        0 => return not_found(),
         1 => script.streams[0].clone(),
         _ => script.streams.pop_front().unwrap(),
     };
@@ -217,7 +217,7 @@ async fn show(State(server): State<Server>, Path(id): Path<String>) -> Response 
         axum::Json(server.script().build.clone()).into_response()
     } else {
         let (status, body) = problem(StatusCode::NOT_FOUND, "there is no build of that id");
-        (status, axum::Json(body)).into_response()
+        refusal(status, &body)
     }
 }
 
@@ -230,7 +230,7 @@ async fn cancel(State(server): State<Server>, Path(id): Path<String>) -> Respons
     server.asked.notify_waiters();
     match refuse {
         Delete::Cancel => StatusCode::NO_CONTENT.into_response(),
-        Delete::Refuse((status, body)) => (status, axum::Json(body)).into_response(),
+        Delete::Refuse((status, body)) => refusal(status, &body),
         Delete::Hang => std::future::pending().await,
     }
 }
@@ -241,7 +241,7 @@ async fn list(
     Query(query): Query<BTreeMap<String, String>>,
 ) -> Response {
     if let Some((StatusCode::UNAUTHORIZED, body)) = server.script().refuse_post.clone() {
-        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
+        return refusal(StatusCode::UNAUTHORIZED, &body);
     }
     let start: usize = query.get("cursor").map_or(0, |cursor| cursor.parse().unwrap());
     let limit: usize = query["limit"].parse().unwrap();
@@ -269,6 +269,15 @@ async fn create_token(axum::Json(body): axum::Json<Value>) -> Response {
     (status, axum::Json(made)).into_response()
 }
 
-async fn revoke_token(Path(id): Path<String>) -> StatusCode {
-    if id == "t1" { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
+async fn revoke_token(Path(id): Path<String>) -> Response {
+    if id == "t1" { StatusCode::NO_CONTENT.into_response() } else { not_found() }
+}
+
+fn not_found() -> Response {
+    let (status, body) = problem(StatusCode::NOT_FOUND, "there is no such thing");
+    refusal(status, &body)
+}
+
+fn refusal(status: StatusCode, body: &Value) -> Response {
+    (status, [("content-type", "application/problem+json")], body.to_string()).into_response()
 }

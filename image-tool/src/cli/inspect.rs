@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Context as _;
 use clap::Args;
 
-use super::{RegistryOptions, Subject};
+use super::{RegistryOptions, Subject, print};
 use crate::text::printable;
 use crate::verify::{self, Image};
 
@@ -25,8 +25,7 @@ impl Inspect {
             Subject::Ref(reference) => verify::inspect_ref(&reference, &self.registry.into()).await,
         };
         let image = found.with_context(|| format!("cannot inspect {}", self.subject))?;
-        print!("{}", describe(&image)?);
-        Ok(())
+        print(&describe(&image)?)
     }
 }
 

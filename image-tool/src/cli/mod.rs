@@ -5,8 +5,10 @@ mod inspect;
 mod publish;
 mod verify;
 
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use oci_client::Reference;
 use tokio::signal::unix::{SignalKind, signal};
@@ -115,8 +117,26 @@ pub fn is_usage(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(RegistryError::Reference { .. }))
 }
 
+/// A line on standard error, made safe: parts of it are words of registries and of other programs.
+/// Nobody is left to tell when that is closed or full.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "kiln-image: {}", crate::text::printable(line));
+}
+
 fn progress(line: &str) {
-    eprintln!("kiln-image: {}", crate::text::printable(line));
+    say(line);
+}
+
+/// Writes a result to standard output. A reader that has gone (`kiln-image inspect … | head`) is no
+/// error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

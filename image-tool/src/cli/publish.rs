@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 
-use super::{RegistryOptions, progress};
+use super::{RegistryOptions, print, progress};
 use crate::{publish, registry};
 
 #[derive(Debug, Args)]
@@ -26,7 +26,6 @@ impl Publish {
             publish::push_layout(&self.layout, &reference, &self.registry.into(), &progress)
                 .await
                 .with_context(|| format!("cannot publish {}", self.layout.display()))?;
-        println!("{}", publish::pinned(&reference, &published.digest));
-        Ok(())
+        print(&format!("{}\n", publish::pinned(&reference, &published.digest)))
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use clap::Args;
 
-use super::{RegistryOptions, Subject};
+use super::{RegistryOptions, Subject, print};
 use crate::verify;
 
 #[derive(Debug, Args)]
@@ -22,7 +22,6 @@ impl Verify {
             Subject::Ref(reference) => verify::verify_ref(&reference, &self.registry.into()).await,
         };
         let digest = checked.with_context(|| format!("cannot verify {}", self.subject))?;
-        println!("{digest}");
-        Ok(())
+        print(&format!("{digest}\n"))
     }
 }

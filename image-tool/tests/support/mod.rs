@@ -1,5 +1,7 @@
 //! A real `docker-registry` for a test, on a loopback port that it chose itself.
 
+pub mod bundle;
+
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;

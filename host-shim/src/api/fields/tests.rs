@@ -111,6 +111,11 @@ fn dockerfiles_are_bounded() {
 }
 
 #[test]
+fn an_empty_dockerfile_is_one_and_not_the_sources() {
+    assert_eq!(request(&[("dockerfile", "")]).unwrap().dockerfile.as_deref(), Some(""));
+}
+
+#[test]
 fn build_arguments_are_bounded_and_never_repeated() {
     let args = |value: Value| code(&[("build_args", &value.to_string())]);
     let many =

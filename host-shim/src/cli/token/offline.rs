@@ -5,18 +5,29 @@ use std::path::Path;
 
 use super::{KnownToken, MadeToken, NewToken, Tokens};
 use crate::api::types::rfc3339;
+use crate::causes::chain;
 use crate::cli::error::CliError;
-use crate::gateway::error::chain;
-use crate::store::sqlite::SqliteStore;
+use crate::store::sqlite::{FILE_NAME, SqliteStore};
 use crate::store::{Role, Store};
-use crate::token;
+use crate::token::{self, CreateError};
 
 /// A data directory.
 pub struct Offline(SqliteStore);
 
 impl Offline {
-    /// Opens the directory's database, or makes it.
-    pub async fn open(dir: &Path) -> Result<Self, CliError> {
+    /// Opens the directory's database. Only `create` makes one, as it may come before the first `kiln
+    /// serve`, and only in a directory that is there: a name that was mistyped is told, not made.
+    pub async fn open(dir: &Path, may_make: bool) -> Result<Self, CliError> {
+        let (wanted, what) = if may_make {
+            (dir.to_owned(), "directory")
+        } else {
+            (dir.join(FILE_NAME), "Kiln database")
+        };
+        // Whether it can be used is found out by using it.
+        if matches!(wanted.try_exists(), Ok(false)) {
+            return Err(CliError::failed(format!("there is no {what} {}", wanted.display()))
+                .hint("give the --data-dir of a `kiln serve` of this host"));
+        }
         let store = SqliteStore::open(dir).await;
         store.map(Self).map_err(because(format!("cannot open the database in {}", dir.display())))
     }
@@ -28,7 +39,11 @@ impl Tokens for Offline {
             .ok_or_else(|| CliError::usage(format!("{:?} is not a role", new.role)))?;
         let (tenant, name, now) = (new.tenant.clone(), new.name.clone(), crate::clock::now());
         let made = token::create(&self.0, tenant, role, Some(new.ttl), name, now).await;
-        let (token, record) = made.map_err(because("cannot make the token"))?;
+        let (token, record) = made.map_err(|error| match error {
+            // The API answers these with 422.
+            CreateError::Ttl(_) | CreateError::Name => CliError::usage(error.to_string()),
+            error => because("cannot make the token")(error),
+        })?;
         Ok(MadeToken { id: record.id, token })
     }
 
@@ -42,6 +57,7 @@ impl Tokens for Offline {
             name: token.name,
             created_at: Some(rfc3339(token.created_at)),
             expires_at: token.expires_at.map(rfc3339),
+            revoked: token.revoked,
         });
         Ok(known.collect())
     }

@@ -1,5 +1,6 @@
 //! The tables `builds`, `build_tags` and `idempotency_keys`: to insert, to find, to list.
 
+use futures_util::TryStreamExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::sqlite::SqliteRow;
@@ -90,7 +91,8 @@ pub(super) async fn get(db: &SqlitePool, id: &BuildId) -> Result<Option<Build>, 
 }
 
 pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>, StoreError> {
-    let mut query = QueryBuilder::<Sqlite>::new("SELECT * FROM builds AS b WHERE 1 = 1");
+    let mut query = QueryBuilder::<Sqlite>::new(LISTED);
+    query.push(" FROM builds AS b WHERE 1 = 1");
     if let Some(tenant) = &filter.tenant {
         query.push(" AND b.tenant = ").push_bind(tenant.as_str().to_owned());
     }
@@ -114,9 +116,19 @@ pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>,
             .push(")");
     }
     query.push(" ORDER BY b.created_at DESC, b.id DESC LIMIT ").push_bind(i64::from(filter.limit));
-    let rows = query.build().fetch_all(db).await.map_err(failed("list builds"))?;
-    rows.iter().map(from_row).collect()
+    let mut rows = query.build().fetch(db);
+    let mut listed = Vec::new();
+    while let Some(row) = rows.try_next().await.map_err(failed("list builds"))? {
+        listed.push(from_row(&row)?);
+    }
+    Ok(listed)
 }
+
+/// What a list shows of a build. Its Dockerfile and its arguments can be megabytes, and a page has 200.
+const LISTED: &str = "
+    SELECT b.id, b.tenant, b.status, b.created_at, b.started_at, b.completed_at, b.attempt, b.publishing,
+        b.failure, b.used, b.pulled, b.builder_digest,
+        json_set(b.request, '$.dockerfile', NULL, '$.build_args', json('{}')) AS request";
 
 pub(super) const QUEUE_POSITION: &str = "
     SELECT (SELECT COUNT(*) FROM builds AS o

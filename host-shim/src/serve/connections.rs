@@ -1,0 +1,182 @@
+//! Connections of clients: so many at one time, each with so long for the head of a request.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::Listener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Connections at one time; more wait in the kernel. Some hundred people and programs follow builds with
+/// one each, and idle ones cost about 20 KiB.
+const MAX_CONNECTIONS: usize = 4096;
+/// A client sends the head of its request within this, the first and each after it, or is closed: before
+/// its token is read, nobody is trusted with a connection for longer.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The bounds of connections.
+pub(super) struct Connections {
+    most: usize,
+    head: Duration,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self { most: MAX_CONNECTIONS, head: HEAD_DEADLINE }
+    }
+}
+
+impl Connections {
+    /// Serves until it is told to hang up, and then what requests are still open.
+    pub(super) async fn serve(
+        self,
+        mut listener: TcpListener,
+        router: Router,
+        hang_up: CancellationToken,
+    ) {
+        let places = Arc::new(Semaphore::new(self.most));
+        let open = TaskTracker::new();
+        let mut told = false;
+        let accepting = async {
+            loop {
+                if places.available_permits() == 0 && !told {
+                    told = true;
+                    tracing::warn!(most = self.most, "as many connections as may be; more wait");
+                }
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+                let (stream, _) = Listener::accept(&mut listener).await;
+                let talk = converse(stream, router.clone(), self.head, hang_up.clone());
+                open.spawn(async move {
+                    talk.await;
+                    drop(place);
+                });
+            }
+        };
+        tokio::select! {
+            () = accepting => {}
+            () = hang_up.cancelled() => {}
+        }
+        // Nobody is let in any more while the last are served.
+        drop(listener);
+        open.close();
+        open.wait().await;
+    }
+}
+
+async fn converse(stream: TcpStream, router: Router, head: Duration, hang_up: CancellationToken) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(head);
+    let connection = http
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = hang_up.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a client's connection broke");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::task::JoinHandle;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_hours(1);
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n";
+
+    struct Serving {
+        address: std::net::SocketAddr,
+        hang_up: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Serving {
+        async fn start(most: usize, head: Duration) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let router = Router::new().route("/", get(|| async { "hello" }));
+            let hang_up = CancellationToken::new();
+            let task = Connections { most, head }.serve(listener, router, hang_up.clone());
+            Self { address, hang_up, task: tokio::spawn(task) }
+        }
+
+        async fn send(&self, bytes: &[u8]) -> TcpStream {
+            let mut client = TcpStream::connect(self.address).await.unwrap();
+            client.write_all(bytes).await.unwrap();
+            client
+        }
+    }
+
+    async fn answer(client: &mut TcpStream) -> String {
+        let mut text = String::new();
+        while !text.ends_with("hello") {
+            let mut part = [0; 512];
+            let read = client.read(&mut part).await.unwrap();
+            assert!(read > 0, "closed after {text:?}");
+            text += std::str::from_utf8(&part[..read]).unwrap();
+        }
+        text
+    }
+
+    /// Everything up to the end of the connection.
+    async fn rest(client: &mut TcpStream) -> Vec<u8> {
+        let mut bytes = vec![];
+        client.read_to_end(&mut bytes).await.unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn half_a_head_is_not_waited_for() {
+        let serving = Serving::start(8, Duration::from_millis(50)).await;
+        for begun in [&b""[..], b"GET / HTTP/1.1\r\nHost: h\r\nX-Slow:"] {
+            let mut client = serving.send(begun).await;
+            assert!(!rest(&mut client).await.windows(3).any(|w| w == b"200"));
+        }
+        let mut client = serving.send(REQUEST).await;
+        assert!(answer(&mut client).await.starts_with("HTTP/1.1 200 OK\r\n"));
+        // The same holds for the next request of a connection.
+        client.write_all(b"GET /").await.unwrap();
+        rest(&mut client).await;
+    }
+
+    #[tokio::test]
+    async fn one_connection_more_than_may_be_waits_for_another_to_end() {
+        let serving = Serving::start(2, LONG).await;
+        let mut first = serving.send(REQUEST).await;
+        let mut second = serving.send(REQUEST).await;
+        answer(&mut first).await;
+        answer(&mut second).await;
+        let mut third = serving.send(REQUEST).await;
+        let early = tokio::time::timeout(Duration::from_millis(100), answer(&mut third)).await;
+        assert!(early.is_err(), "it was served beside two others");
+        drop(first);
+        answer(&mut third).await;
+    }
+
+    #[tokio::test]
+    async fn hanging_up_ends_idle_connections_and_the_server() {
+        let serving = Serving::start(2, LONG).await;
+        let mut idle = serving.send(REQUEST).await;
+        answer(&mut idle).await;
+        serving.hang_up.cancel();
+        assert!(rest(&mut idle).await.is_empty());
+        serving.task.await.unwrap();
+        assert!(TcpStream::connect(serving.address).await.is_err());
+    }
+}
