@@ -37,11 +37,15 @@ up: .ascii \"up\\n\"
 
 /// A source whose one step prints "up" and ends, or waits.
 fn up(server: &Server, wait: bool) -> String {
+    up_as(server, wait, &[])
+}
+
+fn up_as(server: &Server, wait: bool, flags: &[&str]) -> String {
     let step = if wait { r#"["/up", "wait"]"# } else { r#"["/up"]"# };
     let dockerfile = format!("FROM scratch\nCOPY --chmod=755 up /up\nRUN {step}\n");
     let files: &[(&str, &[u8])] =
         &[("Dockerfile", dockerfile.as_bytes()), ("up", &assemble(UP, "--64", "elf_x86_64"))];
-    server.submit(files, &[])
+    server.submit(files, flags)
 }
 
 fn dockerfile(lines: &str) -> Vec<u8> {
@@ -317,6 +321,57 @@ fn vm_what_a_killed_server_left_is_ended_by_the_next_one() {
     let build = server.wait(&queued);
     assert_eq!(build["status"], "ready", "{build}");
     server.stop();
+}
+
+#[test]
+fn vm_a_publication_that_was_cut_off_is_finished_by_the_next_server() {
+    let server = Server::start();
+    let registry = server.processes("docker-registry");
+    assert_eq!(registry.len(), 1);
+    let id = up_as(&server, false, &["-t", "cut:off"]);
+    assert!(server.follow(&id).until("up"));
+    // It takes the image's bytes and answers nothing: the publication is recorded and cannot end.
+    kill(Pid::from_raw(registry[0]), Signal::SIGSTOP).unwrap();
+    until("the publication begins", || server.log().contains("publishing digest="));
+    let cancelled = server.run(&["cancel", &id]);
+    assert_eq!(cancelled.status.code(), Some(1), "{}", text(cancelled.stderr));
+    assert_eq!(server.show(&id)["status"], "pushing", "a publication is not taken back");
+
+    let server = server.kill_and_restart();
+    let build = server.wait(&id);
+    assert_eq!(build["status"], "ready", "{build}\n{}", server.log());
+    let creds = format!("any:{}", server.token);
+    let inspected = skopeo(
+        &["inspect", "--tls-verify=false", "--creds", &creds],
+        &format!("docker://{}/dev/cut:off", server.address),
+    );
+    let inspected: serde_json::Value = serde_json::from_str(&inspected).unwrap();
+    let image = build["image_ref"].as_str().unwrap();
+    assert!(image.ends_with(inspected["Digest"].as_str().unwrap()), "{image} {inspected}");
+    server.stop();
+}
+
+#[test]
+fn vm_a_machine_that_hangs_before_it_begins_is_replaced() {
+    let server = Server::start();
+    let id = up(&server, false);
+    until("the VM's process runs", || !server.processes("qemu-system-x86_64").is_empty());
+    let hung = server.processes("qemu-system-x86_64")[0];
+    kill(Pid::from_raw(hung), Signal::SIGSTOP).unwrap();
+    let build = server.wait(&id);
+    assert_eq!(build["status"], "ready", "{build}\n{}", server.log());
+    assert!(server.log().contains("a VM did not begin; trying another"), "{}", server.log());
+    assert!(support::name_of(hung).is_none(), "the VM that hung is still there");
+    server.stop();
+}
+
+/// Waits for what nobody announces.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_mins(2), "{what}: not within two minutes");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn newest(server: &Server) -> String {

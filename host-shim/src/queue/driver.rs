@@ -355,7 +355,9 @@ impl Driver {
         if self.entry.cancel.is_cancelled() {
             return Ok(Some(Next::Cancel));
         }
-        self.change(Change::Publish(digest), &[]).await?;
+        self.change(Change::Publish(digest.clone()), &[]).await?;
+        self.entry.settle();
+        tracing::info!(digest, "publishing");
         let (repository, tag) = (self.build.repository(), self.build.tag().to_owned());
         match publish::push(&checked, &self.workshop.backing, &repository, &tag).await {
             Ok(()) => Ok(None),

@@ -15,8 +15,9 @@ pub struct Live(Arc<Mutex<HashMap<BuildId, Running>>>);
 #[derive(Clone)]
 struct Running {
     cancel: CancellationToken,
-    /// Closed when the driver is done.
-    done: watch::Receiver<()>,
+    /// Changes when a cancel can do nothing more: the image is being published, or (closed) the driver
+    /// is done.
+    settled: watch::Receiver<()>,
 }
 
 /// A driver's entry; the build is no longer live when it is dropped.
@@ -25,25 +26,26 @@ pub struct Entry {
     id: BuildId,
     /// Cancelled when somebody asks the build to stop.
     pub cancel: CancellationToken,
-    _done: watch::Sender<()>,
+    settled: watch::Sender<()>,
 }
 
 impl Live {
     /// Enters a build whose driver starts now.
     pub fn enter(&self, id: &BuildId) -> Entry {
         let cancel = CancellationToken::new();
-        let (done, listen) = watch::channel(());
-        let running = Running { cancel: cancel.clone(), done: listen };
+        let (settled, listen) = watch::channel(());
+        let running = Running { cancel: cancel.clone(), settled: listen };
         self.lock().insert(id.clone(), running);
-        Entry { live: self.clone(), id: id.clone(), cancel, _done: done }
+        Entry { live: self.clone(), id: id.clone(), cancel, settled }
     }
 
-    /// Asks a build's driver to stop, and waits until it is done. False when no driver has it.
+    /// Asks a build's driver to stop, and waits until it is done or is past stopping. False when no driver
+    /// has it.
     pub async fn cancel(&self, id: &BuildId) -> bool {
         let Some(mut running) = self.lock().get(id).cloned() else { return false };
         running.cancel.cancel();
-        // Fails when the driver's end is dropped, which is what is waited for.
-        while running.done.changed().await.is_ok() {}
+        // Fails when the driver's end is dropped, which is waited for as well.
+        let _ = running.settled.changed().await;
         true
     }
 
@@ -57,8 +59,39 @@ impl Live {
     }
 }
 
+impl Entry {
+    /// From now on the build cannot be cancelled.
+    pub fn settle(&self) {
+        self.settled.send_replace(());
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         self.live.lock().remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_cancel_waits_for_the_driver_or_for_the_point_of_no_return() {
+        let (live, id) = (Live::default(), BuildId::new("b").unwrap());
+        let entry = live.enter(&id);
+        let asked = tokio::spawn({
+            let (live, id) = (live.clone(), id.clone());
+            async move { live.cancel(&id).await }
+        });
+        entry.cancel.cancelled().await;
+        assert!(!asked.is_finished());
+        entry.settle();
+        assert!(asked.await.unwrap());
+        // Asked again it need not wait, and neither once the driver is done.
+        assert!(live.cancel(&id).await);
+        drop(entry);
+        assert!(!live.cancel(&id).await);
     }
 }
