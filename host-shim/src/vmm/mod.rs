@@ -18,6 +18,7 @@
 
 mod accel;
 mod cgroup;
+mod device;
 mod jail;
 mod listener;
 mod process;
@@ -220,6 +221,9 @@ impl Vmm {
         };
         vmm.choose_engine().await?;
         vmm.judge_isolation()?;
+        if let Some(sentence) = device::warning(&vmm.config.vsock_device).await {
+            vmm.warn(sentence);
+        }
         vmm.scratch.template(vmm.config.default_disk_gb).await?;
         Ok(vmm)
     }
