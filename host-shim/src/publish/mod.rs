@@ -4,7 +4,7 @@
 //! staging ─check─▶ Checked (written down) ─▶ [driver records publishing(digest)] ─push─▶ registry
 //!                      ▲ load, after a crash ──────────────────────────────────────┘
 //! ```
-//! Nothing here decides a build's state. [`push`] may be repeated: what the registry has already is
+//! Nothing here decides a build's state. [`push()`] may be repeated: what the registry has already is
 //! not sent again, and the manifest, which makes the image visible, comes after all it names.
 
 mod check;

@@ -11,7 +11,7 @@ use crate::verify::{self, Image};
 
 #[derive(Debug, Args)]
 pub(super) struct Inspect {
-    /// A directory, or HOST[:PORT]/REPOSITORY[:TAG]
+    /// A directory, or `HOST[:PORT]/REPOSITORY[:TAG]`
     #[arg(value_name = "DIR|REF")]
     subject: String,
     #[command(flatten)]

@@ -12,7 +12,7 @@ use crate::{publish, registry};
 pub(super) struct Publish {
     /// A result of `build`, or an OCI layout with one image
     layout: PathBuf,
-    /// HOST[:PORT]/REPOSITORY[:TAG]
+    /// `HOST[:PORT]/REPOSITORY[:TAG]`
     #[arg(value_name = "REF")]
     reference: String,
     #[command(flatten)]

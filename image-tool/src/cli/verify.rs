@@ -8,7 +8,7 @@ use crate::verify;
 
 #[derive(Debug, Args)]
 pub(super) struct Verify {
-    /// A directory, or HOST[:PORT]/REPOSITORY[:TAG]
+    /// A directory, or `HOST[:PORT]/REPOSITORY[:TAG]`
     #[arg(value_name = "DIR|REF")]
     subject: String,
     #[command(flatten)]
