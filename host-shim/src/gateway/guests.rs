@@ -10,6 +10,7 @@
 
 mod pull;
 mod push;
+mod room;
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -55,6 +56,7 @@ pub struct GuestContext {
     staging: Arc<Staging>,
     backing: Backing,
     pushing: watch::Sender<bool>,
+    manifests: room::ManifestRoom,
     seen: Mutex<Seen>,
 }
 
@@ -85,6 +87,7 @@ impl GuestContext {
             staging,
             backing,
             pushing: watch::Sender::new(false),
+            manifests: room::ManifestRoom::new(),
             seen: Mutex::default(),
         }
     }

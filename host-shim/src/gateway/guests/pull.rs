@@ -55,6 +55,7 @@ async fn manifest(
         return Ok(relay::relay(from, true));
     }
     let media_type = from.headers().get(header::CONTENT_TYPE).cloned();
+    let place = ctx.manifests.place().await;
     let bytes = relay::collect(from, MAX_MANIFEST_BYTES).await?;
     let digest = Digest::of(&bytes);
     if matches!(reference, Reference::Digest(wanted) if wanted != digest) {
@@ -64,7 +65,7 @@ async fn manifest(
         return Err(Refusal::new(StatusCode::BAD_GATEWAY, "MANIFEST_INVALID", message));
     }
     ctx.record_pull(&name, &reference, digest, &bytes)?;
-    let mut to = Response::new(Body::from(bytes));
+    let mut to = Response::new(Body::from(place.hold(bytes)));
     if let Some(media_type) = media_type {
         to.headers_mut().insert(header::CONTENT_TYPE, media_type);
     }

@@ -143,6 +143,7 @@ async fn put_manifest(
     let media_type = media_type.ok_or_else(|| {
         Refusal::bad_manifest("a build pushes one image manifest (OCI, or Docker schema 2)")
     })?;
+    let _place = ctx.manifests.place().await;
     let bytes = Limited::new(body, MAX_MANIFEST_BYTES).collect().await;
     let bytes: Bytes = bytes.map_err(|e| Refusal::bad_manifest(e.to_string()))?.to_bytes();
     let digest = Digest::of(&bytes);
