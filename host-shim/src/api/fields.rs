@@ -162,13 +162,12 @@ impl Fields {
     }
 
     fn dockerfile(&self) -> Result<Option<String>, ApiError> {
-        // An empty one is one all the same: the source's own must not take its place.
-        let Some(text) = self.0.get("dockerfile") else { return Ok(None) };
+        let Some(text) = self.text("dockerfile") else { return Ok(None) };
         if text.len() > MAX_DOCKERFILE {
             let message = format!("dockerfile is longer than {MAX_DOCKERFILE} bytes");
             return Err(ApiError::too_large(message));
         }
-        Ok(Some(text.clone()))
+        Ok(Some(text.to_owned()))
     }
 
     fn target(&self) -> Result<Option<String>, ApiError> {

@@ -1,7 +1,7 @@
 //! `kiln build`: sends a source, follows the build, prints the image's reference.
 
-use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::fs::{self, File};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ pub struct BuildArgs {
 pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result<(), CliError> {
     let mut interrupts = Interrupts::listen()?;
     // Before anything is sent: a build whose digest cannot be told is not begun.
-    let mut iidfile = args.iidfile.as_deref().map(IdFile::open).transpose()?;
+    let iidfile = args.iidfile.as_deref().map(IdFile::clear).transpose()?;
     let (dockerfile, missing) = match args.file.as_deref() {
         None => (None, None),
         Some(path) => match context::read_dockerfile(path)? {
@@ -105,32 +105,34 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
     })?;
     // Each is tried whatever becomes of the other.
     let printed = print_line(&escape(&reference)).map(drop);
-    let written = iidfile.as_mut().map(|file| file.write(build.image_digest.as_deref()));
+    let written = iidfile.map(|file| file.write(build.image_digest.as_deref()));
     printed.and(written.unwrap_or(Ok(())))
 }
 
-/// The file of `--iidfile`: empty from the start, so that no digest of an earlier build is taken for
-/// this one's.
-struct IdFile<'a> {
-    path: &'a Path,
-    file: File,
-}
+/// The file of `--iidfile`, which is not there until there is a digest: none of an earlier build is
+/// taken for this one's, and it is not sent with the source.
+struct IdFile<'a>(&'a Path);
 
 impl<'a> IdFile<'a> {
-    fn open(path: &'a Path) -> Result<Self, CliError> {
-        let file = File::create(path).map_err(|e| {
+    /// Finds out whether it can be written, and removes it.
+    fn clear(path: &'a Path) -> Result<Self, CliError> {
+        let opened = File::options().create(true).append(true).open(path);
+        let cleared = opened.and_then(|file| {
+            // Not a terminal or another device.
+            if file.metadata()?.is_file() { fs::remove_file(path) } else { Ok(()) }
+        });
+        cleared.map_err(|e| {
             CliError::usage(format!("--iidfile {} cannot be written: {e}", path.display()))
                 .hint("nothing was built; give a file in a directory that you may write to")
         })?;
-        Ok(Self { path, file })
+        Ok(Self(path))
     }
 
-    fn write(&mut self, digest: Option<&str>) -> Result<(), CliError> {
-        let text = digest.unwrap_or_default();
-        self.file.write_all(text.as_bytes()).map_err(|e| {
+    fn write(self, digest: Option<&str>) -> Result<(), CliError> {
+        fs::write(self.0, digest.unwrap_or_default()).map_err(|e| {
             CliError::failed(format!(
                 "the image is there, but --iidfile {} cannot be written: {e}",
-                self.path.display()
+                self.0.display()
             ))
         })
     }

@@ -183,7 +183,9 @@ impl<S, K> Walk<'_, S, K> {
 /// Reads the Dockerfile that `-f` names, relative to the current directory as with Docker; `None`
 /// where there is none.
 pub fn read_dockerfile(path: &Path) -> Result<Option<Vec<u8>>, CliError> {
-    read_if_there(path, MAX_DOCKERFILE)
+    let content = read_if_there(path, MAX_DOCKERFILE)?;
+    // For the API an empty one is none, and the source's would be taken.
+    Ok(content.map(|content| if content.is_empty() { b"\n".to_vec() } else { content }))
 }
 
 fn read_if_there(path: &Path, limit: usize) -> Result<Option<Vec<u8>>, CliError> {

@@ -286,7 +286,8 @@ impl Driver {
         let mut sink =
             BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started);
         let allowed = sink.timeout();
-        let deadline = started + allowed + DEADLINE_MARGIN;
+        // A VM that hangs before it begins is told by then, however short the timeout is.
+        let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
         let cancel = self.entry.cancel.clone();
         let mut ended = false;
         let next = {

@@ -8,27 +8,36 @@ use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt::set_tcp_user_timeout;
+use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Connections at one time; more wait in the kernel. Some hundred people and programs follow builds with
-/// one each, and idle ones cost about 20 KiB.
+/// one each, and idle ones cost about 20 KiB. Never more than half of the descriptors that the process
+/// may have: VMs need the others.
 const MAX_CONNECTIONS: usize = 4096;
 /// A client sends the head of its request within this, the first and each after it, or is closed: before
 /// its token is read, nobody is trusted with a connection for longer.
 const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// What was sent is taken within this, or the kernel closes the connection: a client that asks and does
+/// not read would keep its place for ever. One that follows a log can come back and go on.
+const UNREAD: Duration = Duration::from_mins(2);
 
 /// The bounds of connections.
 pub(super) struct Connections {
     most: usize,
     head: Duration,
+    unread: Duration,
 }
 
 impl Default for Connections {
     fn default() -> Self {
-        Self { most: MAX_CONNECTIONS, head: HEAD_DEADLINE }
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let half = usize::try_from(files / 2).unwrap_or(usize::MAX);
+        Self { most: MAX_CONNECTIONS.min(half), head: HEAD_DEADLINE, unread: UNREAD }
     }
 }
 
@@ -42,15 +51,20 @@ impl Connections {
     ) {
         let places = Arc::new(Semaphore::new(self.most));
         let open = TaskTracker::new();
-        let mut told = false;
+        let mut full = false;
         let accepting = async {
             loop {
-                if places.available_permits() == 0 && !told {
-                    told = true;
+                let none_left = places.available_permits() == 0;
+                if none_left && !full {
                     tracing::warn!(most = self.most, "as many connections as may be; more wait");
                 }
+                full = none_left;
                 let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
                 let (stream, _) = Listener::accept(&mut listener).await;
+                let unread = u32::try_from(self.unread.as_millis()).unwrap_or(u32::MAX);
+                if let Err(error) = set_tcp_user_timeout(&stream, unread) {
+                    tracing::debug!(%error, "a client may leave its answers unread for long");
+                }
                 let talk = converse(stream, router.clone(), self.head, hang_up.clone());
                 open.spawn(async move {
                     talk.await;
@@ -98,6 +112,7 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_hours(1);
+    const SHORT: Duration = Duration::from_millis(50);
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n";
 
     struct Serving {
@@ -110,9 +125,12 @@ mod tests {
         async fn start(most: usize, head: Duration) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let router = Router::new().route("/", get(|| async { "hello" }));
+            let router = Router::new()
+                .route("/", get(|| async { "hello" }))
+                .route("/much", get(|| async { vec![b'x'; 64 << 20] }));
             let hang_up = CancellationToken::new();
-            let task = Connections { most, head }.serve(listener, router, hang_up.clone());
+            let connections = Connections { most, head, unread: SHORT };
+            let task = connections.serve(listener, router, hang_up.clone());
             Self { address, hang_up, task: tokio::spawn(task) }
         }
 
@@ -134,25 +152,38 @@ mod tests {
         text
     }
 
-    /// Everything up to the end of the connection.
+    /// Everything up to the end of the connection, which is a reset where the server had closed before
+    /// the client's last words.
     async fn rest(client: &mut TcpStream) -> Vec<u8> {
         let mut bytes = vec![];
-        client.read_to_end(&mut bytes).await.unwrap();
+        if let Err(error) = client.read_to_end(&mut bytes).await {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
         bytes
     }
 
     #[tokio::test]
     async fn half_a_head_is_not_waited_for() {
-        let serving = Serving::start(8, Duration::from_millis(50)).await;
+        let serving = Serving::start(8, SHORT).await;
         for begun in [&b""[..], b"GET / HTTP/1.1\r\nHost: h\r\nX-Slow:"] {
             let mut client = serving.send(begun).await;
             assert!(!rest(&mut client).await.windows(3).any(|w| w == b"200"));
         }
+        // The same holds for the next request of a connection. A busy machine needs its time for the first.
+        let serving = Serving::start(8, Duration::from_secs(2)).await;
         let mut client = serving.send(REQUEST).await;
         assert!(answer(&mut client).await.starts_with("HTTP/1.1 200 OK\r\n"));
-        // The same holds for the next request of a connection.
         client.write_all(b"GET /").await.unwrap();
         rest(&mut client).await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_gives_up_its_place() {
+        let serving = Serving::start(1, LONG).await;
+        let deaf = serving.send(b"GET /much HTTP/1.1\r\nHost: h\r\n\r\n").await;
+        let mut next = serving.send(REQUEST).await;
+        answer(&mut next).await;
+        drop(deaf);
     }
 
     #[tokio::test]

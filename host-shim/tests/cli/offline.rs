@@ -31,12 +31,13 @@ async fn tokens_are_made_listed_and_revoked_in_a_directory() {
 #[tokio::test]
 async fn a_data_directory_that_was_mistyped_is_told_and_not_made() {
     let dir = tempfile::tempdir().unwrap();
-    let typo = dir.path().join("dta");
+    let typo = dir.path().join("dta/kiln");
     let create = ["create", "--tenant", "dev", "--role", "admin"];
     for command in [&["list"][..], &["revoke", "t1"], &create] {
         let args = [&["token", "--data-dir", text(&typo)], command].concat();
-        ended(&run(&args).await, 1, "", &["kiln: there is no ", text(&typo), "--data-dir"]);
-        assert!(!typo.exists());
+        let at = dir.path().join("dta");
+        ended(&run(&args).await, 1, "", &["kiln: there is no ", text(&at), "--data-dir"]);
+        assert!(!at.exists());
     }
     // A directory without a database is not one of a server either, unless a token is made there.
     for command in [&["list"][..], &["revoke", "t1"]] {
@@ -44,6 +45,11 @@ async fn a_data_directory_that_was_mistyped_is_told_and_not_made() {
         ended(&run(&args).await, 1, "", &["there is no Kiln database ", "kiln.db"]);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
+    // A token may come before the first `kiln serve`, which makes its directory too.
+    let new = dir.path().join("new");
+    let made = run(&[&["token", "--data-dir", text(&new)], &create[..]].concat()).await;
+    assert!(stdout(&made).starts_with("kiln_"), "{}", stderr(&made));
+    assert!(new.join("kiln.db").exists());
 }
 
 #[tokio::test]

@@ -140,7 +140,7 @@ async fn f_is_relative_to_the_current_directory_wherever_the_source_is() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir, &[("here/Dockerfile", "FROM source\n"), ("other", "FROM other\n"), ("empty", "")]);
     for (file, content) in
-        [("other", "FROM other\n"), ("here/Dockerfile", "FROM source\n"), ("empty", "")]
+        [("other", "FROM other\n"), ("here/Dockerfile", "FROM source\n"), ("empty", "\n")]
     {
         let server = Server::start(script(&[], ready())).await;
         let mut command = kiln(&server, &["build", "here", "-f", file, "--detach"]);

@@ -111,8 +111,9 @@ fn dockerfiles_are_bounded() {
 }
 
 #[test]
-fn an_empty_dockerfile_is_one_and_not_the_sources() {
-    assert_eq!(request(&[("dockerfile", "")]).unwrap().dockerfile.as_deref(), Some(""));
+fn an_empty_dockerfile_is_none_as_hypeman_has_it() {
+    assert_eq!(request(&[("dockerfile", "")]).unwrap().dockerfile, None);
+    assert_eq!(request(&[("dockerfile", "\n")]).unwrap().dockerfile.as_deref(), Some("\n"));
 }
 
 #[test]

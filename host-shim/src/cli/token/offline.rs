@@ -15,11 +15,12 @@ use crate::token::{self, CreateError};
 pub struct Offline(SqliteStore);
 
 impl Offline {
-    /// Opens the directory's database. Only `create` makes one, as it may come before the first `kiln
-    /// serve`, and only in a directory that is there: a name that was mistyped is told, not made.
+    /// Opens the directory's database. Only `create` makes one, and its directory, as it may come before
+    /// the first `kiln serve`; a path that was mistyped before its last part is told, not made.
     pub async fn open(dir: &Path, may_make: bool) -> Result<Self, CliError> {
         let (wanted, what) = if may_make {
-            (dir.to_owned(), "directory")
+            // Of a name without a parent that is the current directory.
+            (Path::new(".").join(dir.parent().unwrap_or(dir)), "directory")
         } else {
             (dir.join(FILE_NAME), "Kiln database")
         };
