@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Instant;
 
-use kiln_protocol::event::{Built, Event, LogStream, Outcome, Phase};
+use kiln_protocol::event::{Built, Event, Outcome, Phase};
 use kiln_protocol::event::{Failure, FailureKind};
 use kiln_protocol::name;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 use super::files::{Files, GATEWAY};
-use super::output::{self, LastLines};
+use super::output::LastLines;
 use super::parse::Cause;
+use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
 use crate::runtime::{self, Cgroup, Server, Settings, StepRecord};
@@ -141,8 +142,8 @@ impl Buildah {
     }
 
     /// A process of buildah, in a process group of its own. Dropping it kills it.
-    fn spawn(&self, files: &Files, args: &[std::ffi::OsString]) -> io::Result<Engaged> {
-        let mut child = Command::new(&self.program)
+    fn spawn(&self, files: &Files, args: &[std::ffi::OsString]) -> io::Result<Process> {
+        let child = Command::new(&self.program)
             .args(args)
             .env_clear()
             .envs(command::environment(self, files))
@@ -152,12 +153,7 @@ impl Buildah {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
-            return Err(io::Error::other("no pipes"));
-        };
-        let (own, whole) = (self.engine_cgroup(), self.whole_cgroup());
-        Ok(Engaged { child, stdout, stderr, own, whole })
+        Process::new(child, self.engine_cgroup(), self.whole_cgroup())
     }
 
     /// What the engine calls itself. It takes a while to start, so this is asked while the image
@@ -174,58 +170,6 @@ impl Buildah {
             .await;
         let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
         version_of(&text.unwrap_or_default())
-    }
-}
-
-/// A running process of buildah. Dropped, it is killed with all that it started.
-struct Engaged {
-    child: Child,
-    stdout: tokio::process::ChildStdout,
-    stderr: tokio::process::ChildStderr,
-    own: Cgroup,
-    whole: Cgroup,
-}
-
-impl Engaged {
-    /// Takes it into its cgroup, reports its output, and gives its end. Called at once, before it can have
-    /// started anything, so all of it will be in there.
-    async fn finish(self, reporter: &Reporter, last: &LastLines) -> io::Result<ExitStatus> {
-        let Self { child, stdout, stderr, own, whole } = self;
-        if let Err(error) = child.id().map_or(Ok(()), |pid| own.adopt(pid)) {
-            tracing::warn!(%error, "the engine has no cgroup of its own");
-        }
-        let mut group = Group { child, whole };
-        let out = output::report(stdout, LogStream::Stdout, reporter.clone(), last.clone());
-        let err = output::report(stderr, LogStream::Stderr, reporter.clone(), last.clone());
-        let ended = async {
-            let status = group.child.wait().await;
-            // What it left behind must not keep its pipes open.
-            group.kill();
-            status
-        };
-        let (status, (), ()) = tokio::join!(ended, out, err);
-        status
-    }
-}
-
-struct Group {
-    child: Child,
-    whole: Cgroup,
-}
-
-impl Group {
-    fn kill(&self) {
-        if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
-            let group = nix::unistd::Pid::from_raw(pid);
-            let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
-        }
-        self.whole.kill();
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        self.kill();
     }
 }
 

@@ -9,6 +9,7 @@ mod failure;
 mod files;
 mod output;
 mod parse;
+mod process;
 
 use std::future::Future;
 use std::path::PathBuf;
