@@ -9,6 +9,7 @@
 //! | [`runtime`] | sees and confines every step |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
 
+mod dockerfile;
 mod engine;
 mod events;
 mod init;

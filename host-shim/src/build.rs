@@ -169,6 +169,9 @@ pub struct Request {
     pub build_args: BTreeMap<String, String>,
     /// The user's labels of the build.
     pub tags: BTreeMap<String, String>,
+    /// `sha256:…` that the base of the built stage has to have.
+    #[serde(default)]
+    pub base_image_digest: Option<String>,
     /// What steps may reach.
     pub network: NetworkMode,
     /// Domains for [`NetworkMode::Allowlist`].
@@ -254,6 +257,37 @@ pub struct Pulled {
     pub digest: String,
 }
 
+/// What a build was made with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Digest of the builder bundle that it ran in, `sha256:…`.
+    pub builder_digest: Option<String>,
+    /// Digest of the kernel that its VM ran.
+    pub kernel_digest: Option<String>,
+    /// What the guest says of itself. The host cannot check it.
+    pub guest: Option<GuestSays>,
+}
+
+/// What a guest says of a build that worked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSays {
+    /// What executed the Dockerfile: `buildah 1.39.3`.
+    pub engine: String,
+    /// The source's lockfiles by path, with `sha256:…` of each.
+    pub lockfiles: BTreeMap<String, String>,
+}
+
+impl From<&kiln_protocol::event::Built> for GuestSays {
+    fn from(built: &kiln_protocol::event::Built) -> Self {
+        let hash = |sha256| format!("sha256:{}", hex::encode(sha256));
+        let lockfiles = built.lockfiles.iter();
+        Self {
+            engine: built.engine.clone(),
+            lockfiles: lockfiles.map(|file| (file.path.clone(), hash(file.sha256))).collect(),
+        }
+    }
+}
+
 /// A build as the store knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Build {
@@ -281,8 +315,8 @@ pub struct Build {
     pub usage: Usage,
     /// What it pulled.
     pub pulled: Vec<Pulled>,
-    /// Digest of the builder bundle that it ran in.
-    pub builder_digest: Option<String>,
+    /// What it was made with.
+    pub provenance: Provenance,
 }
 
 impl Build {
@@ -301,7 +335,7 @@ impl Build {
             failure: None,
             usage: Usage::default(),
             pulled: vec![],
-            builder_digest: None,
+            provenance: Provenance::default(),
         }
     }
 
@@ -391,7 +425,7 @@ impl Build {
                 next.status = Queued;
                 next.usage = Usage::default();
                 next.pulled.clear();
-                next.builder_digest = None;
+                next.provenance = Provenance::default();
             }
             (from, _) => return Err(Refused::From(from)),
         }

@@ -101,6 +101,7 @@ async fn serve(
         backing: backing.clone(),
         builds_dir: builds_dir.clone(),
         builder_digest: bundle.digest.to_string(),
+        kernel_digest: bundle.manifest.files.kernel.digest.to_string(),
         log_limit: config.log_limit_bytes,
         egress: parts::egress(&config)?,
     });

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kiln::build::{
-    Build, BuildId, Change, Failure, FailureKind, ImageName, NetworkMode, Pulled, Refused, Request,
-    Status, Tenant, Usage,
+    Build, BuildId, Change, Failure, FailureKind, GuestSays, ImageName, NetworkMode, Provenance,
+    Pulled, Refused, Request, Status, Tenant, Usage,
 };
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
@@ -48,6 +48,7 @@ fn build(name: &str, owner: &str, at: i64) -> Build {
         image_name: None,
         build_args: BTreeMap::from([("K".into(), "V".into())]),
         tags: BTreeMap::new(),
+        base_image_digest: None,
         network: NetworkMode::Open,
         allowed_domains: vec![],
         timeout_seconds: 600,
@@ -108,7 +109,14 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
         annotated.usage =
             Usage { memory_peak_bytes: Some(9), boot_ms: Some(3), ..Usage::default() };
         annotated.pulled = vec![Pulled { reference: "r".into(), digest: "d".into() }];
-        annotated.builder_digest = Some("sha256:bb".into());
+        annotated.provenance = Provenance {
+            builder_digest: Some("sha256:bb".into()),
+            kernel_digest: Some("sha256:cc".into()),
+            guest: Some(GuestSays {
+                engine: "e 1".into(),
+                lockfiles: [("Cargo.lock".to_owned(), "sha256:dd".to_owned())].into(),
+            }),
+        };
         store.annotate(&annotated, claimed.fence).await.unwrap();
         pushed =
             store.change(&first.id, claimed.fence, Change::Push, 60, &[of_agent(1)]).await.unwrap();

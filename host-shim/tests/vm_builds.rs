@@ -60,8 +60,11 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
          RUN sed s/WHO/$WHO/ /in/greeting.txt > /out.txt && echo made for $WHO\n\
          FROM scratch\nCOPY --from=made /out.txt /greeting.txt\nENV A=1\n"
     );
-    let files: &[(&str, &[u8])] =
-        &[("Dockerfile", dockerfile.as_bytes()), ("greeting.txt", b"hello WHO\n")];
+    let files: &[(&str, &[u8])] = &[
+        ("Dockerfile", dockerfile.as_bytes()),
+        ("greeting.txt", b"hello WHO\n"),
+        ("web/yarn.lock", b"lock\n"),
+    ];
     let out = server.build(files, &["-t", "team/hello:1", "--build-arg", "WHO=world"]);
     let (stdout, stderr) = (text(out.stdout), text(out.stderr));
     assert!(out.status.success(), "{stderr}\n{}", server.log());
@@ -102,6 +105,18 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
     let build = &builds[0];
     assert_eq!(build["status"], "ready");
     assert_eq!(build["pulled"][0]["reference"], BASE);
+    let provenance = &build["provenance"];
+    for of_the_host in ["source_hash", "builder_digest", "kernel_digest"] {
+        assert!(provenance[of_the_host].as_str().unwrap().starts_with("sha256:"), "{provenance}");
+    }
+    // What the guest says is marked as such.
+    assert!(provenance["engine_version"].as_str().unwrap().starts_with("buildah 1."));
+    assert_eq!(
+        provenance["lockfile_hashes"],
+        serde_json::json!({"web/yarn.lock": format!("sha256:{}", sha256(b"lock\n"))})
+    );
+    let said = serde_json::json!(["engine_version", "lockfile_hashes"]);
+    assert_eq!(provenance["reported_by_guest"], said);
     let other = server.new_token("other", "tenant");
     let hidden = server
         .kiln(&["show", build["id"].as_str().unwrap()])
@@ -372,6 +387,34 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
         assert!(begun.elapsed() < Duration::from_mins(2), "{what}: not within two minutes");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn vm_a_base_is_what_its_pin_says() {
+    let server = Server::start();
+    let creds = format!("any:{}", server.token);
+    let base = format!("docker://{}/base/debian:trixie", server.address);
+    let inspect = ["inspect", "--tls-verify=false", "--creds", &creds, "--format", "{{.Digest}}"];
+    let digest = skopeo(&inspect, &base).trim().to_owned();
+    let dockerfile = format!("FROM scratch AS unused\nFROM {BASE} AS one\nFROM one\nENV A=1\n");
+    let pinned = |digest: &str| server.post(&dockerfile, &[("base_image_digest", digest)]);
+
+    let other = format!("sha256:{}", "0".repeat(64));
+    let (good, bad) = (pinned(&digest), pinned(&other));
+    let build = server.wait(&good);
+    assert_eq!(build["status"], "ready", "{build}");
+    assert_eq!(build["provenance"]["base_image_digest"], digest.as_str());
+    let pulled = build["pulled"].as_array().unwrap();
+    assert!(pulled.iter().any(|pulled| pulled["digest"] == digest.as_str()), "{build}");
+
+    let build = server.wait(&bad);
+    assert_eq!(build["failure"]["kind"], "base_digest_mismatch", "{build}");
+    assert!(build["error"].as_str().unwrap().contains(&other), "{build}");
+    server.stop();
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(<sha2::Sha256 as sha2::Digest>::digest(bytes))
 }
 
 fn newest(server: &Server) -> String {

@@ -7,6 +7,14 @@ pub const MAX_LOG_BYTES: usize = 16 * 1024;
 /// Longest text of a report (a step's name, a message, a detail), in bytes. Longer ones are cut.
 pub const MAX_REPORT_TEXT: usize = 8 * 1024;
 
+/// Longest digest in a job or a report, in bytes.
+pub const MAX_DIGEST: usize = 256;
+
+/// Most lockfiles of a report.
+pub const MAX_LOCKFILES: usize = 64;
+/// Longest path of one, in bytes.
+pub const MAX_LOCKFILE_PATH: usize = 1024;
+
 /// An event with its number. Numbers start at 1 and have no gaps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NumberedEvent {
@@ -126,6 +134,17 @@ pub struct Built {
     pub digest: String,
     /// The engine and its version, as the guest says.
     pub engine: String,
+    /// The source's lists of exact versions, by path.
+    pub lockfiles: Vec<Lockfile>,
+}
+
+/// A list of exact versions that a package manager has written into the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lockfile {
+    /// In the source.
+    pub path: String,
+    /// SHA-256 of its content.
+    pub sha256: [u8; 32],
 }
 
 /// Why a build failed.
@@ -257,8 +276,12 @@ impl Outcome {
     pub fn check(&self) -> Result<(), ReportTooLarge> {
         match self {
             Self::Built(built) => {
-                at_most("digest", built.digest.len(), 256)?;
-                at_most("engine", built.engine.len(), 256)
+                at_most("digest", built.digest.len(), MAX_DIGEST)?;
+                at_most("engine", built.engine.len(), 256)?;
+                at_most("lockfiles", built.lockfiles.len(), MAX_LOCKFILES)?;
+                built.lockfiles.iter().try_for_each(|lockfile| {
+                    at_most("lockfile path", lockfile.path.len(), MAX_LOCKFILE_PATH)
+                })
             }
             Self::Failed(failure) => {
                 at_most("message", failure.message.len(), MAX_REPORT_TEXT)?;
@@ -326,8 +349,13 @@ mod tests {
         assert!(failed(MAX_REPORT_TEXT, MAX_REPORT_TEXT).check().is_ok());
         assert!(failed(MAX_REPORT_TEXT + 1, 0).check().is_err());
         assert!(failed(0, MAX_REPORT_TEXT + 1).check().is_err());
-        let built =
-            |n: usize| Outcome::Built(Built { digest: "d".repeat(n), engine: String::new() });
+        let built = |n: usize| {
+            Outcome::Built(Built {
+                digest: "d".repeat(n),
+                engine: String::new(),
+                lockfiles: vec![],
+            })
+        };
         assert!(built(256).check().is_ok());
         assert!(built(257).check().is_err());
     }

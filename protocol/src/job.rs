@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::event::MAX_DIGEST;
+
 /// Most build arguments of a job.
 pub const MAX_BUILD_ARGS: usize = 256;
 /// Longest text of a job (a name, a path, a target, an argument), in bytes.
@@ -84,6 +86,8 @@ pub struct BuildJob {
     pub build_args: Vec<(String, String)>,
     /// What steps may reach.
     pub network: StepNetwork,
+    /// `sha256:…`: what the image that the last stage is made from has to be.
+    pub base_digest: Option<String>,
 }
 
 /// Where a Dockerfile is.
@@ -145,6 +149,9 @@ impl Job {
         if let Some(target) = &build.target {
             at_most("target", target.len(), MAX_JOB_TEXT)?;
         }
+        if let Some(digest) = &build.base_digest {
+            at_most("base_digest", digest.len(), MAX_DIGEST)?;
+        }
         at_most("build_args count", build.build_args.len(), MAX_BUILD_ARGS)?;
         let mut total = 0;
         for (key, value) in &build.build_args {
@@ -184,6 +191,7 @@ mod tests {
             target: None,
             build_args: vec![],
             network: StepNetwork::None,
+            base_digest: None,
         }
     }
 
@@ -219,6 +227,10 @@ mod tests {
         let target = |n| BuildJob { target: Some("t".repeat(n)), ..build() };
         assert_eq!(check(target(MAX_JOB_TEXT)), None);
         assert_eq!(check(target(MAX_JOB_TEXT + 1)), Some("target"));
+
+        let digest = |n| BuildJob { base_digest: Some("d".repeat(n)), ..build() };
+        assert_eq!(check(digest(MAX_DIGEST)), None);
+        assert_eq!(check(digest(MAX_DIGEST + 1)), Some("base_digest"));
 
         let args = |n| BuildJob { build_args: vec![("k".into(), "v".into()); n], ..build() };
         assert_eq!(check(args(MAX_BUILD_ARGS)), None);

@@ -6,8 +6,8 @@
 mod support;
 
 use kiln_protocol::event::{
-    Built, Event, Failure, FailureKind, Log, LogStream, NumberedEvent, Outcome, Phase, Step,
-    StepEnd, StepState,
+    Built, Event, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome, Phase,
+    Step, StepEnd, StepState,
 };
 use kiln_protocol::frame::{FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, Reject, Resume, Welcome};
@@ -70,14 +70,14 @@ fn job() -> impl Strategy<Value = Job> {
     ];
     let network = prop_oneof![Just(StepNetwork::None), Just(StepNetwork::Proxy)];
     let args = proptest::collection::vec(any::<(String, String)>(), 0..4);
-    let build = (dockerfile, any::<Option<String>>(), args, network).prop_map(
-        |(dockerfile, target, build_args, network)| BuildJob {
+    let build = (dockerfile, any::<Option<String>>(), args, network, any::<Option<String>>())
+        .prop_map(|(dockerfile, target, build_args, network, base_digest)| BuildJob {
             dockerfile,
             target,
             build_args,
             network,
-        },
-    );
+            base_digest,
+        });
     let limits = (any::<(u64, u64, u64)>(), any::<(u32, u32)>());
     ("[a-z0-9-]{1,64}", build, limits).prop_map(
         |(id, build, ((time, log, source), (procs, entries)))| Job {
@@ -129,8 +129,10 @@ fn event() -> impl Strategy<Value = Event> {
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
-    let built = any::<(String, String)>()
-        .prop_map(|(digest, engine)| Outcome::Built(Built { digest, engine }));
+    let lockfile = any::<(String, [u8; 32])>().prop_map(|(path, sha256)| Lockfile { path, sha256 });
+    let built = (any::<(String, String)>(), proptest::collection::vec(lockfile, 0..4)).prop_map(
+        |((digest, engine), lockfiles)| Outcome::Built(Built { digest, engine, lockfiles }),
+    );
     let failed = (
         proptest::sample::select(&FailureKind::ALL[..]),
         any::<String>(),

@@ -3,6 +3,7 @@
 //! Everything that it starts (steps, their monitors) is below one cgroup, so that ending it leaves
 //! nothing behind.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -142,7 +143,7 @@ impl Buildah {
     }
 
     /// A process of buildah, in a process group of its own. Dropping it kills it.
-    fn spawn(&self, files: &Files, args: &[std::ffi::OsString]) -> io::Result<Process> {
+    fn spawn(&self, files: &Files, args: &[OsString]) -> io::Result<Process> {
         let child = Command::new(&self.program)
             .args(args)
             .env_clear()
@@ -233,7 +234,7 @@ impl Run<'_> {
         let digest = tokio::fs::read_to_string(&digest_file)
             .await
             .map_err(could_not("read the digest of the pushed image"))?;
-        Ok(Built { digest: checked_digest(digest.trim())?, engine })
+        Ok(Built { digest: checked_digest(digest.trim())?, engine, lockfiles: Vec::new() })
     }
 }
 
@@ -333,6 +334,7 @@ mod tests {
             Work {
                 dockerfile: context.join("Dockerfile"),
                 context,
+                ignore_file: None,
                 target: None,
                 build_args: vec![("TOKEN".into(), "hunter2".into())],
                 network: StepNetwork::None,
@@ -371,7 +373,10 @@ mod tests {
         ));
         let (outcome, reports) = bench.run().await;
         let engine = "buildah 1.39.3".to_owned();
-        assert_eq!(outcome, Outcome::Built(Built { digest: DIGEST.into(), engine }));
+        assert_eq!(
+            outcome,
+            Outcome::Built(Built { digest: DIGEST.into(), engine, lockfiles: vec![] })
+        );
         let kinds: Vec<_> = reports.iter().map(|report| format!("{report:?}")).collect();
         assert!(kinds[0].starts_with("EngineStarted"), "{}", kinds[0]);
         assert!(kinds[1].starts_with("Event(Log("), "{}", kinds[1]);

@@ -50,6 +50,9 @@ pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
     args.push(flag("--runtime=", &buildah.wrapper));
     args.push(flag("--network=ns:", &buildah.netns));
     args.push(flag("--file=", &work.dockerfile));
+    if let Some(path) = &work.ignore_file {
+        args.push(flag("--ignorefile=", path));
+    }
     args.push(format!("--tag={}", buildah.image).into());
     if let Some(target) = &work.target {
         args.push(format!("--target={target}").into());
@@ -105,6 +108,7 @@ mod tests {
         let work = Work {
             context: "/build/source".into(),
             dockerfile: "/build/source/Dockerfile".into(),
+            ignore_file: Some("/build/source/Dockerfile.dockerignore".into()),
             target: Some("final".into()),
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],
             network: StepNetwork::Proxy,

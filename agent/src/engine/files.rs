@@ -13,6 +13,9 @@ pub const GATEWAY: &str = "127.0.0.1:5000";
 /// is also where names without a registry lead, as Docker's users expect.
 const UPSTREAMS: [&str; 1] = ["docker.io"];
 
+/// The registries that names of images lead to.
+pub const REACHABLE: [&str; 2] = [name::REGISTRY, UPSTREAMS[0]];
+
 /// Where the files are.
 #[derive(Clone, Debug)]
 pub struct Files {

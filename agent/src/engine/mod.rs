@@ -29,6 +29,8 @@ pub struct Work {
     pub context: PathBuf,
     /// The Dockerfile.
     pub dockerfile: PathBuf,
+    /// Its own list of what is left out of the context, which then counts alone.
+    pub ignore_file: Option<PathBuf>,
     /// The stage to build; the last one otherwise.
     pub target: Option<String>,
     /// Build arguments, in order. Never to be logged.
@@ -73,6 +75,7 @@ mod tests {
         let work = Work {
             context: "/c".into(),
             dockerfile: "/c/Dockerfile".into(),
+            ignore_file: None,
             target: None,
             build_args: vec![("KEY".into(), "hunter2".into())],
             network: StepNetwork::None,

@@ -36,7 +36,7 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
     if error.starts_with("no contents in ") {
         return invalid("the Dockerfile is empty");
     }
-    if error.starts_with("no FROM statement found") {
+    if error.starts_with("no FROM statement found") || error == "building: no stages to build" {
         return invalid("the Dockerfile has no FROM");
     }
     if let Some(rest) = error.strip_prefix("The target \"") {
@@ -46,7 +46,15 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
     if let Some(cause) = pull_failure(error) {
         return Some(cause);
     }
+    if let Some((instruction, problem)) = unresolved(error) {
+        return invalid(&format!("{instruction}: {problem}"));
+    }
     if let Some((instruction, problem)) = at_step(error) {
+        if let Some((_, rest)) = problem.split_once("no secret with id \"") {
+            let id = rest.split('"').next().unwrap_or(rest);
+            let message = format!("{instruction}: the build has no secret \"{id}\"");
+            return Some(Cause::new(FailureKind::SecretMissing, message));
+        }
         if let Some((_, unknown)) = problem.split_once("Unknown instruction: ") {
             return invalid(&format!("unknown instruction {}", unknown.trim()));
         }
@@ -75,6 +83,14 @@ fn error_text(stderr: &[String]) -> Option<String> {
     let start = stderr.iter().rposition(|line| line.starts_with("Error: "))?;
     let text = stderr[start..].join("\n");
     Some(text["Error: ".len()..].trim_end().to_owned())
+}
+
+/// `resolving step {Value:copy … Original:COPY x /y Flags:[] StartLine:3 EndLine:3}: problem`
+fn unresolved(error: &str) -> Option<(&str, &str)> {
+    let (node, problem) = error.strip_prefix("resolving step {")?.split_once("}: ")?;
+    let (_, original) = node.split_once(" Original:")?;
+    let (instruction, _) = original.rsplit_once(" Flags:")?;
+    Some((instruction, problem))
 }
 
 /// `building at STEP "COPY x /y": problem`
@@ -114,6 +130,15 @@ fn pull_failure(error: &str) -> Option<Cause> {
 
 fn pull(image: &str, problem: &str) -> Cause {
     let image = image.trim_matches('"');
+    let registry = image.split_once('/').map(|(first, _)| first);
+    // Docker's rule for what is a registry and not the first part of a name.
+    let elsewhere = registry.filter(|first| first.contains(['.', ':']) || *first == "localhost");
+    let problem = match elsewhere {
+        Some(registry) if !super::files::REACHABLE.contains(&registry) => {
+            "images come from registry.kiln and docker.io only"
+        }
+        _ => problem,
+    };
     Cause::new(FailureKind::PullFailed, format!("the image {image} could not be pulled: {problem}"))
 }
 
@@ -149,6 +174,43 @@ mod tests {
     }
 
     /// Every text was printed by buildah 1.39.3 of Debian trixie.
+    #[test]
+    fn what_the_engine_does_not_resolve_is_the_dockerfiles() {
+        let cause = |line: &str| build_failure(&[line.to_owned()]).unwrap();
+        assert_eq!(cause("Error: building: no stages to build").kind, DockerfileInvalid);
+        let unresolved = "Error: resolving step {Value:env Next:0xc0 Children:[] Heredocs:[] \
+             Attributes:map[] Original:ENV g=${e-x} Flags:[] StartLine:3 EndLine:3}: Missing ':'";
+        let found = cause(unresolved);
+        assert_eq!(
+            (found.kind, found.message.as_str()),
+            (DockerfileInvalid, "ENV g=${e-x}: Missing ':'")
+        );
+    }
+
+    #[test]
+    fn images_of_other_registries_are_named() {
+        let line = "Error: creating build container: initializing source docker://quay.io/a/b:1: pinging \
+             container registry quay.io: Get \"https://quay.io/v2/\": dial tcp: lookup quay.io";
+        let found = build_failure(&[line.to_owned()]).unwrap();
+        assert_eq!(found.kind, PullFailed);
+        assert_eq!(
+            found.message,
+            "the image quay.io/a/b:1 could not be pulled: images come from registry.kiln and docker.io only"
+        );
+    }
+
+    #[test]
+    fn a_secret_that_is_not_there_is_named() {
+        let line = "Error: building at STEP \"RUN --mount=type=secret,id=token,required=true cat x\": resolving \
+             mountpoints for container \"e26f\": secret required but no secret with id \"token\" found";
+        let found = build_failure(&[line.to_owned()]).unwrap();
+        assert_eq!(found.kind, FailureKind::SecretMissing);
+        assert_eq!(
+            found.message,
+            "RUN --mount=type=secret,id=token,required=true cat x: the build has no secret \"token\""
+        );
+    }
+
     #[test]
     fn recorded_failures_of_a_build() {
         for (text, kind, message) in [
@@ -198,7 +260,7 @@ mod tests {
                 "Trying to pull 127.0.0.1:1/base/debian:trixie...\n\
                  Error: creating build container: initializing source docker://127.0.0.1:1/base/debian:trixie: pinging container registry 127.0.0.1:1: Get \"http://127.0.0.1:1/v2/\": dial tcp 127.0.0.1:1: connect: network is unreachable",
                 PullFailed,
-                "the image 127.0.0.1:1/base/debian:trixie could not be pulled: pinging container registry 127.0.0.1:1: Get \"http://127.0.0.1:1/v2/\": dial tcp 127.0.0.1:1: connect: network is unreachable",
+                "the image 127.0.0.1:1/base/debian:trixie could not be pulled: images come from registry.kiln and docker.io only",
             ),
             (
                 r#"Error: creating build container: short-name "nosuchimage" did not resolve to an alias and no unqualified-search registries are defined in "/etc/containers/registries.conf""#,

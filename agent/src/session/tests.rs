@@ -175,6 +175,7 @@ fn job() -> Job {
             target: Some("stage".into()),
             build_args: vec![("K".into(), "V".into())],
             network: StepNetwork::Proxy,
+            base_digest: None,
         }),
         limits: Limits {
             timeout_ms: 600_000,
@@ -201,7 +202,11 @@ fn archive() -> Vec<u8> {
 }
 
 fn built() -> Outcome {
-    Outcome::Built(Built { digest: "sha256:abc".into(), engine: "scripted".into() })
+    Outcome::Built(Built {
+        digest: "sha256:abc".into(),
+        engine: "scripted".into(),
+        lockfiles: vec![],
+    })
 }
 
 fn line(text: &str) -> Event {

@@ -1,14 +1,18 @@
 //! The work of a build: source, Dockerfile, engine. One task, which returns the outcome.
 
+use std::borrow::Cow;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
-use kiln_protocol::event::{Event, Failure, FailureKind, Outcome, Phase, cut_text};
+use kiln_protocol::event::{
+    Event, Failure, FailureKind, Lockfile, Log, LogStream, Outcome, Phase, cut_text,
+};
 use kiln_protocol::job::{BuildJob, Dockerfile, Job, MAX_DOCKERFILE, Role};
 use tokio_util::sync::CancellationToken;
 
+use crate::dockerfile::{self, Adapted, Pin};
 use crate::engine::{Engine, Work};
 use crate::events::{Report, Reporter};
 use crate::source::{self, Feed, SourceLimits};
@@ -37,18 +41,28 @@ pub async fn build<E: Engine>(
     reporter.report(Report::Event(Event::Phase(Phase::Unpacking))).await;
     let prepared = {
         let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
-        tokio::task::spawn_blocking(move || prepare(&places, feed, limits, &dockerfile, &cancel))
+        let pin = build.base_digest.clone().map(|digest| (digest, build.target.clone()));
+        tokio::task::spawn_blocking(move || {
+            prepare(&places, feed, limits, &dockerfile, pin.as_ref(), &cancel)
+        })
     };
-    let (context, dockerfile) = match prepared.await {
+    let Prepared { context, dockerfile, ignore_file, notes, lockfiles } = match prepared.await {
         Ok(Ok(ready)) => ready,
         Ok(Err(failure)) => return Outcome::Failed(failure),
         Err(error) => return Outcome::Failed(crashed(&error)),
     };
+    for note in notes {
+        reporter.report(Report::Event(Event::Log(own_line(&note)))).await;
+    }
     reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
-    let BuildJob { target, build_args, network, dockerfile: _ } = build;
+    let BuildJob { target, build_args, network, dockerfile: _, base_digest: _ } = build;
     let processes = job.limits.processes;
-    let work = Work { context, dockerfile, target, build_args, network, processes };
-    engine.run(work, reporter, cancel).await
+    let work = Work { context, dockerfile, ignore_file, target, build_args, network, processes };
+    let mut outcome = engine.run(work, reporter, cancel).await;
+    if let Outcome::Built(built) = &mut outcome {
+        built.lockfiles = lockfiles;
+    }
+    outcome
 }
 
 /// What a part of the agent that panicked leaves to say.
@@ -62,21 +76,33 @@ pub fn fail(kind: FailureKind, message: impl AsRef<str>) -> Failure {
     Failure { kind, message, step: None, exit_code: None, detail: None }
 }
 
+/// What the engine works on.
+struct Prepared {
+    context: PathBuf,
+    dockerfile: PathBuf,
+    ignore_file: Option<PathBuf>,
+    /// For the log.
+    notes: Vec<String>,
+    /// For the provenance.
+    lockfiles: Vec<Lockfile>,
+}
+
 /// Unpacks the source and finds the Dockerfile. It blocks.
 fn prepare(
     places: &Places,
     feed: Feed,
     limits: SourceLimits,
     dockerfile: &Dockerfile,
+    pin: Option<&(String, Option<String>)>,
     cancel: &CancellationToken,
-) -> Result<(PathBuf, PathBuf), Failure> {
+) -> Result<Prepared, Failure> {
     let internal = |what: &Path, error: std::io::Error| {
         fail(FailureKind::Internal, format!("{} cannot be made: {error}", what.display()))
     };
     std::fs::create_dir_all(&places.source).map_err(|error| internal(&places.source, error))?;
     source::unpack(feed, &places.source, limits, &|| cancel.is_cancelled())
         .map_err(|error| fail(error.kind(), error.to_string()))?;
-    let dockerfile = match dockerfile {
+    let found = match dockerfile {
         Dockerfile::Inline(content) => {
             std::fs::write(&places.dockerfile, content)
                 .map_err(|error| internal(&places.dockerfile, error))?;
@@ -84,7 +110,55 @@ fn prepare(
         }
         Dockerfile::InSource(path) => find(&places.source, path)?,
     };
-    Ok((places.source.clone(), dockerfile))
+    let content = std::fs::read(&found).map_err(|error| internal(&found, error))?;
+    let pin = pin.map(|(digest, target)| Pin { target: target.as_deref(), digest });
+    let adapted = adapt(&content, &places.source, pin)?;
+    let mut ready = Prepared {
+        context: places.source.clone(),
+        ignore_file: own_ignore_file(&places.source, &found),
+        dockerfile: found,
+        notes: adapted.notes,
+        lockfiles: source::lockfiles(&places.source),
+    };
+    if let Cow::Owned(text) = adapted.text {
+        ready.dockerfile.clone_from(&places.dockerfile);
+        std::fs::write(&places.dockerfile, text)
+            .map_err(|error| internal(&places.dockerfile, error))?;
+    }
+    Ok(ready)
+}
+
+fn adapt<'a>(
+    content: &'a [u8],
+    source: &Path,
+    pin: Option<Pin<'_>>,
+) -> Result<Adapted<'a>, Failure> {
+    let invalid = |problem: String| fail(FailureKind::DockerfileInvalid, problem);
+    let text = std::str::from_utf8(content).map_err(|error| {
+        let line = 1 + content[..error.valid_up_to()].iter().filter(|b| **b == b'\n').count();
+        invalid(format!("Dockerfile line {line}: it is not UTF-8"))
+    })?;
+    dockerfile::adapt(text, source, pin).map_err(|refused| {
+        let kind = match refused.base {
+            true => FailureKind::BaseDigestMismatch,
+            false => FailureKind::DockerfileInvalid,
+        };
+        fail(kind, refused.to_string())
+    })
+}
+
+/// `app.Dockerfile.dockerignore` goes before `.dockerignore`, as Docker has it.
+fn own_ignore_file(source: &Path, dockerfile: &Path) -> Option<PathBuf> {
+    let mut name = dockerfile.file_name()?.to_owned();
+    name.push(".dockerignore");
+    let path = dockerfile.with_file_name(name);
+    // A link could lead out of the source.
+    let is_file = std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+    (is_file && path.starts_with(source)).then_some(path)
+}
+
+fn own_line(text: &str) -> Log {
+    Log { stream: LogStream::Kiln, step: None, partial: false, content: text.into() }
 }
 
 /// The path of the source's Dockerfile, with no link left in it: who opens it by path cannot be led

@@ -19,6 +19,7 @@ mod error;
 mod feed;
 mod format;
 mod guard;
+mod lockfiles;
 mod tree;
 
 use std::io::{BufReader, Read};
@@ -31,6 +32,7 @@ pub use self::error::SourceError;
 use self::error::{Place, Problem, shown};
 pub use self::feed::{Feed, FeedError, Feeder, feed};
 use self::guard::Guard;
+pub use self::lockfiles::lockfiles;
 use self::tree::{Meta, Name, Refusal, Tree};
 
 /// Decompressed bytes that are read ahead of tar's reader, which reads headers one by one.

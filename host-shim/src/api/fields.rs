@@ -96,6 +96,7 @@ impl Fields {
             image_name: self.image_name(tenant)?,
             build_args: self.build_args()?,
             tags: self.tags()?,
+            base_image_digest: self.base_image_digest()?,
             network: self.network(limits.network_default)?,
             allowed_domains: vec![],
             timeout_seconds: number("timeout_seconds", 600, 1..=limits.max_timeout_seconds)?,
@@ -112,8 +113,20 @@ impl Fields {
         self.0.get(name).map(String::as_str).filter(|text| !text.is_empty())
     }
 
+    fn base_image_digest(&self) -> Result<Option<String>, ApiError> {
+        let name = "base_image_digest";
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let hex = text.strip_prefix("sha256:").unwrap_or_default();
+        let lower = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if hex.len() == 64 && hex.bytes().all(lower) {
+            Ok(Some(text.to_owned()))
+        } else {
+            Err(ApiError::invalid(name, text, "sha256: and 64 lower-case hexadecimal digits"))
+        }
+    }
+
     fn refuse_what_is_not_there_yet(&self) -> Result<(), ApiError> {
-        for name in ["cache_scope", "base_image_digest", "builder_id", "global_cache_key"] {
+        for name in ["cache_scope", "builder_id", "global_cache_key"] {
             if self.text(name).is_some() {
                 return Err(ApiError::not_supported(name, "leave it out, or send it empty"));
             }

@@ -71,6 +71,42 @@ pub struct Provenance {
     /// When the build was completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<String>,
+    /// The digest that the base had to have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_image_digest: Option<String>,
+    /// Digest of the builder bundle that the build ran in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub builder_digest: Option<String>,
+    /// Digest of the kernel that its VM ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_digest: Option<String>,
+    /// What executed the Dockerfile. The guest says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_version: Option<String>,
+    /// `sha256:…` of the source's lockfiles, by path. The guest says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lockfile_hashes: Option<BTreeMap<String, String>>,
+    /// Which of these the guest said: the host cannot check them. It has seen all others itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reported_by_guest: Vec<String>,
+}
+
+impl Provenance {
+    fn of(build: &Stored, timestamp: Option<String>) -> Self {
+        let made = &build.provenance;
+        let guest = made.guest.as_ref();
+        let said = guest.map(|_| vec!["engine_version".into(), "lockfile_hashes".into()]);
+        Self {
+            source_hash: Some(build.request.source_digest.clone()),
+            timestamp,
+            base_image_digest: build.request.base_image_digest.clone(),
+            builder_digest: made.builder_digest.clone(),
+            kernel_digest: made.kernel_digest.clone(),
+            engine_version: guest.map(|guest| guest.engine.clone()),
+            lockfile_hashes: guest.map(|guest| guest.lockfiles.clone()),
+            reported_by_guest: said.unwrap_or_default(),
+        }
+    }
 }
 
 impl Build {
@@ -90,10 +126,7 @@ impl Build {
             image_ref: digest
                 .map(|digest| format!("{public_host}/{}@{digest}", build.repository())),
             error: build.failure.as_ref().map(error_text),
-            provenance: Some(Provenance {
-                source_hash: Some(build.request.source_digest.clone()),
-                timestamp: completed_at.clone(),
-            }),
+            provenance: Some(Provenance::of(build, completed_at.clone())),
             created_at: rfc3339(build.created_at),
             started_at: build.started_at.map(rfc3339),
             completed_at,

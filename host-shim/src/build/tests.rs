@@ -13,6 +13,7 @@ fn request() -> Request {
         image_name: None,
         build_args: BTreeMap::new(),
         tags: BTreeMap::new(),
+        base_image_digest: None,
         network: NetworkMode::None,
         allowed_domains: vec![],
         timeout_seconds: 600,
@@ -104,12 +105,12 @@ fn times_attempts_and_digest_are_kept() {
     let mut lost = first.clone();
     lost.pulled.push(Pulled { reference: "r".into(), digest: "d".into() });
     lost.usage.boot_ms = Some(7);
-    lost.builder_digest = Some("sha256:cc".into());
+    lost.provenance.builder_digest = Some("sha256:cc".into());
 
     let again = lost.apply(Change::Requeue, 30).unwrap();
     assert_eq!(
-        (again.usage, again.pulled.len(), &again.builder_digest),
-        (Usage::default(), 0, &None)
+        (again.usage, again.pulled.len(), &again.provenance),
+        (Usage::default(), 0, &Provenance::default())
     );
     let second = again.apply(Change::Claim, 40).unwrap();
     assert_eq!((second.attempt, second.started_at), (2, Some(20)), "when it was first claimed");

@@ -26,6 +26,7 @@ async fn bench(quiet: Duration) -> Bench {
         image_name: None,
         build_args: BTreeMap::new(),
         tags: BTreeMap::new(),
+        base_image_digest: None,
         network: NetworkMode::None,
         allowed_domains: vec![],
         timeout_seconds: 1,

@@ -73,6 +73,8 @@ pub struct Workshop {
     pub builds_dir: PathBuf,
     /// What VMs run: the digest of the builder bundle.
     pub builder_digest: String,
+    /// Of the bundle's kernel.
+    pub kernel_digest: String,
     /// Of one build's log content, in bytes.
     pub log_limit: u64,
     /// What steps may reach.
@@ -143,7 +145,7 @@ impl Driver {
         tracing::info!("building");
         let Worked { mut next, context, hung: _ } = self.work().await;
         self.workshop.store.annotate(&self.build, self.fence).await?;
-        if let Next::Publish { digest } = next {
+        if let Next::Publish { digest, guest: _ } = next {
             next = match context {
                 Some(context) => match self.publish(digest, context).await? {
                     None => return self.end(Change::Finish).await,
@@ -229,7 +231,8 @@ impl Driver {
             }
             Some(Ok(vm)) => vm,
         };
-        self.build.builder_digest = Some(self.workshop.builder_digest.clone());
+        self.build.provenance.builder_digest = Some(self.workshop.builder_digest.clone());
+        self.build.provenance.kernel_digest = Some(self.workshop.kernel_digest.clone());
         let since_submit = crate::clock::now() - self.build.created_at;
         let running = i64::try_from(vm.started().elapsed().as_millis()).unwrap_or(i64::MAX);
         self.build.usage.vm_start_ms = u64::try_from(since_submit - running).ok();
@@ -241,6 +244,13 @@ impl Driver {
         ));
         let (next, hung) = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
+        let next = match &self.build.request.base_image_digest {
+            Some(pin) => outcome::pinned(next, pin, &self.build.pulled),
+            None => next,
+        };
+        if let Next::Publish { guest, .. } = &next {
+            self.build.provenance.guest = Some(guest.clone());
+        }
         Worked { next, context: Some(context), hung }
     }
 
@@ -425,6 +435,7 @@ impl Driver {
                 NetworkMode::None => StepNetwork::None,
                 NetworkMode::Allowlist | NetworkMode::Open => StepNetwork::Proxy,
             },
+            base_digest: request.base_image_digest.clone(),
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,

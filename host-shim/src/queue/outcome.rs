@@ -3,7 +3,7 @@
 use kiln_protocol::event::Outcome;
 
 use super::sink::LogLimit;
-use crate::build::{Failure, FailureKind};
+use crate::build::{Failure, FailureKind, GuestSays, Pulled};
 use crate::session::End;
 
 /// What the driver does next.
@@ -13,6 +13,8 @@ pub(super) enum Next {
     Publish {
         /// As the guest says.
         digest: String,
+        /// What else it says.
+        guest: GuestSays,
     },
     /// The build failed.
     Fail(Failure),
@@ -24,7 +26,9 @@ pub(super) enum Next {
 pub(super) fn next(end: End) -> Next {
     let fail = |kind, message: String| Next::Fail(Failure::new(kind, message));
     match end {
-        End::Outcome(Outcome::Built(built)) => Next::Publish { digest: built.digest },
+        End::Outcome(Outcome::Built(built)) => {
+            Next::Publish { guest: GuestSays::from(&built), digest: built.digest }
+        }
         End::Outcome(Outcome::Failed(failure)) => Next::Fail(host_checked(failure.into())),
         End::Outcome(Outcome::Cancelled) => fail(
             FailureKind::Internal,
@@ -47,13 +51,30 @@ pub(super) fn next(end: End) -> Next {
     }
 }
 
+/// Holds a build to the base that it asks for: the host knows what was pulled.
+pub(super) fn pinned(next: Next, pin: &str, pulled: &[Pulled]) -> Next {
+    if pulled.iter().any(|pulled| pulled.digest == pin) {
+        return next;
+    }
+    let mismatch = |why: String| Next::Fail(Failure::new(FailureKind::BaseDigestMismatch, why));
+    match next {
+        Next::Publish { .. } => {
+            mismatch(format!("the build asks for the base {pin}, but pulled no such image"))
+        }
+        Next::Fail(failure) if failure.kind == FailureKind::PullFailed => mismatch(format!(
+            "the base image is not to be had as {pin}, which the build asks for: {}",
+            failure.message
+        )),
+        other => other,
+    }
+}
+
 /// A guest is not believed where it names a cause that only the host can know.
 fn host_checked(failure: Failure) -> Failure {
     match failure.kind {
-        FailureKind::SecretLeaked
-        | FailureKind::BaseDigestMismatch
-        | FailureKind::VmLost
-        | FailureKind::HostRestarted => Failure { kind: FailureKind::Internal, ..failure },
+        FailureKind::SecretLeaked | FailureKind::VmLost | FailureKind::HostRestarted => {
+            Failure { kind: FailureKind::Internal, ..failure }
+        }
         _ => failure,
     }
 }
@@ -83,9 +104,10 @@ mod tests {
 
     #[test]
     fn a_built_image_is_published() {
-        let built = Built { digest: "sha256:1".into(), engine: "e".into() };
+        let built = Built { digest: "sha256:1".into(), engine: "e".into(), lockfiles: vec![] };
         let digest = "sha256:1".to_owned();
-        assert_eq!(next(End::Outcome(Outcome::Built(built))), Next::Publish { digest });
+        let guest = GuestSays { engine: "e".into(), lockfiles: Default::default() };
+        assert_eq!(next(End::Outcome(Outcome::Built(built))), Next::Publish { digest, guest });
     }
 
     #[test]
@@ -113,5 +135,22 @@ mod tests {
         assert_eq!(kind(End::Store(LogLimit(1).into())), Some(FailureKind::LogLimit));
         assert_eq!(kind(End::Store(anyhow::anyhow!("x"))), Some(FailureKind::Internal));
         assert_eq!(next(End::Cancelled), Next::Cancel);
+    }
+
+    #[test]
+    fn a_build_is_held_to_the_base_that_it_asks_for() {
+        let guest = GuestSays { engine: "e".into(), lockfiles: Default::default() };
+        let publish = || Next::Publish { digest: "sha256:1".into(), guest: guest.clone() };
+        let pulled = [Pulled { reference: "r".into(), digest: "sha256:2".into() }];
+        assert_eq!(pinned(publish(), "sha256:2", &pulled), publish());
+        let failed = |kind| Next::Fail(Failure::new(kind, "why"));
+        for next in [publish(), failed(FailureKind::PullFailed)] {
+            let Next::Fail(failure) = pinned(next, "sha256:3", &pulled) else { panic!() };
+            assert_eq!(failure.kind, FailureKind::BaseDigestMismatch);
+            assert!(failure.message.contains("sha256:3"), "{}", failure.message);
+        }
+        let other = failed(FailureKind::StepFailed);
+        assert_eq!(pinned(other, "sha256:3", &pulled), failed(FailureKind::StepFailed));
+        assert_eq!(pinned(Next::Cancel, "sha256:3", &[]), Next::Cancel);
     }
 }

@@ -70,6 +70,7 @@ fn host(source: usize) -> Host {
         target: None,
         build_args: vec![],
         network: StepNetwork::None,
+        base_digest: None,
     };
     let limits = Limits {
         timeout_ms: 1000,
@@ -181,7 +182,11 @@ fn log(seq: u64, content: &[u8]) -> AgentToHost {
 }
 
 fn built() -> AgentToHost {
-    AgentToHost::Outcome(Outcome::Built(Built { digest: "sha256:0".into(), engine: "e".into() }))
+    AgentToHost::Outcome(Outcome::Built(Built {
+        digest: "sha256:0".into(),
+        engine: "e".into(),
+        lockfiles: vec![],
+    }))
 }
 
 fn seqs(stored: &Stored) -> Vec<u64> {

@@ -109,6 +109,7 @@ fn migrator() -> Migrator {
     let all = [
         ("builds", include_str!("../../migrations/sqlite/0001_builds.sql")),
         ("active builds", include_str!("../../migrations/sqlite/0002_active_builds.sql")),
+        ("provenance", include_str!("../../migrations/sqlite/0003_provenance.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -235,7 +236,7 @@ impl Store for SqliteStore {
         let next = Build {
             usage: build.usage,
             pulled: build.pulled.clone(),
-            builder_digest: build.builder_digest.clone(),
+            provenance: build.provenance.clone(),
             ..before
         };
         claims::save(&mut tx, &next, fence).await?;

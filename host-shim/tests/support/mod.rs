@@ -11,6 +11,8 @@
     missing_docs
 )]
 
+pub mod image;
+
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -132,6 +134,31 @@ impl Server {
         let out = self.run(&[&["build", path, "--detach"], flags].concat());
         assert!(out.status.success(), "{}", text(out.stderr));
         text(out.stdout).trim().to_owned()
+    }
+
+    /// Submits a Dockerfile alone with fields of the API that `kiln build` has no flags for; returns the
+    /// build's id.
+    pub fn post(&self, dockerfile: &str, fields: &[(&str, &str)]) -> String {
+        let source = source(&[("Dockerfile", dockerfile.as_bytes())]);
+        let tar = source.path().join("source.tar");
+        let mut made = Command::new("tar");
+        made.arg("-C").arg(source.path()).arg("-cf").arg(&tar).arg("Dockerfile");
+        assert!(made.status().unwrap().success());
+        let mut curl = Command::new("curl");
+        curl.args([
+            "-sS",
+            "--fail-with-body",
+            "-H",
+            &format!("Authorization: Bearer {}", self.token),
+        ])
+        .args(["-F", &format!("source=@{}", tar.display())]);
+        for (name, value) in fields {
+            curl.args(["--form-string", &format!("{name}={value}")]);
+        }
+        let out = curl.arg(format!("http://{}/builds", self.address)).output().unwrap();
+        assert!(out.status.success(), "{}{}", text(out.stdout), text(out.stderr));
+        let build: Value = serde_json::from_slice(&out.stdout).unwrap();
+        build["id"].as_str().unwrap().to_owned()
     }
 
     /// Builds a source of these files and waits.

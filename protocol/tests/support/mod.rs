@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test's values are known")]
 
 use kiln_protocol::event::{
-    Built, Event, Failure, FailureKind, Log, LogStream, NumberedEvent, Outcome, Phase, Step,
-    StepEnd, StepState,
+    Built, Event, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome, Phase,
+    Step, StepEnd, StepState,
 };
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::hello::{
@@ -134,6 +134,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             target: inline.then(|| "final".into()),
             build_args: vec![("B".into(), "2".into()), ("A".into(), String::new())],
             network,
+            base_digest: inline.then(|| "sha256:ef".into()),
         }),
         limits: Limits {
             timeout_ms: 600_000,
@@ -172,6 +173,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         AgentToHost::Outcome(Outcome::Built(Built {
             digest: "sha256:abcd".into(),
             engine: "buildah 1.39.3".into(),
+            lockfiles: vec![Lockfile { path: "web/yarn.lock".into(), sha256: [0xab; 32] }],
         })),
         AgentToHost::Outcome(Outcome::Cancelled),
         AgentToHost::Usage(AgentUsage {

@@ -189,7 +189,6 @@ fn networks_have_two_names_each() {
 fn what_comes_later_is_refused_and_not_ignored() {
     for (name, nothing, something) in [
         ("cache_scope", "", "main"),
-        ("base_image_digest", "", "sha256:00"),
         ("builder_id", "", "b"),
         ("global_cache_key", "", "node"),
         ("is_admin_build", "false", "true"),
@@ -218,4 +217,15 @@ fn unknown_and_repeated_fields_are_refused() {
     let mut fields = Fields::default();
     fields.insert("cpus", "1".into()).unwrap();
     assert_eq!(fields.insert("cpus", "1".into()).unwrap_err().code(), "duplicate_field");
+}
+
+#[test]
+fn a_base_is_pinned_by_a_whole_digest() {
+    let digest = format!("sha256:{}", "0a".repeat(32));
+    let pinned = |text: &str| request(&[("base_image_digest", text)]).unwrap().base_image_digest;
+    assert_eq!(pinned(&digest), Some(digest.clone()));
+    assert_eq!(pinned(""), None);
+    for bad in ["sha256:00", &digest.to_uppercase(), &digest[7..], &format!("{digest}0")] {
+        assert_eq!(code(&[("base_image_digest", bad)]), "invalid_field", "{bad}");
+    }
 }

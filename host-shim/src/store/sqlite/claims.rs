@@ -88,7 +88,7 @@ pub(super) async fn save(
     let saved = sqlx::query(
         "UPDATE builds
          SET status = $1, completed_at = $2, publishing = $3, failure = $4, used = $5, pulled = $6,
-             builder_digest = $7
+             provenance = $7
          WHERE id = $8 AND fence = $9",
     )
     .bind(build.status.as_str())
@@ -97,7 +97,7 @@ pub(super) async fn save(
     .bind(failure)
     .bind(json(&build.usage)?)
     .bind(json(&build.pulled)?)
-    .bind(build.builder_digest.as_deref())
+    .bind(json(&build.provenance)?)
     .bind(build.id.as_str())
     .bind(fence.0)
     .execute(db)

@@ -1,0 +1,252 @@
+//! A Dockerfile as the engine understands it: what it lacks is rewritten, or refused by name and line.
+//!
+//! ```text
+//! text ─▶ scan (logical lines) ─▶ words (flags) ─▶ rules ─▶ kept | rewritten, with a note | refused
+//! ```
+//! buildah 1.39 knows most of Docker's language, but not all, and it passes over some flags that it
+//! does not know. **Invariant**: what Docker's reference has is built as it says there, or the build
+//! fails before its first step with the line, or a note in the log says what differs.
+//! docs/DOCKERFILE.md lists all three for users.
+//!
+//! The text is a stranger's: nothing is run, and no name in it is looked up outside the source.
+
+mod parents;
+mod pattern;
+mod pin;
+mod rules;
+mod scan;
+mod variables;
+mod words;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use self::rules::Rule;
+use self::scan::Instruction;
+use self::words::Words;
+
+/// What the engine gets, and what the user is told about it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Adapted<'a> {
+    /// The same text where nothing had to change.
+    pub text: Cow<'a, str>,
+    /// For the build's log.
+    pub notes: Vec<String>,
+}
+
+/// What Kiln cannot build.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Dockerfile line {line}: {what}")]
+pub struct Refused {
+    /// From 1.
+    pub line: usize,
+    /// By name, with what to do instead.
+    pub what: String,
+    /// It is the base that is not the one that the build asks for.
+    pub base: bool,
+}
+
+/// The digest that the base of a stage has to have.
+#[derive(Clone, Copy, Debug)]
+pub struct Pin<'a> {
+    /// The stage that is built; the last one otherwise.
+    pub target: Option<&'a str>,
+    /// `sha256:…`
+    pub digest: &'a str,
+}
+
+/// Adapts a Dockerfile to the engine. Patterns are looked up in `source`.
+pub fn adapt<'a>(
+    text: &'a str,
+    source: &Path,
+    pin: Option<Pin<'_>>,
+) -> Result<Adapted<'a>, Refused> {
+    let refused = |line, what| Refused { line, what, base: false };
+    let scanned = scan::scan(text).map_err(|unclosed| {
+        let what = format!("the here-document has no end: no line is just `{}`", unclosed.word);
+        refused(unclosed.line, what)
+    })?;
+    if let Some((line, syntax)) = &scanned.syntax
+        && !is_dockers(syntax)
+    {
+        let what = format!("the syntax {syntax} is not supported, only docker/dockerfile");
+        return Err(refused(*line, what));
+    }
+    if let Some(line) = scanned.backtick {
+        let what = "`escape` is not supported: it is for Windows' paths. Use backslashes";
+        return Err(refused(line, what.to_owned()));
+    }
+    let expand = |pattern: &str| pattern::names(source, pattern);
+    let mut rewritten = Rewritten::default();
+    for instruction in &scanned.instructions {
+        let refused = |what| refused(instruction.line, what);
+        let outer = Words::of(instruction);
+        let onbuild = outer.keyword == "ONBUILD";
+        let words = if onbuild { outer.inner(instruction) } else { outer };
+        match rules::rule(&words, onbuild) {
+            Rule::Keep => {}
+            Rule::Refuse(what) => return Err(refused(what)),
+            Rule::Change(edits) => {
+                if words.flags.iter().any(|flag| flag.name == "link" && rules::is_set(flag)) {
+                    rewritten.note(LINK, instruction.line);
+                }
+                for (range, with) in edits {
+                    rewritten.put(instruction, range, &with);
+                }
+            }
+            Rule::Parents => {
+                let copies =
+                    parents::rewrite(&words, &instruction.joined, &expand).map_err(refused)?;
+                rewritten.note(PARENTS, instruction.line);
+                rewritten.replace(instruction, copies);
+            }
+        }
+    }
+    if let Some(pin) = pin {
+        let places = pin::places(&scanned, pin.target, pin.digest)
+            .map_err(|(line, what)| Refused { line, what, base: true })?;
+        for (instruction, end) in places {
+            rewritten.insert(instruction, end, format!("@{}", pin.digest));
+        }
+    }
+    Ok(rewritten.of(text))
+}
+
+const LINK: &str = "COPY --link is built without --link: the files become part of the image's one \
+                    layer, and links in the destination's path are followed";
+const PARENTS: &str = "COPY --parents is built as one COPY for each source: directories that it makes \
+                       have mode 0755, whatever theirs is";
+
+/// `docker/dockerfile:1`, as it is or with the name of Docker's registry.
+fn is_dockers(syntax: &str) -> bool {
+    let name = syntax.strip_prefix("docker.io/").unwrap_or(syntax);
+    let name = name.split_once([':', '@']).map_or(name, |(name, _)| name);
+    matches!(name, "docker/dockerfile" | "docker/dockerfile-upstream")
+}
+
+/// The changes to a text, in its order.
+#[derive(Default)]
+struct Rewritten {
+    edits: Vec<(std::ops::Range<usize>, String)>,
+    notes: BTreeMap<&'static str, Vec<usize>>,
+}
+
+impl Rewritten {
+    fn note(&mut self, note: &'static str, line: usize) {
+        self.notes.entry(note).or_default().push(line);
+    }
+
+    /// Puts a text over a part of an instruction. Continuations within the part stay, and what is left
+    /// of it is blank.
+    fn put(&mut self, instruction: &Instruction, part: Range<usize>, with: &str) {
+        let mut with = with.to_owned();
+        for at in &instruction.at[part] {
+            let with = if with.is_empty() { " ".to_owned() } else { std::mem::take(&mut with) };
+            self.edits.push((*at..*at + 1, with));
+        }
+    }
+
+    fn replace(&mut self, instruction: &Instruction, with: String) {
+        self.edits.push((instruction.range.clone(), with));
+    }
+
+    fn insert(&mut self, instruction: &Instruction, before: usize, what: String) {
+        // After the byte before: what follows may begin in another line.
+        let at = instruction.at[before - 1] + 1;
+        self.edits.push((at..at, what));
+    }
+
+    fn of(mut self, text: &str) -> Adapted<'_> {
+        self.edits.sort_by_key(|(range, _)| range.start);
+        let notes = self.notes.into_iter().map(|(note, lines)| {
+            let lines: Vec<_> = lines.iter().map(usize::to_string).collect();
+            format!("Dockerfile line {}: {note}", lines.join(", "))
+        });
+        let notes = notes.collect();
+        if self.edits.is_empty() {
+            return Adapted { text: Cow::Borrowed(text), notes };
+        }
+        let mut out = String::with_capacity(text.len());
+        let mut from = 0;
+        for (range, with) in self.edits {
+            out.push_str(&text[from..range.start]);
+            out.push_str(&with);
+            from = range.end;
+        }
+        out.push_str(&text[from..]);
+        Adapted { text: Cow::Owned(out), notes }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn adapted(text: &str) -> Result<(String, Vec<String>), String> {
+        let source = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(source.path().join("a/b")).unwrap();
+        std::fs::write(source.path().join("a/b/c.md"), "").unwrap();
+        adapt(text, source.path(), None)
+            .map(|adapted| (adapted.text.into_owned(), adapted.notes))
+            .map_err(|refused| refused.to_string())
+    }
+
+    #[test]
+    fn a_plain_one_stays_as_it_is() {
+        let text =
+            "# syntax=docker/dockerfile:1.7-labs\nFROM x\nRUN <<EOF\nCOPY --exclude=a b c\nEOF\n";
+        assert_eq!(adapted(text), Ok((text.to_owned(), vec![])));
+    }
+
+    #[test]
+    fn flags_are_blanked_in_their_place() {
+        let text = "FROM x\nCOPY --li\\\nnk --chmod=600 a /b\nONBUILD COPY --link a /b\nADD --link=false é /c\n";
+        let (out, notes) = adapted(text).unwrap();
+        assert_eq!(
+            out,
+            "FROM x\nCOPY     \\\n   --chmod=600 a /b\nONBUILD COPY        a /b\nADD              é /c\n"
+        );
+        assert_eq!(notes.len(), 1);
+        assert!(notes[0].starts_with("Dockerfile line 2, 4: COPY --link"), "{notes:?}");
+    }
+
+    #[test]
+    fn parents_become_copies() {
+        let (out, notes) =
+            adapted("FROM x\nCOPY --parents \\\n  # all\n  **/*.md a/b /d/\nRUN true\n").unwrap();
+        assert_eq!(
+            out,
+            "FROM x\nCOPY [\"a/b/c.md\",\"/d/a/b/c.md\"]\nCOPY [\"a/b\",\"/d/a/b\"]\nRUN true\n"
+        );
+        assert!(notes[0].starts_with("Dockerfile line 2: COPY --parents"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_base_is_pinned_among_other_changes() {
+        let pin = Pin { target: None, digest: "sha256:d" };
+        let text = "FROM x AS a\nCOPY --link a /b\nFROM a\nCOPY --link a /b\n";
+        let adapted = adapt(text, Path::new("/nonexistent"), Some(pin)).unwrap();
+        let expected = "FROM x@sha256:d AS a\nCOPY        a /b\nFROM a\nCOPY        a /b\n";
+        assert_eq!(adapted.text, expected);
+        assert!(adapt("FROM scratch", Path::new("/nonexistent"), Some(pin)).unwrap_err().base);
+    }
+
+    #[test]
+    fn refusals_name_line_and_thing() {
+        for (text, start) in [
+            ("FROM x\n\nCOPY --exclude=a b \\\n c", "Dockerfile line 3: COPY --exclude=a "),
+            (
+                "# syntax=example.com/other\nFROM x",
+                "Dockerfile line 1: the syntax example.com/other ",
+            ),
+            ("FROM x\nONBUILD COPY --parents a b", "Dockerfile line 2: ONBUILD COPY --parents "),
+            ("FROM x\nRUN <<A\nB", "Dockerfile line 2: the here-document has no end"),
+        ] {
+            let refused = adapted(text).unwrap_err();
+            assert!(refused.starts_with(start), "{refused}");
+        }
+    }
+}

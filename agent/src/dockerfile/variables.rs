@@ -1,0 +1,47 @@
+//! Variables in arguments. Pure.
+
+/// The first `${name…}` of a form that the engine lacks: it knows `${name}`, `:-`, `:+` and patterns.
+/// (On `:?` it never comes back.)
+pub fn unsupported(text: &str) -> Option<&str> {
+    let bytes = text.as_bytes();
+    let mut from = 0;
+    while let Some(found) = text[from..].find("${") {
+        let start = from + found;
+        from = start + 2;
+        let escaped =
+            bytes[..start].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1;
+        if escaped {
+            continue;
+        }
+        let name =
+            bytes[from..].iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_').count();
+        let after = &bytes[from + name..];
+        let known = match after {
+            [] | [b'}' | b'#' | b'%' | b'/', ..] | [b':', b'-' | b'+', ..] => true,
+            _ => false,
+        };
+        if !known {
+            let end = text[start..].find('}').map_or(text.len(), |end| start + end + 1);
+            return Some(&text[start..end]);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_that_the_engine_has_not_are_found() {
+        for known in ["a", "$a ${b}", "${a:-${b:+c}}", "${a#x}${b%%y}${c//x/y}", r"\${a?b}", "${a"]
+        {
+            assert_eq!(unsupported(known), None, "{known}");
+        }
+        assert_eq!(unsupported("x ${a:?say} y"), Some("${a:?say}"));
+        assert_eq!(unsupported("${a:-${b-c}}"), Some("${b-c}"));
+        assert_eq!(unsupported("${a+b"), Some("${a+b"));
+        assert_eq!(unsupported(r"\\${a!}"), Some("${a!}"));
+        assert_eq!(unsupported("${é}"), Some("${é}"));
+    }
+}

@@ -1,0 +1,2 @@
+FROM registry.kiln/dev/busybox
+COPY app /app
