@@ -156,8 +156,11 @@ where
 {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
-    let places =
-        Places { source: dir.path().join("source"), dockerfile: dir.path().join("Dockerfile") };
+    let places = Places {
+        source: dir.path().join("source"),
+        dockerfile: dir.path().join("Dockerfile"),
+        instance: crate::run::Places::default(),
+    };
     let identity = Identity { agent: "kiln-agent test".into(), image: "image".into() };
     let session = tokio::spawn(async move {
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
@@ -266,7 +269,7 @@ async fn a_source_of_many_windows_arrives() {
     });
     let mut job = job();
     job.limits.source_bytes = 6 << 20;
-    let Role::Build(build) = &mut job.role;
+    let Role::Build(build) = &mut job.role else { panic!("{job:?}") };
     build.dockerfile = Dockerfile::Inline(b"FROM scratch".to_vec());
     let mut peer = fixture.with_job(job).await;
     let archive = archive_of("Dockerfile", &vec![7; 6 << 20]);
@@ -334,7 +337,7 @@ async fn no_job_ends_the_session() {
 async fn a_job_over_its_bounds_fails_by_name() {
     let mut fixture = start(async |_, _, _| built());
     let mut job = job();
-    let Role::Build(build) = &mut job.role;
+    let Role::Build(build) = &mut job.role else { panic!("{job:?}") };
     build.target = Some("t".repeat(kiln_protocol::job::MAX_JOB_TEXT + 1));
     let mut peer = fixture.with_job(job).await;
     let failure = failure(peer.outcome().await.0);
@@ -374,7 +377,11 @@ async fn a_missing_dockerfile_fails_by_its_path() {
 async fn what_the_machine_cannot_prepare_fails_the_build() {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
-    let places = Places { source: dir.path().join("s"), dockerfile: dir.path().join("d") };
+    let places = Places {
+        source: dir.path().join("s"),
+        dockerfile: dir.path().join("d"),
+        instance: crate::run::Places::default(),
+    };
     let session = tokio::spawn(async move {
         let identity = Identity { agent: String::new(), image: String::new() };
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
