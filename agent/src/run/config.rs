@@ -75,7 +75,11 @@ pub fn config(
     let capabilities: &[&str] = if user.uid == 0 { &CAPABILITIES } else { &[] };
     let mut args = vec![INIT_PATH];
     args.extend(job.args.iter().map(String::as_str));
-    let mut resources = json!({ "pids": { "limit": limits.processes } });
+    // Devices of the image's own open nothing; the runtime adds those that every container has.
+    let mut resources = json!({
+        "devices": [{ "allow": false, "access": "rwm" }],
+        "pids": { "limit": limits.processes },
+    });
     if let Some(memory) = limits.memory {
         resources["memory"] = json!({ "limit": memory });
     }
