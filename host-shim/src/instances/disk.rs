@@ -1,52 +1,73 @@
-//! A layout becomes a disk. The one place that knows how.
+//! An image's layout becomes its disk. The one place that knows how.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
+use kiln_image::disk::{self, Limits, Options, Source};
 use tokio_util::sync::CancellationToken;
+
+/// What VMs are.
+const ARCHITECTURE: &str = "amd64";
+const GIB: u64 = 1 << 30;
+
+/// What one image may cost the host. Disk: twice the unpacked bytes, for as long as the disk is made. Memory: the
+/// last of them, which is some 300,000 files.
+const LIMITS: Limits = Limits {
+    layers: 512,
+    compressed_bytes: super::pull::MAX_IMAGE_BYTES,
+    layer_bytes: 32 * GIB,
+    total_bytes: 32 * GIB,
+    entries: 1_000_000,
+    metadata_bytes: GIB / 2,
+};
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// It was given up.
-    #[error("the disk was given up")]
-    Cancelled,
-    /// TEMPORARY
-    #[error("the image's disk cannot be made: {0}")]
-    Failed(String),
+    /// The image is not taken, or the host cannot.
+    #[error(transparent)]
+    Made(#[from] disk::DiskError),
+    /// The disk cannot be opened.
+    #[error("it cannot be opened")]
+    Open(#[source] io::Error),
+    /// The thread that made it broke down.
+    #[error("its making broke down")]
+    Thread(#[source] tokio::task::JoinError),
 }
 
-/// Makes an ext4 disk of the image in a layout.
+impl DiskError {
+    /// Whether it was given up because somebody said so.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Made(disk::DiskError::Cancelled))
+    }
+}
+
+/// Makes the disk of the image in a layout, opened for reading. It has no name when this returns: it goes with its
+/// last descriptor. Nobody may drop the future; `cancel` ends it at once.
 pub async fn make(
     layout: PathBuf,
-    disk: PathBuf,
+    place: PathBuf,
     cancel: CancellationToken,
-) -> Result<(), DiskError> {
-    let made = tokio::task::spawn_blocking(move || temporary(&layout, &disk));
-    tokio::select! {
-        made = made => made.map_err(|e| DiskError::Failed(e.to_string()))?,
-        () = cancel.cancelled() => Err(DiskError::Cancelled),
-    }
+) -> Result<File, DiskError> {
+    let made = tokio::task::spawn_blocking(move || make_and_open(&layout, &place, &cancel));
+    made.await.map_err(DiskError::Thread)?
 }
 
-fn temporary(layout: &Path, disk: &Path) -> Result<(), DiskError> {
-    let script = r#"set -e
-d=$(mktemp -d); trap 'rm -rf "$d"' EXIT
-ref=$(jq -r '.manifests[0].digest' "$1/index.json")
-m="$1/blobs/sha256/${ref#sha256:}"
-mkdir "$d/root"
-for l in $(jq -r '.layers[].digest' "$m"); do tar -xf "$1/blobs/sha256/${l#sha256:}" -C "$d/root" --numeric-owner; done
-truncate -s 2G "$2"
-mke2fs -q -F -t ext4 -O ^has_journal -d "$d/root" "$2"
-"#;
-    let out = std::process::Command::new("sh")
-        .args(["-c", script, "sh"])
-        .arg(layout)
-        .arg(disk)
-        .output()
-        .map_err(|e| DiskError::Failed(e.to_string()))?;
-    if out.status.success() {
-        Ok(())
-    } else {
-        Err(DiskError::Failed(String::from_utf8_lossy(&out.stderr).into_owned()))
-    }
+fn make_and_open(
+    layout: &Path,
+    place: &Path,
+    cancel: &CancellationToken,
+) -> Result<File, DiskError> {
+    let options = Options {
+        limits: LIMITS,
+        // An instance writes to another disk.
+        free_bytes: 0,
+        architecture: ARCHITECTURE.to_owned(),
+        ..Options::default()
+    };
+    disk::make(&Source::Layout(layout.to_owned()), place, &options, cancel)?;
+    let opened = File::open(place).map_err(DiskError::Open)?;
+    std::fs::remove_file(place).map_err(DiskError::Open)?;
+    Ok(opened)
 }

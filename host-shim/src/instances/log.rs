@@ -209,3 +209,144 @@ async fn tail(file: &mut File, length: u64, lines: u64) -> io::Result<u64> {
     }
     Ok(0)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::instance::{Change, End, InstanceId};
+    use super::*;
+    use crate::build::Tenant;
+
+    fn instance() -> Instance {
+        Instance {
+            id: InstanceId::parse("i1").unwrap(),
+            tenant: Tenant::new("a").unwrap(),
+            name: "web".into(),
+            image: "a/web".into(),
+            image_digest: "sha256:0".into(),
+            vcpus: 1,
+            memory_mb: 1024,
+            state: State::Created,
+            created_at: 1,
+            started_at: None,
+            stopped_at: None,
+            exit_code: None,
+            exit_message: None,
+        }
+    }
+
+    fn line(n: usize) -> Value {
+        json!({ "type": "log", "content": format!("line {n}") })
+    }
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        writer: Writer,
+        seen: watch::Sender<Seen>,
+    }
+
+    impl Bench {
+        async fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let writer = Writer::create(&dir.path().join("log")).await.unwrap();
+            let seen = watch::Sender::new(Seen { bytes: 0, instance: instance() });
+            Self { dir, writer, seen }
+        }
+
+        async fn print(&mut self, lines: &[Value]) {
+            let bytes = self.writer.append(lines).await.unwrap();
+            self.seen.send_modify(|seen| seen.bytes = bytes);
+        }
+
+        fn end(self) -> tempfile::TempDir {
+            let stopped = instance().apply(Change::Stop(End::exited(3)), 9).unwrap();
+            self.seen.send_modify(|seen| seen.instance = stopped);
+            self.dir
+        }
+
+        async fn read(&self, from: From, follow: bool) -> Reader {
+            let changes = Some(self.seen.subscribe());
+            let path = self.dir.path().join("log");
+            Reader::open(&path, instance(), changes, from, follow).await.unwrap()
+        }
+    }
+
+    async fn lines(reader: &mut Reader) -> Option<Vec<Value>> {
+        match reader.next().await.unwrap() {
+            Batch::Lines(lines) => Some(lines.into_iter().map(|line| line.payload).collect()),
+            Batch::End(_) => None,
+            Batch::Quiet => panic!("it is quiet"),
+        }
+    }
+
+    async fn all(mut reader: Reader) -> Vec<Value> {
+        let mut found = vec![];
+        while let Some(lines) = lines(&mut reader).await {
+            found.extend(lines);
+        }
+        found
+    }
+
+    #[tokio::test]
+    async fn a_follower_sees_lines_as_they_come_and_then_the_end_though_the_file_is_gone() {
+        let mut bench = Bench::new().await;
+        bench.print(&[line(1)]).await;
+        let mut reader = bench.read(From::Byte(0), true).await;
+        assert_eq!(lines(&mut reader).await.unwrap(), [line(1)]);
+        let waiting = tokio::spawn(async move {
+            let next = lines(&mut reader).await;
+            (reader, next)
+        });
+        bench.print(&[line(2), line(3)]).await;
+        let (mut reader, next) = waiting.await.unwrap();
+        assert_eq!(next.unwrap(), [line(2), line(3)]);
+        bench.print(&[line(4)]).await;
+        drop(bench.end());
+        assert_eq!(lines(&mut reader).await.unwrap(), [line(4)]);
+        let Batch::End(ended) = reader.next().await.unwrap() else { panic!("it goes on") };
+        assert_eq!(ended.exit_code, Some(3));
+    }
+
+    #[tokio::test]
+    async fn what_there_is_ends_without_a_wait_and_goes_on_where_a_line_ended() {
+        let mut bench = Bench::new().await;
+        bench.print(&[line(1), line(2)]).await;
+        let mut reader = bench.read(From::Byte(0), false).await;
+        let Batch::Lines(found) = reader.next().await.unwrap() else { panic!("no lines") };
+        assert!(matches!(reader.next().await.unwrap(), Batch::End(_)));
+        let again = bench.read(From::Byte(found[0].end), false).await;
+        assert_eq!(all(again).await, [line(2)]);
+        assert_eq!(all(bench.read(From::Byte(u64::MAX), false).await).await, [] as [Value; 0]);
+    }
+
+    #[tokio::test]
+    async fn the_last_lines_are_found_across_chunks() {
+        let mut bench = Bench::new().await;
+        let long = json!({ "content": "x".repeat(CHUNK + 10) });
+        let written = [line(1), long, line(2), line(3)];
+        bench.print(&written).await;
+        for n in 0..=5_usize {
+            let reader = bench.read(From::Tail(n as u64), false).await;
+            let expected = &written[written.len().saturating_sub(n)..];
+            assert!(all(reader).await == expected, "{n}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_told_and_an_owner_that_vanished_ends_it() {
+        let bench = Bench::new().await;
+        let mut reader = bench.read(From::Byte(0), true).await;
+        assert!(matches!(reader.next().await.unwrap(), Batch::Quiet));
+        drop(bench.seen);
+        assert!(matches!(reader.next().await.unwrap(), Batch::End(_)));
+    }
+
+    #[tokio::test]
+    async fn an_instance_that_never_had_a_log_has_an_empty_one() {
+        let path = std::path::Path::new("/nonexistent/log");
+        let reader = Reader::open(path, instance(), None, From::Tail(3), true).await.unwrap();
+        assert_eq!(all(reader).await, [] as [Value; 0]);
+    }
+}

@@ -4,7 +4,6 @@
 //! one place of it (where there is only one, that one): builds go on however many instances there are.
 
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{self, DiskError};
-use super::instance::{Change, End};
+use super::disk;
+use super::instance::{Change, End, State};
 use super::{Owner, Runner, Work};
 use crate::causes::chain;
 use crate::events::payload;
@@ -77,17 +76,22 @@ impl Machines {
             tracing::error!(id = %owner.instance().id, error = chain(error), "{what}");
             End::failed(format!("{what}: {}", chain(error)))
         };
-        work.image
-            .write_layout(&self.workshop.backing, &layout)
-            .await
-            .map_err(|error| failed("the image could not be pulled", &error))?;
-        match disk::make(layout.clone(), path.clone(), owner.cancel().child_token()).await {
-            Ok(()) => {}
-            Err(DiskError::Cancelled) => return Err(never_ran()),
-            Err(error) => return Err(failed("the image's disk could not be made", &error)),
+        let pulling = work.image.write_layout(&self.workshop.backing, &layout);
+        match owner.cancel().run_until_cancelled(pulling).await {
+            None => return Err(never_ran()),
+            Some(Ok(())) => {}
+            Some(Err(error)) => return Err(failed("the image could not be pulled", &error)),
         }
-        let opened = open_and_remove(&path, &layout).await;
-        opened.map_err(|error| failed("the image's disk could not be opened", &error))
+        let made = disk::make(layout.clone(), path, owner.cancel().clone()).await;
+        let disk = made.map_err(|error| {
+            if error.is_cancelled() {
+                return never_ran();
+            }
+            failed("the image's disk could not be made", &error)
+        })?;
+        let removed = tokio::fs::remove_dir_all(&layout).await;
+        removed.map_err(|error| failed("the image's layout could not be removed", &error))?;
+        Ok(Arc::new(disk))
     }
 
     /// Runs a VM to its end. Tells besides whether it hung before it began.
@@ -105,24 +109,26 @@ impl Machines {
         let limit = self.workshop.log_limit;
         let mut sink = Sink { owner, limit, charged: 0, begun: false };
         let mut ended = false;
-        let end = {
+        let over = {
             let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
             tokio::pin!(session);
             tokio::select! {
                 biased;
-                () = self.abandon.cancelled() => End::failed("the host was shut down while the instance ran"),
-                end = &mut session => of_session(end),
+                () = self.abandon.cancelled() => Err(End::failed("the host was shut down while the instance ran")),
+                end = &mut session => Ok(end),
                 exit = vm.exited() => {
                     ended = true;
                     // What the VM had sent before it ended is still in the sockets.
                     match timeout(LAST_WORDS, &mut session).await {
-                        Ok(end @ (session::End::Outcome(_) | session::End::Cancelled(Some(_)))) => of_session(end),
-                        _ => End::failed(format!("the VM was lost: {exit}")),
+                        Ok(end @ (session::End::Outcome(_) | session::End::Cancelled(Some(_)))) => Ok(end),
+                        _ => Err(End::failed(format!("the VM was lost: {exit}"))),
                     }
                 }
             }
         };
         let begun = sink.begun;
+        let ran = owner.instance().state == State::Running;
+        let end = over.map_or_else(|end| end, |over| of_session(over, ran));
         if !begun && let Some(console) = vm.console_tail().await {
             tracing::warn!(vm = vm.id(), console, "the VM did not begin");
         }
@@ -158,10 +164,9 @@ impl Runner for Machines {
         if let Err(error) = owner.change(Change::Initialize).await {
             return End::failed(format!("the host could not store its state: {}", chain(&error)));
         }
-        let disk = match cancel.run_until_cancelled(self.disk(&work, owner)).await {
-            Some(Ok(disk)) => disk,
-            Some(Err(end)) => return end,
-            None => return never_ran(),
+        let disk = match self.disk(&work, owner).await {
+            Ok(disk) => disk,
+            Err(end) => return end,
         };
         let mut boots = 1;
         loop {
@@ -195,19 +200,13 @@ fn never_ran() -> End {
     End::failed("it was stopped before its program ran")
 }
 
-async fn open_and_remove(disk: &Path, layout: &Path) -> std::io::Result<Arc<File>> {
-    let file = tokio::fs::File::open(disk).await?.into_std().await;
-    tokio::fs::remove_file(disk).await?;
-    tokio::fs::remove_dir_all(layout).await?;
-    Ok(Arc::new(file))
-}
-
-/// What the end of a session says of the instance.
-fn of_session(end: session::End) -> End {
+/// What the end of a session says of the instance, whose program has run or not.
+fn of_session(end: session::End, ran: bool) -> End {
     match end {
         session::End::Outcome(outcome) | session::End::Cancelled(Some(outcome)) => {
             of_outcome(outcome)
         }
+        session::End::Cancelled(None) if !ran => never_ran(),
         session::End::Cancelled(None) => End {
             exit_code: Some(KILLED),
             message: Some("it did not end in time after it was asked to, and was killed".into()),
@@ -289,10 +288,11 @@ mod tests {
     fn every_end_of_a_session_is_an_instances_end() {
         let exited = Outcome::Exited(Exited { code: 3 });
         for end in [session::End::Outcome(exited.clone()), session::End::Cancelled(Some(exited))] {
-            assert_eq!(of_session(end), End::exited(3));
+            assert_eq!(of_session(end, true), End::exited(3));
         }
-        let killed = of_session(session::End::Cancelled(None));
+        let killed = of_session(session::End::Cancelled(None), true);
         assert_eq!(killed.exit_code, Some(137));
+        assert_eq!(of_session(session::End::Cancelled(None), false), never_ran());
         let failed = Outcome::Failed(Failure {
             kind: FailureKind::Internal,
             message: "why".into(),
@@ -300,7 +300,7 @@ mod tests {
             exit_code: None,
             detail: None,
         });
-        assert_eq!(of_session(session::End::Outcome(failed)), End::failed("why"));
+        assert_eq!(of_session(session::End::Outcome(failed), true), End::failed("why"));
         let built = Built { digest: String::new(), engine: String::new() };
         for end in [
             session::End::Outcome(Outcome::Built(built)),
@@ -310,7 +310,7 @@ mod tests {
             session::End::Version("x".into()),
             session::End::Store(LogLimit(1).into()),
         ] {
-            let end = of_session(end);
+            let end = of_session(end, true);
             assert!(end.exit_code.is_none() && end.message.is_some(), "{end:?}");
         }
     }

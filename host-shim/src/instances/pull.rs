@@ -32,7 +32,7 @@ const OS: &str = "linux";
 const ARCHITECTURE: &str = "amd64";
 
 /// Most bytes of an image as it is stored.
-const MAX_IMAGE_BYTES: u64 = 16 << 30;
+pub(super) const MAX_IMAGE_BYTES: u64 = 16 << 30;
 /// Most bytes of an image's config, which is read as a whole.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
 

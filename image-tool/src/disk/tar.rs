@@ -132,7 +132,8 @@ impl<R: BufRead> Reader<R> {
         let mut before = Before::default();
         loop {
             let Some(header) = self.header()? else {
-                let nothing = before.pax.is_none() && before.name.is_none() && before.link.is_none();
+                let nothing =
+                    before.pax.is_none() && before.name.is_none() && before.link.is_none();
                 return if nothing { Ok(None) } else { Err(TarError::Ambiguous) };
             };
             let repeated = match header.kind {
