@@ -154,6 +154,7 @@ mod tests {
     const GROUP: &[u8] =
         b"root:x:0:\nstaff:x:50:app,homeless\naudio:x:29:app\nmore:x:50:app\nadm:x:4:application\nbad:x:x:app\n";
 
+    #[expect(clippy::unnecessary_wraps, reason = "compared with results")]
     fn user(uid: u32, gid: u32, groups: &[u32], home: &str) -> Result<User, UserError> {
         Ok(User { uid, gid, groups: groups.to_vec(), home: home.into() })
     }

@@ -159,7 +159,12 @@ where
     let places = Places {
         source: dir.path().join("source"),
         dockerfile: dir.path().join("Dockerfile"),
-        instance: crate::run::Places::default(),
+        instance: crate::run::Places {
+            device: dir.path().join("disk"),
+            scratch: dir.path().join("scratch"),
+            files: dir.path().join("files"),
+            ..crate::run::Places::default()
+        },
     };
     let identity = Identity { agent: "kiln-agent test".into(), image: "image".into() };
     let session = tokio::spawn(async move {
@@ -258,6 +263,26 @@ async fn a_build_goes_from_hello_to_finish() {
     assert_eq!(seqs(&events), [1, 2, 3]);
     assert_eq!(events[2].event, line("hello"));
     assert!(events[0].at_ms > 1_600_000_000_000);
+    peer.finish(fixture).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_whose_disk_is_none_is_told_and_no_engine_runs() {
+    let mut fixture = start(async |_, _, _| panic!("an engine runs"));
+    std::fs::write(fixture.dir.path().join("disk"), [0; 4096]).unwrap();
+    let run = kiln_protocol::run::RunJob {
+        hostname: "h".into(),
+        args: vec!["/app".into()],
+        env: vec![],
+        user: String::new(),
+        working_dir: "/".into(),
+        stop_signal: 15,
+    };
+    let mut peer = fixture.with_job(Job { role: Role::Run(run), ..job() }).await;
+    let (outcome, events) = peer.outcome().await;
+    let failure = failure(outcome);
+    assert_eq!((failure.kind, events), (FailureKind::Internal, vec![]));
+    assert!(failure.message.contains("neither ext4 nor EROFS"), "{}", failure.message);
     peer.finish(fixture).await;
 }
 

@@ -106,7 +106,7 @@ async fn attend(
     type Deleting<'a> = Pin<Box<dyn Future<Output = Result<(), CallError>> + 'a>>;
     let gone = tokio::sync::Notify::new();
     let mut log = Log::new(client, id, patience, &gone);
-    let mut following = Box::pin(log.to_the_end());
+    let mut following = Box::pin(log.follow());
     let delete = || -> Deleting<'_> { Box::pin(client.delete_instance(id)) };
     let mut deleting = stop.then(delete);
     let mut deleted = false;
@@ -215,7 +215,7 @@ impl<'a> Log<'a> {
         }
     }
 
-    async fn to_the_end(&mut self) -> Result<End, CliError> {
+    async fn follow(&mut self) -> Result<End, CliError> {
         let mut tries = 0;
         loop {
             let before = self.quiet_since;

@@ -36,7 +36,7 @@ impl Content {
         json!({ "mediaType": kind, "digest": digest.to_string(), "size": size })
     }
 
-    fn image(&mut self, name: &str, tag: &str, architecture: &str, config: Value) -> Value {
+    fn image(&mut self, name: &str, tag: &str, architecture: &str, config: &Value) -> Value {
         let file = json!({ "os": "linux", "architecture": architecture, "config": config });
         let config = self.blob(name, file.to_string().as_bytes());
         let layer = self.blob(name, b"a layer");
@@ -54,13 +54,13 @@ pub async fn start() -> String {
         "WorkingDir": "/srv", "StopSignal": "SIGINT",
     });
     for name in ["a/app", "b/app", "base/debian", "builds/b1"] {
-        content.image(name, "latest", "amd64", app.clone());
+        content.image(name, "latest", "amd64", &app);
     }
-    content.image("a/bare", "latest", "amd64", Value::Null);
-    content.image("a/arm", "latest", "arm64", app.clone());
-    let mut listed = content.image("a/many", "x", "amd64", app.clone());
+    content.image("a/bare", "latest", "amd64", &Value::Null);
+    content.image("a/arm", "latest", "arm64", &app);
+    let mut listed = content.image("a/many", "x", "amd64", &app);
     listed["platform"] = json!({ "os": "linux", "architecture": "amd64" });
-    let mut other = content.image("a/many", "y", "arm64", app);
+    let mut other = content.image("a/many", "y", "arm64", &app);
     other["platform"] = json!({ "os": "linux", "architecture": "arm64" });
     let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [other, listed] });
     content.manifest("a/many", "latest", INDEX, &index);

@@ -66,7 +66,7 @@ impl Stream {
             match batch {
                 Batch::Lines(lines) => {
                     for line in lines {
-                        self.line(&mut text, line.end, line.payload);
+                        self.line(&mut text, line.end, &line.payload);
                     }
                 }
                 Batch::Quiet if self.events => {
@@ -85,9 +85,9 @@ impl Stream {
         Ok(Some((text.into(), self)))
     }
 
-    fn line(&self, out: &mut String, end: u64, payload: Value) {
+    fn line(&self, out: &mut String, end: u64, payload: &Value) {
         if self.events {
-            return block(out, Some(end), &payload);
+            return block(out, Some(end), payload);
         }
         // A line that is only ended here was shown before.
         if payload["content"] != "" || payload["partial"] != true {
