@@ -109,17 +109,25 @@ impl<'a> Container<'a> {
         let (stdout, stderr) = stdout.zip(stderr).context("the container has no pipes")?;
         let conversation = UnixStream::from_std(ours)?;
         let mut state = State::default();
+        // Whoever reads what the program says knows that it runs.
+        let heard = CancellationToken::new();
         let ended = async {
-            let status = self.watch(&mut child, conversation, &mut state, reporter, cancel).await;
+            let status =
+                self.watch(&mut child, conversation, &mut state, reporter, cancel, &heard).await;
+            heard.cancel();
             // What it left must not keep its pipes open.
             self.cgroup.kill();
             status
         };
-        let (status, (), ()) = tokio::join!(
-            ended,
-            report_bytes(stdout, LogStream::Stdout, reporter),
-            report_bytes(stderr, LogStream::Stderr, reporter),
-        );
+        let out = async {
+            heard.cancelled().await;
+            report_bytes(stdout, LogStream::Stdout, reporter).await;
+        };
+        let err = async {
+            heard.cancelled().await;
+            report_bytes(stderr, LogStream::Stderr, reporter).await;
+        };
+        let (status, (), ()) = tokio::join!(ended, out, err);
         let status = status.context("the container runtime cannot be waited for")?;
         self.judge(status, state)
     }
@@ -160,19 +168,19 @@ impl<'a> Container<'a> {
         state: &mut State,
         reporter: &Reporter,
         cancel: &CancellationToken,
+        heard: &CancellationToken,
     ) -> io::Result<ExitStatus> {
         let mut hearing = Box::pin(hear(conversation));
-        let mut heard = false;
         let mut deadline = None;
         loop {
             tokio::select! {
                 biased;
-                told = &mut hearing, if !heard => {
-                    heard = true;
+                told = &mut hearing, if !heard.is_cancelled() => {
                     state.told = told;
                     if told == Some(Told::Started) {
                         reporter.report(Report::Event(Event::Phase(Phase::Running))).await;
                     }
+                    heard.cancel();
                 }
                 status = child.wait() => return status,
                 () = cancel.cancelled(), if !state.stopped => {
@@ -339,7 +347,7 @@ mod tests {
         let bench = Bench::new("started; echo out; echo err >&2; printf tail; exit 7");
         let (ended, events) = bench.run().await;
         assert_eq!(ended.unwrap(), exited(7));
-        assert!(events.contains(&Event::Phase(Phase::Running)), "{events:?}");
+        assert_eq!(events[0], Event::Phase(Phase::Running), "{events:?}");
         let line = |text: &str, partial| (text.to_owned(), partial);
         assert_eq!(said(&events, LogStream::Stdout), [line("out", false), line("tail", true)]);
         assert_eq!(said(&events, LogStream::Stderr), [line("err", false)]);

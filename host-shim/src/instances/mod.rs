@@ -94,7 +94,7 @@ struct Inner {
     dir: PathBuf,
     live: Mutex<HashMap<InstanceId, Live>>,
     tasks: TaskTracker,
-    /// The server ends: nothing is begun any more.
+    /// The server ends: nothing is begun any more, and every instance is cancelled with it.
     stop: CancellationToken,
 }
 
@@ -141,7 +141,7 @@ impl Instances {
         let log = log::Writer::create(&path).await.map_err(failed("make", &path))?;
         let id = instance.id.clone();
         let (seen, changes) = watch::channel(Seen { bytes: 0, instance: instance.clone() });
-        let cancel = CancellationToken::new();
+        let cancel = inner.stop.child_token();
         // Before it is known to anybody, so that whoever knows it finds its owner.
         inner.live().insert(id.clone(), Live { cancel: cancel.clone(), changes });
         if let Err(error) = inner.store.insert_instance(&instance).await {
@@ -225,10 +225,6 @@ impl Instances {
     pub async fn run(self, stop: CancellationToken) {
         stop.cancelled().await;
         self.inner.stop.cancel();
-        let live: Vec<Live> = self.inner.live().values().cloned().collect();
-        for live in live {
-            live.cancel.cancel();
-        }
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
     }

@@ -9,6 +9,9 @@ use crate::staging::Digest;
 /// What is meant when only a repository is named.
 const DEFAULT_TAG: &str = "latest";
 
+/// Longest text that is looked at: a host, a name of 255 bytes, a tag and a digest fit twice.
+const MAX_TEXT: usize = 1024;
+
 /// An image of Kiln's registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -44,6 +47,9 @@ impl Image {
     /// without a slash is the tenant's, as in `kiln build -t`.
     pub fn parse(text: &str, own: &str, tenant: &Tenant) -> Result<Self, BadImage> {
         let form = || BadImage::Form { own: own.to_owned() };
+        if text.len() > MAX_TEXT {
+            return Err(form());
+        }
         let rest = match text.split_once('/') {
             Some((host, rest)) if is_host(host) => {
                 if !is_own(host, own) {
@@ -138,6 +144,13 @@ mod tests {
             let refused = parse(&format!("{host}/dev/app")).unwrap_err();
             assert_eq!(refused, BadImage::Host { host: host.into(), own: OWN.into() });
         }
+    }
+
+    #[test]
+    fn a_text_has_a_bound() {
+        let host = |n: usize| format!("{}.example/a", "h".repeat(n - ".example/a".len()));
+        assert!(matches!(parse(&host(MAX_TEXT)), Err(BadImage::Host { .. })));
+        assert!(matches!(parse(&host(MAX_TEXT + 1)), Err(BadImage::Form { .. })));
     }
 
     #[test]
