@@ -1,4 +1,5 @@
-//! Kiln's agent: PID 1 of a VM, or the OCI runtime's wrapper when called as one.
+//! Kiln's agent: PID 1 of a VM; the OCI runtime's wrapper, or process 1 of an instance's container, when called as
+//! one.
 //!
 //! | room | what |
 //! |---|---|
@@ -7,12 +8,14 @@
 //! | [`source`] | unpacks the source |
 //! | [`engine`] | runs the Dockerfile |
 //! | [`runtime`] | sees and confines every step |
+//! | [`run`] | the role of an instance: an image's program in a container |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
 
 mod dockerfile;
 mod engine;
 mod events;
 mod init;
+mod run;
 mod runtime;
 mod session;
 mod source;
@@ -46,6 +49,10 @@ fn main() -> ExitCode {
     let called_as = std::env::args_os().next().unwrap_or_default();
     if runtime::is_wrapper_call(OsStr::new(&called_as)) {
         return runtime::wrapper_main();
+    }
+    // Before the next, for it is a process 1 too.
+    if run::inside::is_init_call(OsStr::new(&called_as)) {
+        return run::inside::init_main();
     }
     if std::process::id() == 1 {
         return init::run(agent);
@@ -84,13 +91,16 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
     clock::take_from(session.welcome()).context("the clock and the entropy of Welcome")?;
     let nonce = session.welcome().nonce;
     let tunnels = CancellationToken::new();
-    let _until_the_end = tunnels.clone().drop_guard();
+    let cancel = tunnels.clone();
+    let _until_the_end = tunnels.drop_guard();
     let places = Places {
         source: "/var/lib/kiln/source".into(),
         dockerfile: "/var/lib/kiln/Dockerfile".into(),
+        instance: run::Places::default(),
     };
-    let prepare = |job: &Job| {
-        open_tunnels(job, nonce, &networks, &tunnels)
+    // Without the networks' sockets, an instance has every port of its loopback.
+    let prepare = move |job: &Job| {
+        open_tunnels(job, nonce, &networks, &cancel)
             .map_err(|error| format!("no way to the host: {error}"))
     };
     session.run(engine, places, prepare).await?;
@@ -113,7 +123,7 @@ fn open_tunnels(
     networks: &Networks,
     cancel: &CancellationToken,
 ) -> std::io::Result<()> {
-    let Role::Build(build) = &job.role;
+    let Role::Build(build) = &job.role else { return Ok(()) };
     let open = |listener, port, channel| {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let tunnel = Tunnel::new(Arc::new(Vsock), port, channel, nonce);

@@ -6,6 +6,7 @@
 //!           events ──┘                              │  tunnel    ◀ registry 5003 ─▶ gateway::guests, staging
 //!                                                   │  tunnel    ◀ egress   5004 ─▶ egress
 //!                                                   └─▶ publish ─▶ the registry
+//! client ─▶ api ─▶ instances ─▶ a task that owns one instance ─▶ vmm, session
 //! ```
 
 pub mod api;
@@ -17,6 +18,7 @@ pub mod config;
 pub mod egress;
 pub mod events;
 pub mod gateway;
+pub mod instances;
 pub mod publish;
 pub mod queue;
 pub mod random;

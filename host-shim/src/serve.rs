@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::connections::Connections;
@@ -22,10 +23,11 @@ use crate::config::{ConfigError, ServeArgs, ServeConfig};
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
+use crate::instances::{Instances, Machines};
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::vmm::{Swept, Vmm};
 
-/// How long builds may go on after the server was asked to stop.
+/// How long builds and instances may go on after the server was asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// How long a publication that was recorded may go on after that, and a VM be removed.
@@ -111,6 +113,15 @@ async fn serve(
         .await
         .context("cannot remove sources that nobody owns")?;
 
+    let max_vms = config.max_vms as usize;
+    let room = Arc::new(Semaphore::new(max_vms));
+    let abandon = CancellationToken::new();
+    let machines =
+        Machines::new(Arc::clone(&workshop), Arc::clone(&room), max_vms, abandon.clone());
+    let instances_dir = config.data_dir.join("instances");
+    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir);
+    instances.recover().await.context("cannot end the instances of an earlier server")?;
+
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
     let router = api::router(ApiState {
@@ -122,6 +133,8 @@ async fn serve(
         public_host: public_host.clone(),
         ready: Arc::new(parts::RegistryReady(backing.clone())),
         clock: api::system_clock(),
+        instances: instances.clone(),
+        backing: backing.clone(),
     });
     let router = router.merge(clients::router(GatewayState {
         backing,
@@ -130,9 +143,12 @@ async fn serve(
         public_url: format!("http://{public_host}").parse().context("--public-host")?,
     }));
 
-    let abandon = CancellationToken::new();
-    let dispatcher = Dispatcher::new(workshop, scheduling, config.max_vms as usize, owner);
-    let queue = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
+    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
+    let builds = dispatcher.run(stop.clone(), abandon.clone());
+    let instances = instances.run(stop.clone());
+    let queue = tokio::spawn(async move {
+        tokio::join!(builds, instances);
+    });
     let hang_up = CancellationToken::new();
     let serving = Connections::default().serve(listener, router, hang_up.clone());
     let mut server = tokio::spawn(serving);
@@ -171,7 +187,10 @@ async fn drain(
     }
     abandon.cancel();
     if tokio::time::timeout(LAST, &mut queue).await.is_err() {
-        bail!("builds did not end within {} s; the next start ends them", (DRAIN + LAST).as_secs());
+        bail!(
+            "builds or instances did not end within {} s; the next start ends them",
+            (DRAIN + LAST).as_secs()
+        );
     }
     Ok(())
 }

@@ -35,9 +35,9 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a broken connection may stay broken: as long as the agent tries to dial again.
 const RESUME_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long an agent has to end by itself after a cancel, before its VM is destroyed. Long enough
+/// How long a build's agent has to end by itself after a cancel, before its VM is destroyed. Long enough
 /// for the last log lines, and well within the two seconds that a cancel may take.
-const CANCEL_GRACE: Duration = Duration::from_millis(500);
+pub const CANCEL_GRACE: Duration = Duration::from_millis(500);
 
 /// A byte stream to the guest.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -72,12 +72,14 @@ pub struct Params {
     pub job: Job,
     /// When the VM was started: its timeout runs from there.
     pub started: Instant,
-    /// The source archive.
-    pub source: tokio::fs::File,
+    /// The source archive, for a build.
+    pub source: Option<tokio::fs::File>,
     /// For the preambles of the VM's other connections.
     pub nonce: [u8; TOKEN_LEN],
     /// How long a VM may take to say Hello, and then to report that it works on its job.
     pub boot_deadline: Duration,
+    /// How long the agent has to end by itself after a cancel.
+    pub cancel_grace: Duration,
 }
 
 /// How a session ended.
@@ -85,8 +87,8 @@ pub struct Params {
 pub enum End {
     /// The agent reported its outcome; every event before it is stored.
     Outcome(Outcome),
-    /// A cancel was asked for. The VM may still run.
-    Cancelled,
+    /// A cancel was asked for. The VM may still run. The outcome, where the agent reported one in its grace.
+    Cancelled(Option<Outcome>),
     /// The agent was not heard of in time, or any more.
     Lost(String),
     /// The guest broke the protocol.
@@ -107,11 +109,13 @@ pub async fn run<C: Connections, S: Sink>(
 ) -> End {
     let handshake = Handshake::new(params.nonce);
     let boot_deadline = params.boot_deadline;
-    let mut session = Session { handshake, boot_deadline, stored: 0, outcome: None, sink };
+    let cancel_grace = params.cancel_grace;
+    let mut session =
+        Session { handshake, boot_deadline, cancel_grace, stored: 0, outcome: None, sink };
     let booted = Instant::now() + params.boot_deadline;
     let opened = tokio::select! {
         biased;
-        () = cancel.cancelled() => return End::Cancelled,
+        () = cancel.cancelled() => return End::Cancelled(None),
         opened = timeout_at(booted, session.handshake.first(&mut connections)) => opened,
     };
     let (stream, hello) = match opened {
@@ -137,6 +141,7 @@ pub async fn run<C: Connections, S: Sink>(
 struct Session<'s, S> {
     handshake: Handshake,
     boot_deadline: Duration,
+    cancel_grace: Duration,
     /// The highest event number that is stored.
     stored: u64,
     outcome: Option<Outcome>,
@@ -187,7 +192,7 @@ impl<S: Sink> Session<'_, S> {
             }
             let resumed = tokio::select! {
                 biased;
-                () = cancel.cancelled() => return Err(End::Cancelled),
+                () = cancel.cancelled() => return Err(End::Cancelled(None)),
                 resumed = tokio::time::timeout(
                     RESUME_DEADLINE,
                     self.handshake.again(connections, self.stored),
@@ -259,7 +264,7 @@ impl<S: Sink> Session<'_, S> {
         mut connection: Connection<T>,
     ) -> Result<Outcome, End> {
         connection.cancel();
-        let until = Instant::now() + CANCEL_GRACE;
+        let until = Instant::now() + self.cancel_grace;
         while let Ok(Ok(heard)) = timeout_at(until, connection.hear()).await {
             self.take(heard, &mut connection).await?;
             if self.outcome.is_some() {
@@ -267,7 +272,7 @@ impl<S: Sink> Session<'_, S> {
                 break;
             }
         }
-        Err(End::Cancelled)
+        Err(End::Cancelled(self.outcome.take()))
     }
 }
 

@@ -11,6 +11,7 @@ use kiln::build::{
     Build, BuildId, Change, Failure, FailureKind, GuestSays, ImageName, NetworkMode, Provenance,
     Pulled, Refused, Request, Status, Tenant, Usage,
 };
+use kiln::instances::instance::{self, End, Instance, InstanceId, State};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
     Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Role, Store, StoreError,
@@ -487,6 +488,59 @@ async fn tokens_are_found_by_hash_listed_and_revoked() {
     assert_eq!(store.token_by_hash("h2").await.unwrap(), Some(token(2)));
     assert_eq!(store.token_by_hash("H2").await.unwrap(), None);
     store.ready().await.unwrap();
+}
+
+#[tokio::test]
+async fn instances_are_kept_changed_listed_and_forgotten() {
+    let place = Place::new();
+    let store = place.open().await;
+    let instance = |name: &str, owner: &str, at| Instance {
+        id: InstanceId::parse(&format!("{owner}-{name}")).unwrap(),
+        tenant: tenant(owner),
+        name: name.into(),
+        image: "a/app".into(),
+        image_digest: "sha256:00".into(),
+        vcpus: 2,
+        memory_mb: 1024,
+        state: State::Created,
+        created_at: at,
+        started_at: None,
+        stopped_at: None,
+        exit_code: None,
+        exit_message: None,
+    };
+    let web = instance("web", "a", 1);
+    for new in [&web, &instance("db", "a", 2), &instance("web", "b", 3)] {
+        store.insert_instance(new).await.unwrap();
+    }
+    let again = Instance { id: InstanceId::parse("other").unwrap(), ..web.clone() };
+    assert!(matches!(store.insert_instance(&again).await, Err(StoreError::Taken(_))));
+
+    let change = |change| store.change_instance(&web.id, change, 7);
+    let refused = change(instance::Change::Run).await;
+    assert!(matches!(refused, Err(StoreError::InstanceRefused(_))), "{refused:?}");
+    change(instance::Change::Initialize).await.unwrap();
+    change(instance::Change::Run).await.unwrap();
+    let end = End { exit_code: Some(255), message: Some("why".into()) };
+    let stopped = change(instance::Change::Stop(end)).await.unwrap();
+    drop(store);
+
+    let store = place.open().await;
+    let found = store.instance(&web.id).await.unwrap().unwrap();
+    assert_eq!(found, stopped);
+    assert_eq!((found.started_at, found.exit_code), (Some(7), Some(255)));
+    let names =
+        |list: Vec<Instance>| list.into_iter().map(|i| i.id.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(store.instances(None).await.unwrap()), ["b-web", "a-db", "a-web"]);
+    assert_eq!(names(store.instances(Some(&tenant("a"))).await.unwrap()), ["a-db", "a-web"]);
+    store.delete_instance(&web.id).await.unwrap();
+    let gone = store.delete_instance(&web.id).await;
+    assert!(matches!(gone, Err(StoreError::NotFound("instance"))), "{gone:?}");
+    assert_eq!(store.instance(&web.id).await.unwrap(), None);
+    let change = store.change_instance(&web.id, instance::Change::Initialize, 8).await;
+    assert!(matches!(change, Err(StoreError::NotFound("instance"))), "{change:?}");
+    // Its name is free again.
+    store.insert_instance(&again).await.unwrap();
 }
 
 #[tokio::test]

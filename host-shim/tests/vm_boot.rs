@@ -65,7 +65,7 @@ impl Host {
 }
 
 fn spec(id: &str) -> VmSpec {
-    VmSpec { id: id.to_owned(), memory_mb: 512, cpus: 2, disk_gb: 1 }
+    VmSpec { id: id.to_owned(), memory_mb: 512, cpus: 2, disk_gb: 1, image: None }
 }
 
 async fn dialled(vm: &Vm) {

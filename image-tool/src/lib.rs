@@ -21,6 +21,7 @@ pub mod bundle;
 pub mod cli;
 pub mod credentials;
 pub mod digest;
+pub mod disk;
 pub mod elf;
 pub mod file;
 pub mod initrd;

@@ -18,7 +18,7 @@ use crate::publish::by_digest;
 use crate::registry::{Options, Registry, RegistryError};
 
 /// `bundle.json` and image configurations have a few KB.
-const MAX_CONFIG: u64 = 4 * 1024 * 1024;
+pub(crate) const MAX_CONFIG: u64 = 4 * 1024 * 1024;
 /// What can be asked for: images, artifacts, and lists of them, in OCI's and Docker's form.
 const ACCEPT: &[&str] = &[
     "application/vnd.oci.image.manifest.v1+json",
@@ -156,17 +156,40 @@ pub async fn verify_ref(reference: &Reference, options: &Options) -> Result<Dige
 
 impl Registry {
     pub(crate) async fn inspect(&self) -> Result<Image, VerifyError> {
-        let pull = || self.client.pull_manifest_raw(&self.reference, &self.auth, ACCEPT);
-        let (bytes, digest) = self.retry("read the manifest", 0, pull).await?;
-        // The client compared the digest with the bytes; computed here, it is ours whatever it does.
-        tracing::debug!(%digest, "manifest");
-        let digest = Digest::of(&bytes);
-        let manifest = (media_type(&bytes), bytes.to_vec());
-        let (mut image, config) = Image::parse(digest, manifest)?;
+        let (digest, media_type, bytes) = self.manifest(&self.reference).await?;
+        let (mut image, config) = Image::parse(digest, (media_type, bytes))?;
         let mut bytes = Vec::new();
         self.pull_blob(&config, &mut bytes).await?;
         image.config_bytes = bytes;
         Ok(image)
+    }
+
+    /// A manifest's digest, media type and bytes.
+    pub(crate) async fn manifest(
+        &self,
+        reference: &Reference,
+    ) -> Result<(Digest, String, Vec<u8>), VerifyError> {
+        let pull = || self.client.pull_manifest_raw(reference, &self.auth, ACCEPT);
+        let (bytes, digest) = self.retry("read the manifest", 0, pull).await?;
+        // The client compared the digest with the bytes; computed here, it is ours whatever it does.
+        tracing::debug!(%digest, "manifest");
+        let actual = Digest::of(&bytes);
+        match reference.digest().map(Digest::parse) {
+            Some(Ok(expected)) if expected != actual => {
+                let size = bytes.len() as u64;
+                let expected_size = size;
+                Err(LayoutError::Mismatch { expected, expected_size, actual, size }.into())
+            }
+            _ => Ok((actual, media_type(&bytes), bytes.to_vec())),
+        }
+    }
+
+    /// The manifest that an index lists.
+    pub(crate) async fn manifest_blob(
+        &self,
+        blob: &Blob,
+    ) -> Result<(Digest, String, Vec<u8>), VerifyError> {
+        self.manifest(&by_digest(&self.reference, &blob.digest)).await
     }
 
     /// Reads a blob into `output`, no more than its descriptor says, and checks its digest.

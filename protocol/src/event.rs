@@ -105,7 +105,7 @@ pub struct StepEnd {
     pub oom_kills: u32,
 }
 
-/// The phases of a build inside the guest, in order.
+/// The phases of a job inside the guest: those of a build, in order, and the one of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Phase {
     /// The source arrives.
@@ -114,6 +114,8 @@ pub enum Phase {
     Building,
     /// The image goes to the host's staging.
     Pushing,
+    /// The program of an instance has started.
+    Running,
 }
 
 /// Guest → host: how the job ended. The last message of a session.
@@ -125,6 +127,8 @@ pub enum Outcome {
     Failed(Failure),
     /// The host cancelled it.
     Cancelled,
+    /// The program of an instance has ended; every byte of its output was reported before.
+    Exited(Exited),
 }
 
 /// An image that was built and pushed to staging.
@@ -145,6 +149,14 @@ pub struct Lockfile {
     pub path: String,
     /// SHA-256 of its content.
     pub sha256: [u8; 32],
+}
+
+/// How the program of an instance ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exited {
+    /// Its exit code; 128 + n when signal n ended it; 126 when it could not be executed and 127 when it was
+    /// not found.
+    pub code: u8,
 }
 
 /// Why a build failed.
@@ -287,7 +299,7 @@ impl Outcome {
                 at_most("message", failure.message.len(), MAX_REPORT_TEXT)?;
                 at_most("detail", failure.detail.as_ref().map_or(0, String::len), MAX_REPORT_TEXT)
             }
-            Self::Cancelled => Ok(()),
+            Self::Cancelled | Self::Exited(_) => Ok(()),
         }
     }
 }

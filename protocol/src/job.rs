@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::event::MAX_DIGEST;
+use crate::run::RunJob;
 
 /// Most build arguments of a job.
 pub const MAX_BUILD_ARGS: usize = 256;
@@ -60,7 +61,7 @@ impl std::fmt::Display for BuildId {
 /// Host → guest: what this VM is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
-    /// Whose job it is.
+    /// Whose job it is: the build's id, or the instance's.
     pub build: BuildId,
     /// What to do.
     pub role: Role,
@@ -73,6 +74,8 @@ pub struct Job {
 pub enum Role {
     /// Run a Dockerfile and push the image to [`crate::name::STAGING_REPOSITORY`].
     Build(BuildJob),
+    /// Run the program of the image on the VM's third disk.
+    Run(RunJob),
 }
 
 /// A Dockerfile to run. The source follows as a stream.
@@ -119,7 +122,7 @@ pub struct Limits {
     pub log_bytes: u64,
     /// Processes of one step at one time.
     pub processes: u32,
-    /// Of the unpacked source, in bytes.
+    /// Of the unpacked source, in bytes. An instance has none.
     pub source_bytes: u64,
     /// Files and directories of the unpacked source.
     pub source_entries: u64,
@@ -141,20 +144,28 @@ impl Job {
     /// Whether every bound holds. Both sides ask: the host before it sends, the agent before it
     /// believes.
     pub fn check(&self) -> Result<(), JobTooLarge> {
-        let Role::Build(build) = &self.role;
-        match &build.dockerfile {
+        match &self.role {
+            Role::Build(build) => build.check(),
+            Role::Run(run) => run.check(),
+        }
+    }
+}
+
+impl BuildJob {
+    fn check(&self) -> Result<(), JobTooLarge> {
+        match &self.dockerfile {
             Dockerfile::InSource(path) => at_most("dockerfile path", path.len(), MAX_JOB_TEXT)?,
             Dockerfile::Inline(content) => at_most("dockerfile", content.len(), MAX_DOCKERFILE)?,
         }
-        if let Some(target) = &build.target {
+        if let Some(target) = &self.target {
             at_most("target", target.len(), MAX_JOB_TEXT)?;
         }
-        if let Some(digest) = &build.base_digest {
+        if let Some(digest) = &self.base_digest {
             at_most("base_digest", digest.len(), MAX_DIGEST)?;
         }
-        at_most("build_args count", build.build_args.len(), MAX_BUILD_ARGS)?;
+        at_most("build_args count", self.build_args.len(), MAX_BUILD_ARGS)?;
         let mut total = 0;
-        for (key, value) in &build.build_args {
+        for (key, value) in &self.build_args {
             at_most("build argument", key.len().max(value.len()), MAX_JOB_TEXT)?;
             total += key.len() + value.len();
         }
@@ -162,7 +173,7 @@ impl Job {
     }
 }
 
-fn at_most(field: &'static str, actual: usize, limit: usize) -> Result<(), JobTooLarge> {
+pub(crate) fn at_most(field: &'static str, actual: usize, limit: usize) -> Result<(), JobTooLarge> {
     if actual > limit { Err(JobTooLarge { field, actual, limit }) } else { Ok(()) }
 }
 
@@ -254,6 +265,23 @@ mod tests {
         largest.target = Some("t".repeat(MAX_JOB_TEXT));
         largest.build_args = vec![("k".repeat(1024), String::new()); MAX_BUILD_ARGS];
         let largest = job(largest);
+        assert_eq!(largest.check(), Ok(()));
+        let frame = crate::frame::encode(&crate::message::HostToAgent::Job(Box::new(largest)));
+        assert!(frame.is_ok());
+    }
+
+    #[test]
+    fn the_largest_job_of_an_instance_fits_into_one_frame() {
+        use crate::run::{MAX_ARGS, MAX_DIRECTORY, MAX_ENV, MAX_HOSTNAME, MAX_RUN_BYTES, MAX_USER};
+        let mut largest = job(build());
+        largest.role = Role::Run(RunJob {
+            hostname: "h".repeat(MAX_HOSTNAME),
+            args: vec!["a".repeat(MAX_RUN_BYTES / MAX_ARGS); MAX_ARGS],
+            env: vec![("k".repeat(MAX_RUN_BYTES / MAX_ENV), String::new()); MAX_ENV],
+            user: "u".repeat(MAX_USER),
+            working_dir: "/".repeat(MAX_DIRECTORY),
+            stop_signal: u8::MAX,
+        });
         assert_eq!(largest.check(), Ok(()));
         let frame = crate::frame::encode(&crate::message::HostToAgent::Job(Box::new(largest)));
         assert!(frame.is_ok());

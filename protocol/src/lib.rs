@@ -35,6 +35,7 @@ pub mod hello;
 pub mod job;
 pub mod message;
 pub mod preamble;
+pub mod run;
 pub mod version;
 
 /// The vsock ports that both sides know.

@@ -30,7 +30,8 @@ pub enum HostToAgent {
         /// The number.
         seq: u64,
     },
-    /// Stop at once. The outcome is [`Outcome::Cancelled`].
+    /// Stop. A build stops at once and its outcome is [`Outcome::Cancelled`]; an instance's program gets its stop
+    /// signal and some time, and its outcome says how it ended.
     Cancel,
     /// The outcome is stored: power off.
     Finish,

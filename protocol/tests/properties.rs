@@ -6,14 +6,15 @@
 mod support;
 
 use kiln_protocol::event::{
-    Built, Event, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome, Phase,
-    Step, StepEnd, StepState,
+    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
+    Phase, Step, StepEnd, StepState,
 };
 use kiln_protocol::frame::{FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, Reject, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
 use kiln_protocol::preamble::{self, Preamble};
+use kiln_protocol::run::RunJob;
 use kiln_protocol::version::{Features, Version, VersionRange};
 use proptest::prelude::*;
 use support::{Kind, Message, REASONS, every_message};
@@ -78,11 +79,25 @@ fn job() -> impl Strategy<Value = Job> {
             network,
             base_digest,
         });
+    let run = (
+        any::<(String, String, String, u8)>(),
+        proptest::collection::vec(any::<String>(), 0..4),
+        proptest::collection::vec(any::<(String, String)>(), 0..4),
+    )
+        .prop_map(|((hostname, user, working_dir, stop_signal), args, env)| RunJob {
+            hostname,
+            args,
+            env,
+            user,
+            working_dir,
+            stop_signal,
+        });
+    let role = prop_oneof![build.prop_map(Role::Build), run.prop_map(Role::Run)];
     let limits = (any::<(u64, u64, u64)>(), any::<(u32, u32)>());
-    ("[a-z0-9-]{1,64}", build, limits).prop_map(
-        |(id, build, ((time, log, source), (procs, entries)))| Job {
+    ("[a-z0-9-]{1,64}", role, limits).prop_map(
+        |(id, role, ((time, log, source), (procs, entries)))| Job {
             build: BuildId::new(id).unwrap(),
-            role: Role::Build(build),
+            role,
             limits: Limits {
                 timeout_ms: time,
                 spent_ms: time / 2,
@@ -124,7 +139,12 @@ fn event() -> impl Strategy<Value = Event> {
     let state = prop_oneof![Just(StepState::Started), ended];
     let step = (any::<u32>(), any::<String>(), state)
         .prop_map(|(index, name, state)| Event::Step(Step { index, name, state }));
-    let phase = prop_oneof![Just(Phase::Unpacking), Just(Phase::Building), Just(Phase::Pushing)];
+    let phase = prop_oneof![
+        Just(Phase::Unpacking),
+        Just(Phase::Building),
+        Just(Phase::Pushing),
+        Just(Phase::Running)
+    ];
     prop_oneof![log, step, phase.prop_map(Event::Phase)]
 }
 
@@ -141,7 +161,8 @@ fn outcome() -> impl Strategy<Value = Outcome> {
         .prop_map(|(kind, message, (step, exit_code, detail))| {
             Outcome::Failed(Failure { kind, message, step, exit_code, detail })
         });
-    prop_oneof![built, failed, Just(Outcome::Cancelled)]
+    let exited = any::<u8>().prop_map(|code| Outcome::Exited(Exited { code }));
+    prop_oneof![built, failed, Just(Outcome::Cancelled), exited]
 }
 
 fn agent_message() -> impl Strategy<Value = AgentToHost> {

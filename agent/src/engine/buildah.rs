@@ -277,7 +277,7 @@ fn version_of(text: &str) -> String {
 }
 
 /// How much memory a step may have, by `/proc/meminfo`.
-fn step_memory(meminfo: &str) -> Option<u64> {
+pub fn step_memory(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     let total = kib.checked_mul(1024)?;

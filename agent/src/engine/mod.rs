@@ -18,7 +18,7 @@ use kiln_protocol::event::Outcome;
 use kiln_protocol::job::StepNetwork;
 use tokio_util::sync::CancellationToken;
 
-pub use buildah::{Buildah, Prepared};
+pub use buildah::{Buildah, Prepared, step_memory};
 
 use crate::events::Reporter;
 

@@ -38,8 +38,10 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 
+pub use self::devices::wait_for;
 use self::modules::{Module, Modules};
 use self::net::Networks;
+pub use self::root::mount_new;
 
 /// What boot leaves for the agent.
 #[derive(Debug)]

@@ -17,11 +17,28 @@ const CHUNK: usize = 16 * 1024;
 /// Reads a stream to its end and reports it as [`Log`] events. `watch` sees every part first and
 /// may change it. An error counts as the end: a pipe that can be read has none.
 pub async fn report_lines(
+    from: impl AsyncRead + Unpin,
+    stream: LogStream,
+    step: Option<u32>,
+    reporter: &Reporter,
+    watch: impl FnMut(&mut Part),
+) {
+    report(from, stream, step, reporter, watch, Splitter::end).await;
+}
+
+/// The same for a stream whose every byte counts: a last line without a newline is a part that is never
+/// completed.
+pub async fn report_bytes(from: impl AsyncRead + Unpin, stream: LogStream, reporter: &Reporter) {
+    report(from, stream, None, reporter, |_| {}, Splitter::flush).await;
+}
+
+async fn report(
     mut from: impl AsyncRead + Unpin,
     stream: LogStream,
     step: Option<u32>,
     reporter: &Reporter,
     mut watch: impl FnMut(&mut Part),
+    last: fn(&mut Splitter) -> Option<Part>,
 ) {
     let mut splitter = Splitter::default();
     let mut chunk = vec![0; CHUNK];
@@ -35,7 +52,7 @@ pub async fn report_lines(
         let mut parts = Vec::new();
         let ended = match read {
             Ok(Ok(0) | Err(_)) => {
-                parts.extend(splitter.end());
+                parts.extend(last(&mut splitter));
                 true
             }
             Ok(Ok(count)) => {
@@ -171,6 +188,25 @@ mod tests {
             splitter.push(tail, |part| parts.push(part));
             parts.extend(splitter.end());
             assert_eq!(parts, [Part { content: b"name: ".to_vec(), partial: true }, whole(b"")]);
+        }
+    }
+
+    #[tokio::test]
+    async fn bytes_are_reported_with_the_newline_that_they_end_with_and_no_other() {
+        let long = "y".repeat(MAX_LOG_BYTES + 1);
+        for sent in ["", "\n", "one\n\ntwo\n", "one\ntwo", &long, &format!("{long}\n")] {
+            let (reporter, mut reports) = crate::events::channel();
+            report_bytes(sent.as_bytes(), LogStream::Stderr, &reporter).await;
+            drop(reporter);
+            let mut got = vec![];
+            while let Some(Report::Event(Event::Log(log))) = reports.recv().await {
+                assert_eq!((log.stream, log.step), (LogStream::Stderr, None));
+                got.extend(log.content);
+                if !log.partial {
+                    got.push(b'\n');
+                }
+            }
+            assert!(got == sent.as_bytes(), "{:?}", sent.get(..20));
         }
     }
 

@@ -32,7 +32,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 pub use cgroup::{Cgroup, Usage};
-pub use lines::{Part, report_lines};
+pub use lines::{Part, report_bytes, report_lines};
+pub use seccomp::tighten;
 pub use server::{Server, Settings, StepRecord};
 
 /// The name that makes the agent's binary the wrapper.

@@ -44,7 +44,11 @@ const INT_MASK: u64 = 0xffff_ffff;
 const SOCKET_MAKERS: [&str; 6] =
     ["socket", "socketcall", "socketpair", "io_uring_setup", "io_uring_enter", "io_uring_register"];
 
+/// The audit system's protocol: see [`deny_audit`].
+const NETLINK_AUDIT: u64 = 9;
+
 const EPERM: u32 = 1;
+const EINVAL: u32 = 22;
 const ENOSYS: u32 = 38;
 
 /// A profile like the engine's that leads nowhere near AF_VSOCK.
@@ -66,6 +70,7 @@ pub fn tighten(profile: Option<&LinuxSeccomp>) -> Result<LinuxSeccomp, ProfileEr
         rules.push(allow("socket", vec![equals(0, AF_NETLINK)?, equals(2, protocol)?]));
     }
     rules.push(allow("socketpair", vec![equals(0, AF_UNIX)?]));
+    rules.push(deny_audit()?);
     rules.push(deny_socketcall(&tight));
     tight.set_syscalls(Some(rules));
     // Nobody of ours listens for notifications.
@@ -87,6 +92,17 @@ fn without_socket_makers(rule: &LinuxSyscall) -> Option<LinuxSyscall> {
     let mut rule = rule.clone();
     rule.set_names(names);
     Some(rule)
+}
+
+/// To programs that log to the audit system (`useradd` does) this error says that the kernel has none; any other
+/// makes them give up. So does the usual profile.
+fn deny_audit() -> Result<LinuxSyscall, ProfileError> {
+    let mut rule = LinuxSyscall::default();
+    rule.set_names(vec!["socket".to_owned()])
+        .set_action(Action::ScmpActErrno)
+        .set_errno_ret(Some(EINVAL))
+        .set_args(Some(vec![equals(0, AF_NETLINK)?, equals(2, NETLINK_AUDIT)?]));
+    Ok(rule)
 }
 
 /// `socketcall` takes its arguments from memory, where a filter cannot look. And leaving it
@@ -162,6 +178,12 @@ mod tests {
                     assert_eq!((family.index(), family.op()), (0, Operator::ScmpCmpMaskedEq));
                     assert_eq!(family.value(), INT_MASK);
                     assert!([1, 2, 10, 16].contains(&family.value_two().unwrap()));
+                }
+                ("socket", Action::ScmpActErrno) => {
+                    let args = rule.args().clone().unwrap();
+                    let values = (args[0].value_two(), args[1].value_two());
+                    assert_eq!(values, (Some(AF_NETLINK), Some(NETLINK_AUDIT)));
+                    assert_eq!(rule.errno_ret(), Some(EINVAL));
                 }
                 ("socketcall", Action::ScmpActErrno) => {
                     assert_eq!((rule.args(), rule.errno_ret()), (&None, Some(EPERM)));

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use kiln_protocol::event::{Event, FailureKind, Outcome, cut_text};
 use kiln_protocol::frame::FrameError;
 use kiln_protocol::hello::{Resume, TOKEN_LEN, Welcome};
-use kiln_protocol::job::Job;
+use kiln_protocol::job::{Job, Role};
 use kiln_protocol::message::{AgentToHost, HostToAgent};
 use kiln_protocol::version::Features;
 use tokio::sync::mpsc;
@@ -25,6 +25,7 @@ use super::{
 };
 use crate::engine::Engine;
 use crate::events::{self, Outbox, Report};
+use crate::run;
 use crate::source::{Feeder, feed};
 use crate::vsock::Connector;
 
@@ -233,12 +234,21 @@ where
         if let Err(problem) = prepare(&job) {
             return self.conclude(Outcome::Failed(fail(FailureKind::Internal, problem)));
         }
-        let (feeder, feed) = feed();
         let (reporter, reports) = events::channel();
         let cancel = CancellationToken::new();
-        let task = build(engine, (*job).clone(), places, feed, reporter, cancel.clone());
-        self.working = Some(Working { task: tokio::spawn(task), reports, cancel });
-        self.feeder = Some(feeder);
+        let token = cancel.clone();
+        let task = match &job.role {
+            Role::Build(_) => {
+                let (feeder, feed) = feed();
+                self.feeder = Some(feeder);
+                tokio::spawn(build(engine, (*job).clone(), places, feed, reporter, token))
+            }
+            Role::Run(run) => {
+                let (places, run) = (places.instance, run.clone());
+                tokio::spawn(run::run(places, run, job.limits.processes, reporter, token))
+            }
+        };
+        self.working = Some(Working { task, reports, cancel });
         let left_ms = job.limits.timeout_ms.saturating_sub(job.limits.spent_ms);
         self.deadline = after(self.welcomed, left_ms);
         self.job = Some(job);
@@ -287,7 +297,15 @@ where
             self.stop = Some(reason);
             working.cancel.cancel();
             self.feeder = None;
-            self.deadline = Instant::now() + STOP_GRACE;
+            self.deadline = Instant::now() + self.stop_grace();
+        }
+    }
+
+    /// How long what runs may take to end by itself.
+    fn stop_grace(&self) -> Duration {
+        match self.job.as_ref().map(|job| &job.role) {
+            Some(Role::Run(_)) => run::STOP_GRACE + STOP_GRACE,
+            Some(Role::Build(_)) | None => STOP_GRACE,
         }
     }
 
@@ -303,6 +321,8 @@ where
         }
         self.working = None;
         let outcome = match self.stop {
+            // Somebody ended it, and it ended: how is still news.
+            Some(Stop::Cancelled) if matches!(outcome, Outcome::Exited(_)) => outcome,
             Some(reason) => reason.outcome(&self.progress),
             None => fit(outcome),
         };
@@ -413,6 +433,7 @@ fn outcome_name(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::Built(_) => "built",
         Outcome::Cancelled => "cancelled",
+        Outcome::Exited(_) => "exited",
         Outcome::Failed(failure) => failure.kind.as_str(),
     }
 }

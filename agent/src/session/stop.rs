@@ -45,12 +45,17 @@ impl Progress {
         }
     }
 
+    fn what(&self) -> &'static str {
+        if self.phase == Some(Phase::Running) { "instance" } else { "build" }
+    }
+
     fn place(&self) -> String {
         let phase = match self.phase {
             None => "before it began",
             Some(Phase::Unpacking) => "while its source was unpacked",
             Some(Phase::Building) => "while its Dockerfile was run",
             Some(Phase::Pushing) => "while its image was pushed",
+            Some(Phase::Running) => "while its program ran",
         };
         match &self.step {
             Some((index, name)) => format!("{phase}, in step {index} (`{name}`)"),
@@ -67,7 +72,8 @@ impl Stop {
             Self::TimedOut { timeout_ms } => (
                 FailureKind::TimedOut,
                 format!(
-                    "the build reached its time limit of {} {}; make it faster or raise its timeout",
+                    "the {} reached its time limit of {} {}; make it faster or raise its timeout",
+                    progress.what(),
                     seconds(timeout_ms),
                     progress.place(),
                 ),
@@ -75,8 +81,9 @@ impl Stop {
             Self::LogLimit { log_bytes } => (
                 FailureKind::LogLimit,
                 format!(
-                    "the build printed more than its log limit of {log_bytes} bytes {}; make it \
+                    "the {} printed more than its log limit of {log_bytes} bytes {}; make it \
                      print less or have the limit raised",
+                    progress.what(),
                     progress.place(),
                 ),
             ),

@@ -156,8 +156,16 @@ where
 {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
-    let places =
-        Places { source: dir.path().join("source"), dockerfile: dir.path().join("Dockerfile") };
+    let places = Places {
+        source: dir.path().join("source"),
+        dockerfile: dir.path().join("Dockerfile"),
+        instance: crate::run::Places {
+            device: dir.path().join("disk"),
+            scratch: dir.path().join("scratch"),
+            files: dir.path().join("files"),
+            ..crate::run::Places::default()
+        },
+    };
     let identity = Identity { agent: "kiln-agent test".into(), image: "image".into() };
     let session = tokio::spawn(async move {
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
@@ -264,6 +272,26 @@ async fn a_build_goes_from_hello_to_finish() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_instance_whose_disk_is_none_is_told_and_no_engine_runs() {
+    let mut fixture = start(async |_, _, _| panic!("an engine runs"));
+    std::fs::write(fixture.dir.path().join("disk"), [0; 4096]).unwrap();
+    let run = kiln_protocol::run::RunJob {
+        hostname: "h".into(),
+        args: vec!["/app".into()],
+        env: vec![],
+        user: String::new(),
+        working_dir: "/".into(),
+        stop_signal: 15,
+    };
+    let mut peer = fixture.with_job(Job { role: Role::Run(run), ..job() }).await;
+    let (outcome, events) = peer.outcome().await;
+    let failure = failure(outcome);
+    assert_eq!((failure.kind, events), (FailureKind::Internal, vec![]));
+    assert!(failure.message.contains("neither ext4 nor EROFS"), "{}", failure.message);
+    peer.finish(fixture).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_source_of_many_windows_arrives() {
     let mut fixture = start(async |work: Work, _, _| {
         assert_eq!(std::fs::metadata(work.context.join("Dockerfile")).unwrap().len(), 6 << 20);
@@ -271,7 +299,7 @@ async fn a_source_of_many_windows_arrives() {
     });
     let mut job = job();
     job.limits.source_bytes = 6 << 20;
-    let Role::Build(build) = &mut job.role;
+    let Role::Build(build) = &mut job.role else { panic!("{job:?}") };
     build.dockerfile = Dockerfile::Inline(b"FROM scratch".to_vec());
     let mut peer = fixture.with_job(job).await;
     let archive = archive_of("Dockerfile", &vec![7; 6 << 20]);
@@ -339,7 +367,7 @@ async fn no_job_ends_the_session() {
 async fn a_job_over_its_bounds_fails_by_name() {
     let mut fixture = start(async |_, _, _| built());
     let mut job = job();
-    let Role::Build(build) = &mut job.role;
+    let Role::Build(build) = &mut job.role else { panic!("{job:?}") };
     build.target = Some("t".repeat(kiln_protocol::job::MAX_JOB_TEXT + 1));
     let mut peer = fixture.with_job(job).await;
     let failure = failure(peer.outcome().await.0);
@@ -379,7 +407,11 @@ async fn a_missing_dockerfile_fails_by_its_path() {
 async fn what_the_machine_cannot_prepare_fails_the_build() {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
-    let places = Places { source: dir.path().join("s"), dockerfile: dir.path().join("d") };
+    let places = Places {
+        source: dir.path().join("s"),
+        dockerfile: dir.path().join("d"),
+        instance: crate::run::Places::default(),
+    };
     let session = tokio::spawn(async move {
         let identity = Identity { agent: String::new(), image: String::new() };
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;

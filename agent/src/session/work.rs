@@ -17,13 +17,15 @@ use crate::engine::{Engine, Work};
 use crate::events::{Report, Reporter};
 use crate::source::{self, Feed, SourceLimits};
 
-/// Where a build's files are. Both lie on the scratch disk, neither inside the other.
+/// Where a job's files are. A build's lie on the scratch disk, neither inside the other.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// The directory that the source is unpacked into: the build's context.
     pub source: PathBuf,
     /// Where a Dockerfile that came with the job is written.
     pub dockerfile: PathBuf,
+    /// An instance's.
+    pub instance: crate::run::Places,
 }
 
 /// Runs a build from its source's first byte to its outcome.
@@ -35,7 +37,9 @@ pub async fn build<E: Engine>(
     reporter: Reporter,
     cancel: CancellationToken,
 ) -> Outcome {
-    let Role::Build(build) = job.role;
+    let Role::Build(build) = job.role else {
+        return Outcome::Failed(fail(FailureKind::Internal, "the job is no build; report this"));
+    };
     let limits =
         SourceLimits { bytes: job.limits.source_bytes, entries: job.limits.source_entries };
     reporter.report(Report::Event(Event::Phase(Phase::Unpacking))).await;

@@ -22,7 +22,7 @@ use crate::token::Caller;
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// How long a client waits before it connects again, in milliseconds.
-const RETRY: u32 = 1000;
+pub(super) const RETRY: u32 = 1000;
 
 pub(super) async fn build_events(
     State(api): State<Shared>,
@@ -118,7 +118,7 @@ fn parse_follow(query: &str) -> Result<bool, ApiError> {
 }
 
 /// 0 without one, which is before the first event.
-fn parse_last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
+pub(super) fn parse_last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
     let values: Vec<String> = headers.get_all(LAST_EVENT_ID).iter().map(text).collect();
     let refused = |value: &str| {

@@ -79,6 +79,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "not_found", "there is no such build")
     }
 
+    /// No such instance, or none that this caller may know of.
+    pub(super) fn no_such_instance() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", "there is no such instance")
+    }
+
     /// The host's own fault. The cause goes to the log, with its chain; the client gets no more
     /// than that it happened.
     pub(super) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
@@ -131,13 +136,15 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match &error {
             StoreError::NotFound("build") => Self::no_such_build(),
+            StoreError::NotFound("instance") => Self::no_such_instance(),
             StoreError::NotFound(_) => {
                 Self::new(StatusCode::NOT_FOUND, "not_found", error.to_string())
             }
             StoreError::Refused(Refused::Final(_)) => Self::conflict("finished", error.to_string()),
-            StoreError::Refused(_) | StoreError::Taken(_) | StoreError::Fenced => {
-                Self::conflict("conflict", error.to_string())
-            }
+            StoreError::Refused(_)
+            | StoreError::InstanceRefused(_)
+            | StoreError::Taken(_)
+            | StoreError::Fenced => Self::conflict("conflict", error.to_string()),
             StoreError::Database { .. } => Self::internal(&error),
         }
     }

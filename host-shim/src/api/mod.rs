@@ -17,6 +17,7 @@ pub mod error;
 mod fields;
 mod get_build;
 mod health;
+pub mod instances;
 mod layers;
 mod list_builds;
 mod multipart;
@@ -38,6 +39,8 @@ pub use self::source::{SOURCE_FILE, sweep};
 use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
 use crate::events::EventLog;
+use crate::gateway::Backing;
+use crate::instances::Instances;
 use crate::store::Store;
 
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
@@ -46,12 +49,20 @@ pub fn router(state: ApiState) -> Router {
     let uploads = Uploads::new(state.limits.max_uploads);
     let shared: Shared = Arc::new(Api { state, uploads, keys_in_flight: Mutex::default() });
     let submit = post(create_build::create_build).layer(DefaultBodyLimit::disable());
+    let create_instance =
+        post(instances::create::create_instance).layer(DefaultBodyLimit::max(MAX_INSTANCE_BODY));
     let routes = Router::new()
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route("/builds", submit.get(list_builds::list_builds))
         .route("/builds/{id}", get(get_build::get_build).delete(cancel_build::cancel_build))
         .route("/builds/{id}/events", get(build_events::build_events))
+        .route("/instances", create_instance.get(instances::list::list_instances))
+        .route(
+            "/instances/{id}",
+            get(instances::get::get_instance).delete(instances::delete::delete_instance),
+        )
+        .route("/instances/{id}/logs", get(instances::logs::instance_logs))
         .route("/tokens", post(tokens::create_token).get(tokens::list_tokens))
         .route("/tokens/{id}", delete(tokens::revoke_token))
         .fallback(error::no_such_route)
@@ -63,6 +74,9 @@ pub fn router(state: ApiState) -> Router {
 
 /// Most body bytes of a request that uploads no source.
 const MAX_BODY: usize = 64 * 1024;
+
+/// Of a request for an instance: a command and variables at their bounds, escaped.
+const MAX_INSTANCE_BODY: usize = 4 * 1024 * 1024;
 
 /// What the API stands on.
 #[derive(Clone)]
@@ -83,6 +97,10 @@ pub struct ApiState {
     pub ready: Arc<dyn Readiness>,
     /// The host's clock.
     pub clock: Clock,
+    /// Who runs images.
+    pub instances: Instances,
+    /// Where images are.
+    pub backing: Backing,
 }
 
 /// Tells the time.

@@ -199,6 +199,23 @@ impl Client {
     ) -> Result<Response, CallError> {
         let mut url = self.url(&["builds", id, "events"]);
         url.query_pairs_mut().append_pair("follow", if follow { "true" } else { "false" });
+        self.stream(url, after).await
+    }
+
+    /// Opens the stream of what an instance prints, up to its end.
+    pub async fn instance_log(&self, id: &str, after: Option<&str>) -> Result<Response, CallError> {
+        let mut url = self.url(&["instances", id, "logs"]);
+        url.query_pairs_mut().append_pair("follow", "true").append_pair("format", "events");
+        self.stream(url, after).await
+    }
+
+    /// Stops and deletes an instance; returns once nothing of it is left.
+    pub async fn delete_instance(&self, id: &str) -> Result<(), CallError> {
+        let request = self.request(Method::DELETE, &["instances", id]).timeout(CANCEL_TIMEOUT);
+        self.send(request).await.map(drop)
+    }
+
+    async fn stream(&self, url: Url, after: Option<&str>) -> Result<Response, CallError> {
         let mut request = self.http.get(url).header(ACCEPT, "text/event-stream");
         if let Some(after) = after {
             request = request.header("last-event-id", after);

@@ -16,6 +16,8 @@ pub enum Exit {
     Host = 3,
     /// The build was cancelled or ran out of time.
     Cancelled = 4,
+    /// Kiln's own failure, where the other codes are a program's.
+    Own = 125,
 }
 
 /// Why a command ended.

@@ -16,7 +16,7 @@ use super::sse::{Block, Parser};
 use super::view::EventView;
 
 /// Three of the server's heartbeats (15 s): a connection that is silent for longer is dead.
-const SILENCE: Duration = Duration::from_secs(45);
+pub(super) const SILENCE: Duration = Duration::from_secs(45);
 /// The first pause before another try, unless the server's `retry:` says so.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause.
@@ -197,7 +197,7 @@ pub async fn patiently<T>(
     }
 }
 
-fn pause(tries: u32, retry: Option<Duration>) -> Duration {
+pub(super) fn pause(tries: u32, retry: Option<Duration>) -> Duration {
     let first = retry.unwrap_or(FIRST_PAUSE).clamp(Duration::from_millis(50), LONGEST_PAUSE);
     first.saturating_mul(1 << tries.saturating_sub(1).min(8)).min(LONGEST_PAUSE)
 }

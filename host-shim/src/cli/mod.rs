@@ -28,6 +28,7 @@ pub mod logs;
 pub mod ls;
 pub mod pack;
 pub mod render;
+pub mod run;
 pub mod show;
 pub mod sse;
 pub mod submit;
@@ -47,6 +48,7 @@ pub enum ClientCommand {
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
+    Run(run::RunArgs),
     Token(token::TokenArgs),
 }
 
@@ -64,27 +66,34 @@ impl ClientCommand {
     /// Runs the command; its errors are reported.
     pub async fn run(self, global: &Global) -> ExitCode {
         match self.try_run(global).await {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(code) => ExitCode::from(code),
             Err(error) => error.report(),
         }
     }
 
-    async fn try_run(self, global: &Global) -> Result<(), CliError> {
+    async fn try_run(self, global: &Global) -> Result<u8, CliError> {
         let client = || Client::new(&global.connect);
-        let command = match self {
-            // May work without a server.
-            Self::Token(args) => return args.run(client).await,
-            command => command,
-        };
-        let client = client()?;
         let patience = Duration::from_secs(global.patience);
-        match command {
-            Self::Build(args) => build::run(&client, patience, *args).await,
-            Self::Ls(args) => ls::run(&client, args).await,
-            Self::Show(args) => show::run(&client, args).await,
-            Self::Logs(args) => logs::run(&client, patience, args).await,
-            Self::Cancel(args) => cancel::run(&client, args).await,
-            Self::Token(_) => Ok(()),
+        match self {
+            // May work without a server.
+            Self::Token(args) => args.run(client).await.map(|()| 0),
+            // The only one whose exit code is another program's.
+            Self::Run(args) => match client() {
+                Ok(client) => run::run(&client, patience, args).await,
+                Err(error) => Err(CliError { exit: error::Exit::Own, ..error }),
+            },
+            command => command.run_with(&client()?, patience).await.map(|()| 0),
+        }
+    }
+
+    async fn run_with(self, client: &Client, patience: Duration) -> Result<(), CliError> {
+        match self {
+            Self::Build(args) => build::run(client, patience, *args).await,
+            Self::Ls(args) => ls::run(client, args).await,
+            Self::Show(args) => show::run(client, args).await,
+            Self::Logs(args) => logs::run(client, patience, args).await,
+            Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Run(_) | Self::Token(_) => Ok(()),
         }
     }
 }

@@ -70,14 +70,14 @@ impl Scheduler for Scheduling {
 }
 
 impl Dispatcher {
-    /// A queue that runs at most `max_vms` builds at one time.
+    /// A queue that runs as many builds at one time as there is room for VMs.
     pub fn new(
         workshop: Arc<Workshop>,
         scheduling: Scheduling,
-        max_vms: usize,
+        room: Arc<Semaphore>,
         owner: String,
     ) -> Self {
-        Self { workshop, scheduling, room: Arc::new(Semaphore::new(max_vms)), owner }
+        Self { workshop, scheduling, room, owner }
     }
 
     /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.

@@ -218,6 +218,7 @@ impl Driver {
             memory_mb: self.build.request.memory_mb,
             cpus: self.build.request.cpus,
             disk_gb: self.build.request.disk_gb,
+            image: None,
         };
         let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
         let vm = match started {
@@ -289,9 +290,10 @@ impl Driver {
         let params = session::Params {
             job: self.job(),
             started,
-            source,
+            source: Some(source),
             nonce,
             boot_deadline: BOOT_DEADLINE,
+            cancel_grace: session::CANCEL_GRACE,
         };
         let mut sink =
             BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started);
@@ -314,7 +316,7 @@ impl Driver {
                     ended = true;
                     // What the VM had sent before it ended is still in the sockets.
                     match timeout(LAST_WORDS, &mut session).await {
-                        Ok(end @ (End::Outcome(_) | End::Cancelled)) => outcome::next(end),
+                        Ok(end @ (End::Outcome(_) | End::Cancelled(_))) => outcome::next(end),
                         _ => Next::Fail(Failure::new(
                             FailureKind::VmLost,
                             format!("the VM was lost: {exit}. If it happens again, ask the host's operator"),

@@ -30,11 +30,15 @@ pub(super) fn next(end: End) -> Next {
             Next::Publish { guest: GuestSays::from(&built), digest: built.digest }
         }
         End::Outcome(Outcome::Failed(failure)) => Next::Fail(host_checked(failure.into())),
+        End::Outcome(Outcome::Exited(_)) => fail(
+            FailureKind::Internal,
+            "the VM's agent ended a build as if it were an instance".into(),
+        ),
         End::Outcome(Outcome::Cancelled) => fail(
             FailureKind::Internal,
             "the VM's agent stopped the build though nobody asked it to".into(),
         ),
-        End::Cancelled => Next::Cancel,
+        End::Cancelled(_) => Next::Cancel,
         End::Lost(why) => fail(FailureKind::VmLost, format!("the VM was lost: {why}")),
         End::Protocol(why) => {
             fail(FailureKind::ProtocolMismatch, format!("the VM's agent broke the protocol: {why}"))
@@ -134,7 +138,7 @@ mod tests {
         assert_eq!(kind(End::Outcome(Outcome::Cancelled)), Some(FailureKind::Internal));
         assert_eq!(kind(End::Store(LogLimit(1).into())), Some(FailureKind::LogLimit));
         assert_eq!(kind(End::Store(anyhow::anyhow!("x"))), Some(FailureKind::Internal));
-        assert_eq!(next(End::Cancelled), Next::Cancel);
+        assert_eq!(next(End::Cancelled(None)), Next::Cancel);
     }
 
     #[test]

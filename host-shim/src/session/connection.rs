@@ -80,8 +80,8 @@ pub(super) struct Connection<T> {
 }
 
 impl<T: Stream> Connection<T> {
-    /// A new session's connection: sends the job and then the source.
-    pub(super) fn start(stream: T, job: Job, source: tokio::fs::File) -> Self {
+    /// A new session's connection: sends the job and then the source, if there is one.
+    pub(super) fn start(stream: T, job: Job, source: Option<tokio::fs::File>) -> Self {
         Self::spawn(stream, Some((job, source)))
     }
 
@@ -90,7 +90,7 @@ impl<T: Stream> Connection<T> {
         Self::spawn(stream, None)
     }
 
-    fn spawn(stream: T, work: Option<(Job, tokio::fs::File)>) -> Self {
+    fn spawn(stream: T, work: Option<(Job, Option<tokio::fs::File>)>) -> Self {
         let (reader, writer) = tokio::io::split(stream);
         let (orders, listen) = watch::channel(Orders::default());
         let sent = if work.is_none() { Some(0) } else { None };
@@ -172,12 +172,15 @@ struct Writer<T> {
 }
 
 impl<T: Stream> Writer<T> {
-    async fn run(mut self, work: Option<(Job, tokio::fs::File)>) -> Result<(), FrameError> {
+    async fn run(mut self, work: Option<(Job, Option<tokio::fs::File>)>) -> Result<(), FrameError> {
         let mut told = Orders::default();
         let mut source = None;
         if let Some((job, file)) = work {
             frame::write(&mut self.writer, &HostToAgent::Job(Box::new(job))).await?;
-            source = Some((file, 0_u64));
+            source = file.map(|file| (file, 0_u64));
+            if source.is_none() {
+                self.sent.send_replace(Some(0));
+            }
         }
         loop {
             let orders = *self.orders.borrow_and_update();

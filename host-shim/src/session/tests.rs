@@ -83,7 +83,8 @@ fn host(source: usize) -> Host {
     let params = Params {
         job: Job { build: BuildId::new("b").unwrap(), role: Role::Build(build), limits },
         started: Instant::now().checked_sub(Duration::from_secs(3)).unwrap(),
-        source: tokio::fs::File::from_std(file),
+        source: Some(tokio::fs::File::from_std(file)),
+        cancel_grace: CANCEL_GRACE,
         nonce: NONCE,
         boot_deadline: Duration::from_secs(60),
     };
@@ -295,7 +296,7 @@ async fn a_cancel_is_told_and_ends_the_session() {
     agent.say(log(1, b"last words")).await;
     agent.say(AgentToHost::Outcome(Outcome::Cancelled)).await;
     let (end, stored) = host.session.await.unwrap();
-    assert!(matches!(end, End::Cancelled));
+    assert!(matches!(end, End::Cancelled(_)));
     assert_eq!(seqs(&stored), [1]);
 }
 
@@ -305,7 +306,7 @@ async fn a_cancel_does_not_wait_for_a_deaf_agent() {
     let (_agent, _) = Agent::welcomed(&host).await;
     let begun = Instant::now();
     host.cancel.cancel();
-    assert!(matches!(host.session.await.unwrap().0, End::Cancelled));
+    assert!(matches!(host.session.await.unwrap().0, End::Cancelled(_)));
     assert!(begun.elapsed() <= CANCEL_GRACE + Duration::from_millis(10));
 }
 

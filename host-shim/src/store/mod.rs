@@ -1,4 +1,4 @@
-//! What survives a restart: builds, events, tokens.
+//! What survives a restart: builds, events, tokens, instances.
 //!
 //! SQLite now, PostgreSQL for several hosts later: the SQL stays within what both speak. Every
 //! method that returns `Ok` for a write has made it durable.
@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::instances::instance::{self, Instance, InstanceId};
 
 /// A claim on a build. A write with an old fence is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -143,6 +144,9 @@ pub enum StoreError {
     /// The build's state does not allow it.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// The instance's state does not allow it.
+    #[error(transparent)]
+    InstanceRefused(#[from] instance::Refused),
     /// The tenant has used this idempotency key, or this id, before.
     #[error("{0} is taken already")]
     Taken(&'static str),
@@ -226,6 +230,22 @@ pub trait Store: Send + Sync + 'static {
         after: u64,
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError>;
+
+    /// Stores an instance. Its name is its tenant's only one.
+    async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError>;
+    /// One instance.
+    async fn instance(&self, id: &InstanceId) -> Result<Option<Instance>, StoreError>;
+    /// The tenant's instances, or all, newest first.
+    async fn instances(&self, tenant: Option<&Tenant>) -> Result<Vec<Instance>, StoreError>;
+    /// Changes an instance.
+    async fn change_instance(
+        &self,
+        id: &InstanceId,
+        change: instance::Change,
+        now: Millis,
+    ) -> Result<Instance, StoreError>;
+    /// Forgets an instance.
+    async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError>;
 
     /// Stores a token.
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;

@@ -4,11 +4,12 @@
 //! writer. One writing connection, so that writers queue in the process and not in SQLite; another
 //! process (`kiln token create`) may still write between two of its transactions.
 //!
-//! One file per table: `builds` (and `claims`, which changes them), `events`, `tokens`.
+//! One file per table: `builds` (and `claims`, which changes them), `events`, `instances`, `tokens`.
 
 mod builds;
 mod claims;
 mod events;
+mod instances;
 mod tokens;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use super::{
     Claimed, Fence, Filter, IdempotencyKey, NewEvent, Store, StoreError, StoredEvent, TokenRecord,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::instances::instance::{self, Instance, InstanceId};
 
 /// The store's file in the data directory.
 pub const FILE_NAME: &str = "kiln.db";
@@ -110,6 +112,7 @@ fn migrator() -> Migrator {
         ("builds", include_str!("../../migrations/sqlite/0001_builds.sql")),
         ("active builds", include_str!("../../migrations/sqlite/0002_active_builds.sql")),
         ("provenance", include_str!("../../migrations/sqlite/0003_provenance.sql")),
+        ("instances", include_str!("../../migrations/sqlite/0004_instances.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -286,6 +289,35 @@ impl Store for SqliteStore {
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError> {
         events::after(&self.readers, id, after, limit).await
+    }
+
+    async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError> {
+        instances::insert(&self.writer, instance).await
+    }
+
+    async fn instance(&self, id: &InstanceId) -> Result<Option<Instance>, StoreError> {
+        instances::one(&self.readers, id).await
+    }
+
+    async fn instances(&self, tenant: Option<&Tenant>) -> Result<Vec<Instance>, StoreError> {
+        instances::all(&self.readers, tenant).await
+    }
+
+    async fn change_instance(
+        &self,
+        id: &InstanceId,
+        change: instance::Change,
+        now: Millis,
+    ) -> Result<Instance, StoreError> {
+        let mut tx = self.write("change an instance").await?;
+        let next = instances::locked(&mut tx, id).await?.apply(change, now)?;
+        instances::save(&mut tx, &next).await?;
+        tx.commit().await.map_err(failed("change an instance"))?;
+        Ok(next)
+    }
+
+    async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError> {
+        instances::delete(&self.writer, id).await
     }
 
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError> {

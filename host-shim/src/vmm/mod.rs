@@ -94,7 +94,7 @@ pub struct VmmConfig {
 }
 
 /// What one VM is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct VmSpec {
     /// Names its directory and cgroup: 1 to 64 of letters, digits, `-`, `_`.
     pub id: String,
@@ -104,6 +104,8 @@ pub struct VmSpec {
     pub cpus: u32,
     /// Of the scratch disk, in GiB.
     pub disk_gb: u32,
+    /// A third disk, read-only: the image that an instance runs.
+    pub image: Option<Arc<File>>,
 }
 
 /// What went wrong with VMs.

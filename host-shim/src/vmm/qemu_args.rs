@@ -25,6 +25,8 @@ pub struct Fds {
     pub root: RawFd,
     /// The scratch disk: `/dev/vdb`.
     pub scratch: RawFd,
+    /// The read-only disk of an instance's image: `/dev/vdc`.
+    pub image: Option<RawFd>,
     /// Connected to the vsock device.
     pub vsock: RawFd,
     /// Our end's peer of the monitor.
@@ -91,6 +93,9 @@ pub fn vm(machine: &Machine<'_>) -> Vec<String> {
     let mut add = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
     disk(&mut add, 1, "root", fds.root, "read-only=on", "");
     disk(&mut add, 2, "scratch", fds.scratch, "discard=unmap", ",detect-zeroes=unmap");
+    if let Some(image) = fds.image {
+        disk(&mut add, 3, "image", image, "read-only=on", "");
+    }
     add("-chardev", format!("socket,id=vsock,fd={}", fds.vsock));
     add("-device", VSOCK_DEVICE.to_owned());
     add("-object", "rng-builtin,id=rng".to_owned());
@@ -174,7 +179,8 @@ fn disk(
 mod tests {
     use super::*;
 
-    const FDS: Fds = Fds { kernel: 10, initrd: 11, root: 12, scratch: 13, vsock: 14, qmp: 15 };
+    const FDS: Fds =
+        Fds { kernel: 10, initrd: 11, root: 12, scratch: 13, image: None, vsock: 14, qmp: 15 };
 
     /// One flag and its value a line.
     fn shown(args: &[String]) -> String {
@@ -202,6 +208,13 @@ mod tests {
         let machine =
             Machine { name: "b1", engine: Engine::Kvm, memory_mb: 4096, cpus: 4, fds: FDS };
         insta::assert_snapshot!("vm_kvm", shown(&vm(&machine)));
+    }
+
+    #[test]
+    fn the_machine_of_an_instance() {
+        let fds = Fds { image: Some(16), ..FDS };
+        let machine = Machine { name: "i1", engine: Engine::Tcg, memory_mb: 1024, cpus: 1, fds };
+        insta::assert_snapshot!("vm_instance", shown(&vm(&machine)));
     }
 
     #[test]

@@ -81,13 +81,15 @@ impl Vmm {
             initrd: self.bundle.initrd.as_raw_fd(),
             root: self.bundle.root.as_raw_fd(),
             scratch: scratch.as_raw_fd(),
+            image: spec.image.as_ref().map(AsRawFd::as_raw_fd),
             vsock: device.as_raw_fd(),
             qmp: theirs.as_raw_fd(),
         };
         let VmSpec { id, memory_mb, cpus, .. } = spec;
         let args = qemu_args::vm(&Machine { name: &id, engine: self.engine, memory_mb, cpus, fds });
         let args = args.into_iter().map(OsString::from).collect();
-        let keep = [fds.kernel, fds.initrd, fds.root, fds.scratch, fds.vsock, fds.qmp];
+        let mut keep = vec![fds.kernel, fds.initrd, fds.root, fds.scratch, fds.vsock, fds.qmp];
+        keep.extend(fds.image);
         self.launch(&mut remains, &mut place, Program::Qemu, args, &keep, &qemu_output)?;
         let started = Instant::now();
 
@@ -249,7 +251,7 @@ enum Program {
 }
 
 fn check(spec: &VmSpec) -> Result<(), VmmError> {
-    let VmSpec { id, memory_mb, cpus, disk_gb } = spec;
+    let VmSpec { id, memory_mb, cpus, disk_gb, image: _ } = spec;
     if !is_name(id, false) {
         return Err(VmmError::Bad(format!("{id:?} cannot name a VM")));
     }
@@ -286,7 +288,8 @@ mod tests {
 
     #[test]
     fn ids_and_sizes_have_bounds() {
-        let good = VmSpec { id: "0198-a_Z".to_owned(), memory_mb: 128, cpus: 1, disk_gb: 1 };
+        let id = "0198-a_Z".to_owned();
+        let good = VmSpec { id, memory_mb: 128, cpus: 1, disk_gb: 1, image: None };
         assert!(check(&good).is_ok());
         for id in ["", ".", "..", "a/b", "a.b", "ä", "a b", &"x".repeat(65)] {
             assert!(check(&VmSpec { id: id.to_owned(), ..good.clone() }).is_err(), "{id:?}");

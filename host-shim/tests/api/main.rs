@@ -4,7 +4,9 @@
 
 mod builds;
 mod events;
+mod instances;
 mod limits;
 mod refusals;
+mod registry;
 mod support;
 mod tokens;

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
+use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
 use reqwest::multipart::{Form, Part};
@@ -25,6 +26,9 @@ pub struct Server {
     pub scheduler: Arc<Small>,
     pub sources: PathBuf,
     pub http: reqwest::Client,
+    pub runner: Arc<Puppet>,
+    pub instances: Instances,
+    pub instances_dir: PathBuf,
     task: tokio::task::JoinHandle<()>,
     _dir: tempfile::TempDir,
 }
@@ -52,6 +56,10 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         ready: Mutex::new(Ok(())),
     });
     let sources = dir.path().join("builds");
+    let runner = Arc::new(Puppet::default());
+    let instances_dir = dir.path().join("instances");
+    let instances = Instances::new(store.clone(), runner.clone(), instances_dir.clone());
+    let registry = crate::registry::start().await;
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -61,12 +69,26 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         public_host: HOST.into(),
         ready: scheduler.clone(),
         clock: system_clock(),
+        instances: instances.clone(),
+        backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
     });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
-    Server { url, store, events, scheduler, sources, http, task, _dir: dir }
+    Server {
+        url,
+        store,
+        events,
+        scheduler,
+        sources,
+        http,
+        runner,
+        instances,
+        instances_dir,
+        task,
+        _dir: dir,
+    }
 }
 
 /// A scheduler that runs nothing: tests claim and change builds by hand.
@@ -138,6 +160,62 @@ impl Small {
         };
         let change = Change::Fail(failure);
         self.change(&claimed.build.id, claimed.fence, change, Some(Status::Failed)).await.unwrap();
+    }
+}
+
+/// Runs instances as tests tell it to.
+#[derive(Default)]
+pub struct Puppet {
+    strings: Mutex<HashMap<String, tokio::sync::mpsc::UnboundedSender<Pull>>>,
+    begun: tokio::sync::Notify,
+    /// What it was given, by the instance's name.
+    pub work: Mutex<HashMap<String, Work>>,
+}
+
+/// What an instance does next.
+pub enum Pull {
+    Change(kiln::instances::Change),
+    Print(Value),
+    End(End),
+}
+
+#[async_trait]
+impl Runner for Puppet {
+    async fn run(&self, owner: &mut Owner, work: Work) -> End {
+        let (string, mut pulls) = tokio::sync::mpsc::unbounded_channel();
+        let name = owner.instance().name.clone();
+        std::fs::write(owner.dir().join("disk"), "a disk").unwrap();
+        self.work.lock().unwrap().insert(name.clone(), work);
+        self.strings.lock().unwrap().insert(name, string);
+        self.begun.notify_waiters();
+        let cancel = owner.cancel().clone();
+        loop {
+            let pull = tokio::select! {
+                pull = pulls.recv() => pull.unwrap(),
+                () = cancel.cancelled() => return End::exited(143),
+            };
+            match pull {
+                Pull::Change(change) => owner.change(change).await.unwrap(),
+                Pull::Print(line) => owner.print(&[line]).await.unwrap(),
+                Pull::End(end) => return end,
+            }
+        }
+    }
+}
+
+impl Puppet {
+    /// Makes an instance do something, once it has begun.
+    pub async fn pull(&self, name: &str, pull: Pull) {
+        loop {
+            let begun = self.begun.notified();
+            tokio::pin!(begun);
+            begun.as_mut().enable();
+            if let Some(string) = self.strings.lock().unwrap().get(name) {
+                string.send(pull).ok().unwrap();
+                return;
+            }
+            begun.await;
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program's verbs, one file each. Progress goes to standard error, results to standard output.
 
 mod build;
+mod disk;
 mod inspect;
 mod publish;
 mod verify;
@@ -31,6 +32,8 @@ enum Verb {
     Publish(publish::Publish),
     /// Show what a directory or a reference holds
     Inspect(inspect::Inspect),
+    /// Make a disk that a VM can boot from of an image; needs no root
+    Disk(disk::Disk),
     /// Check every digest of a directory or a reference, and a bundle's protocol
     Verify(verify::Verify),
 }
@@ -102,6 +105,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
             Verb::Build(verb) => verb.run().await,
             Verb::Publish(verb) => verb.run().await,
             Verb::Inspect(verb) => verb.run().await,
+            Verb::Disk(verb) => verb.run().await,
             Verb::Verify(verb) => verb.run().await,
         }
     };

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test's values are known")]
 
 use kiln_protocol::event::{
-    Built, Event, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome, Phase,
-    Step, StepEnd, StepState,
+    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
+    Phase, Step, StepEnd, StepState,
 };
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::hello::{
@@ -13,6 +13,7 @@ use kiln_protocol::hello::{
 };
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
+use kiln_protocol::run::RunJob;
 use kiln_protocol::version::{Features, Version, VersionRange};
 
 /// Any frame's value of the control connection.
@@ -117,6 +118,7 @@ fn host_messages() -> Vec<HostToAgent> {
     vec![
         job(Dockerfile::InSource("sub/Dockerfile".into()), StepNetwork::None),
         job(Dockerfile::Inline(b"FROM scratch\n".to_vec()), StepNetwork::Proxy),
+        run_job(),
         HostToAgent::Source(vec![0x1f, 0x8b, 0x00, 0xff]),
         HostToAgent::SourceEnd { total: 5_000_000_000 },
         HostToAgent::Acknowledge { seq: 129 },
@@ -136,15 +138,34 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             network,
             base_digest: inline.then(|| "sha256:ef".into()),
         }),
-        limits: Limits {
-            timeout_ms: 600_000,
-            spent_ms: 2_300,
-            log_bytes: 256 << 20,
-            processes: 1024,
-            source_bytes: 4096 << 20,
-            source_entries: 1_000_000,
-        },
+        limits: limits(),
     }))
+}
+
+fn run_job() -> HostToAgent {
+    HostToAgent::Job(Box::new(Job {
+        build: BuildId::new("i0-1").unwrap(),
+        role: Role::Run(RunJob {
+            hostname: "web".into(),
+            args: vec!["/bin/serve".into(), "--port".into(), "80".into()],
+            env: vec![("B".into(), "2".into()), ("A".into(), String::new())],
+            user: "app:staff".into(),
+            working_dir: "/srv".into(),
+            stop_signal: 3,
+        }),
+        limits: limits(),
+    }))
+}
+
+fn limits() -> Limits {
+    Limits {
+        timeout_ms: 600_000,
+        spent_ms: 2_300,
+        log_bytes: 256 << 20,
+        processes: 1024,
+        source_bytes: 4096 << 20,
+        source_entries: 1_000_000,
+    }
 }
 
 fn agent_messages() -> Vec<AgentToHost> {
@@ -168,6 +189,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         event(Event::Phase(Phase::Unpacking)),
         event(Event::Phase(Phase::Building)),
         event(Event::Phase(Phase::Pushing)),
+        event(Event::Phase(Phase::Running)),
         AgentToHost::SourceTaken { total: 262_144 },
         AgentToHost::EngineStarted,
         AgentToHost::Outcome(Outcome::Built(Built {
@@ -176,6 +198,7 @@ fn agent_messages() -> Vec<AgentToHost> {
             lockfiles: vec![Lockfile { path: "web/yarn.lock".into(), sha256: [0xab; 32] }],
         })),
         AgentToHost::Outcome(Outcome::Cancelled),
+        AgentToHost::Outcome(Outcome::Exited(Exited { code: 137 })),
         AgentToHost::Usage(AgentUsage {
             memory_peak_bytes: 9 << 20,
             engine_spawn_us: Some(17_000),
@@ -209,15 +232,15 @@ fn reason_name(reason: RejectReason) -> &'static str {
 
 fn host_name(message: &HostToAgent) -> String {
     let name = match message {
-        HostToAgent::Job(job) => {
-            let Role::Build(build) = &job.role;
-            match (&build.dockerfile, build.network) {
+        HostToAgent::Job(job) => match &job.role {
+            Role::Build(build) => match (&build.dockerfile, build.network) {
                 (Dockerfile::InSource(_), StepNetwork::None) => "job-build-in-source-none",
                 (Dockerfile::InSource(_), StepNetwork::Proxy) => "job-build-in-source-proxy",
                 (Dockerfile::Inline(_), StepNetwork::None) => "job-build-inline-none",
                 (Dockerfile::Inline(_), StepNetwork::Proxy) => "job-build-inline-proxy",
-            }
-        }
+            },
+            Role::Run(_) => "job-run",
+        },
         HostToAgent::Source(_) => "source",
         HostToAgent::SourceEnd { .. } => "source-end",
         HostToAgent::Acknowledge { .. } => "acknowledge",
@@ -242,6 +265,7 @@ fn agent_name(message: &AgentToHost) -> String {
             Event::Phase(Phase::Unpacking) => "event-phase-unpacking",
             Event::Phase(Phase::Building) => "event-phase-building",
             Event::Phase(Phase::Pushing) => "event-phase-pushing",
+            Event::Phase(Phase::Running) => "event-phase-running",
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",
@@ -249,6 +273,7 @@ fn agent_name(message: &AgentToHost) -> String {
         AgentToHost::Usage(AgentUsage { engine_spawn_us: None, .. }) => "usage-without-engine",
         AgentToHost::Outcome(Outcome::Built(_)) => "outcome-built",
         AgentToHost::Outcome(Outcome::Cancelled) => "outcome-cancelled",
+        AgentToHost::Outcome(Outcome::Exited(_)) => "outcome-exited",
         AgentToHost::Outcome(Outcome::Failed(failure)) => {
             return format!("agent-outcome-failed-{}", failure.kind.as_str().replace('_', "-"));
         }

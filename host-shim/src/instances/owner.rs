@@ -1,0 +1,103 @@
+//! The one that may change an instance, and write its log.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::LOG;
+use super::instance::{Change, End, Instance};
+use super::log::{Seen, Writer};
+use crate::causes::chain;
+use crate::store::{Store, StoreError};
+
+/// Held by an instance's task for as long as it is not stopped.
+pub struct Owner {
+    instance: Instance,
+    store: Arc<dyn Store>,
+    dir: PathBuf,
+    log: Writer,
+    seen: watch::Sender<Seen>,
+    cancel: CancellationToken,
+}
+
+impl Owner {
+    pub(super) fn new(
+        instance: Instance,
+        store: Arc<dyn Store>,
+        dir: PathBuf,
+        log: Writer,
+        seen: watch::Sender<Seen>,
+        cancel: CancellationToken,
+    ) -> Self {
+        Self { instance, store, dir, log, seen, cancel }
+    }
+
+    /// The instance as it is now.
+    pub fn instance(&self) -> &Instance {
+        &self.instance
+    }
+
+    /// A directory for what is made for it; removed when it has ended, but for the log.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Cancelled when somebody wants it to end.
+    pub fn cancel(&self) -> &CancellationToken {
+        &self.cancel
+    }
+
+    /// Changes it, and tells.
+    pub async fn change(&mut self, change: Change) -> Result<(), StoreError> {
+        let now = crate::clock::now();
+        let id = &self.instance.id;
+        self.instance = self.store.change_instance(id, change, now).await?;
+        let instance = self.instance.clone();
+        self.seen.send_modify(|seen| seen.instance = instance);
+        Ok(())
+    }
+
+    /// Appends to its log, and tells.
+    pub async fn print(&mut self, lines: &[Value]) -> io::Result<()> {
+        let bytes = self.log.append(lines).await?;
+        self.seen.send_modify(|seen| seen.bytes = bytes);
+        Ok(())
+    }
+
+    /// Records how it ended, once what was made for it is gone.
+    pub(super) async fn end(mut self, end: End) {
+        if let Err(error) = remove_all_but_log(&self.dir).await {
+            tracing::error!(id = %self.instance.id, %error, "an instance's files are left");
+        }
+        let message = end.message.clone();
+        match self.change(Change::Stop(end)).await {
+            Ok(()) => {
+                let code = self.instance.exit_code;
+                tracing::info!(id = %self.instance.id, ?code, message, "the instance has stopped");
+            }
+            Err(error) => {
+                tracing::error!(id = %self.instance.id, error = chain(&error), "cannot record the instance's end");
+            }
+        }
+    }
+}
+
+/// Removes what was made for an instance, but for its log.
+pub(super) async fn remove_all_but_log(dir: &Path) -> io::Result<()> {
+    let mut entries = tokio::fs::read_dir(dir).await?;
+    while let Some(entry) = entries.next_entry().await? {
+        if entry.file_name() == LOG {
+            continue;
+        }
+        if entry.file_type().await?.is_dir() {
+            tokio::fs::remove_dir_all(entry.path()).await?;
+        } else {
+            tokio::fs::remove_file(entry.path()).await?;
+        }
+    }
+    Ok(())
+}
