@@ -80,5 +80,10 @@ async fn local(
 fn describe(out: &Path, made: &Made) -> String {
     let (size, nodes) = (made.size / MIB, made.nodes);
     let layers = if made.layers == 1 { "layer" } else { "layers" };
-    format!("{}  {}  {size} MiB, {} {layers}, {nodes} files\n", made.digest, out.display(), made.layers)
+    format!(
+        "{}  {}  {size} MiB, {} {layers}, {nodes} files\n",
+        made.digest,
+        out.display(),
+        made.layers
+    )
 }

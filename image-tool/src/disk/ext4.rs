@@ -128,8 +128,12 @@ fn declare(tree: &Tree, builder: &mut FsBuilder) -> Result<Files, Ext4Error> {
                 Content::Dir => builder.mkdir(parent, name, meta),
                 Content::File { size, .. } => builder.file(parent, name, meta, *size),
                 Content::Symlink(target) => builder.symlink(parent, name, target, meta),
-                &Content::Char(major, minor) => special(builder, SpecialKind::Char { major, minor }),
-                &Content::Block(major, minor) => special(builder, SpecialKind::Block { major, minor }),
+                &Content::Char(major, minor) => {
+                    special(builder, SpecialKind::Char { major, minor })
+                }
+                &Content::Block(major, minor) => {
+                    special(builder, SpecialKind::Block { major, minor })
+                }
                 Content::Fifo => special(builder, SpecialKind::Fifo),
             }
             .map_err(failed)?;
@@ -155,7 +159,8 @@ fn stat(meta: &Meta) -> mkext4::Meta {
     let (seconds, nanos) = meta.mtime;
     let (first, last) = (*TIMES.start(), *TIMES.end());
     // Out of ext4's range: the nearest time in it, as the kernel does.
-    let time = if TIMES.contains(&seconds) { (seconds, nanos) } else { (seconds.clamp(first, last), 0) };
+    let time =
+        if TIMES.contains(&seconds) { (seconds, nanos) } else { (seconds.clamp(first, last), 0) };
     mkext4::Meta::new(meta.mode, meta.uid, meta.gid, time)
 }
 
@@ -249,7 +254,8 @@ impl Need {
             let tables = (self.inodes(free) * INODE).div_ceil(BLOCK) + 2 * groups;
             let table = tables.div_ceil(groups);
             let descriptors = (groups * 32).div_ceil(BLOCK) + 1;
-            let overhead = tables + table * groups.div_ceil(16) + groups * (2 + descriptors) + journal(blocks);
+            let overhead =
+                tables + table * groups.div_ceil(16) + groups * (2 + descriptors) + journal(blocks);
             let wanted = content + overhead;
             if wanted <= blocks {
                 return blocks * BLOCK;

@@ -149,7 +149,11 @@ pub(super) fn shown(path: &[u8]) -> String {
     /// Enough to find it.
     const MAX: usize = 200;
     let text = String::from_utf8_lossy(&path[..path.len().min(MAX)]);
-    format!("\"{}{}\"", printable(&text).replace('\n', "\u{fffd}"), if path.len() > MAX { "…" } else { "" })
+    format!(
+        "\"{}{}\"",
+        printable(&text).replace('\n', "\u{fffd}"),
+        if path.len() > MAX { "…" } else { "" }
+    )
 }
 
 /// What an entry means.

@@ -4,10 +4,8 @@ use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, Os};
 
 use crate::layout::{Blob, LayoutError};
 
-const CONFIGS: &[&str] = &[
-    "application/vnd.oci.image.config.v1+json",
-    "application/vnd.docker.container.image.v1+json",
-];
+const CONFIGS: &[&str] =
+    &["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 /// How a layer is compressed is told by its bytes; that it is one, by its type.
 const LAYERS: &[&str] = &[
     "application/vnd.oci.image.layer.v1.tar",
@@ -55,7 +53,11 @@ pub enum ManifestError {
 
 /// The one image for this architecture. What states no platform is taken for it: an index of a single image
 /// usually does not.
-pub(super) fn select(index: &ImageIndex, architecture: &str, what: &str) -> Result<Blob, ManifestError> {
+pub(super) fn select(
+    index: &ImageIndex,
+    architecture: &str,
+    what: &str,
+) -> Result<Blob, ManifestError> {
     let fits = |descriptor: &&Descriptor| {
         descriptor.platform().as_ref().is_none_or(|platform| {
             *platform.os() == Os::Linux && *platform.architecture() == Arch::from(architecture)
@@ -79,7 +81,10 @@ pub(super) fn select(index: &ImageIndex, architecture: &str, what: &str) -> Resu
 }
 
 /// Configuration and layers, the lowest first.
-pub(super) fn parts(manifest: &ImageManifest, what: &str) -> Result<(Blob, Vec<Blob>), ManifestError> {
+pub(super) fn parts(
+    manifest: &ImageManifest,
+    what: &str,
+) -> Result<(Blob, Vec<Blob>), ManifestError> {
     let config = Blob::from_descriptor(manifest.config(), what)?;
     if !CONFIGS.contains(&config.media_type.as_str()) {
         let media_type = config.media_type;
@@ -90,7 +95,11 @@ pub(super) fn parts(manifest: &ImageManifest, what: &str) -> Result<(Blob, Vec<B
         let layer = Blob::from_descriptor(descriptor, what)?;
         if !is_layer(&layer.media_type) {
             let media_type = layer.media_type;
-            return Err(ManifestError::NotALayer { what: what.to_owned(), number: i + 1, media_type });
+            return Err(ManifestError::NotALayer {
+                what: what.to_owned(),
+                number: i + 1,
+                media_type,
+            });
         }
         layers.push(layer);
     }
@@ -128,7 +137,8 @@ mod tests {
             json
         };
         let manifests: Vec<_> = manifests.iter().map(descriptor).collect();
-        serde_json::from_value(serde_json::json!({ "schemaVersion": 2, "manifests": manifests })).unwrap()
+        serde_json::from_value(serde_json::json!({ "schemaVersion": 2, "manifests": manifests }))
+            .unwrap()
     }
 
     fn chosen(manifests: &[(char, Option<(&str, &str)>)]) -> Result<char, usize> {

@@ -252,7 +252,11 @@ fn merge_and_write(
             decode::unpack(layer.blob.clone(), limit, what, cancel, |archive| {
                 layer::read(archive, &mut spool, &mut budget, cancel)
             })
-            .map_err(|source| DiskError::Layer { number, diff_id: diff_id.clone(), source })?;
+            .map_err(|source| DiskError::Layer {
+                number,
+                diff_id: diff_id.clone(),
+                source,
+            })?;
         let differs = |what, expected: &Digest, actual| {
             Err(DiskError::Digest { number, what, expected: expected.clone(), actual })
         };

@@ -249,7 +249,8 @@ impl Archive {
             let Some(entry) = reader.entry().map_err(refused)? else { break };
             let input = reader.into_inner();
             let data = whole.len() - input.get_ref().len() - input.buffer().len() as u64;
-            let window = whole.part(data, entry.size).ok_or_else(|| refused(TarError::Truncated))?;
+            let window =
+                whole.part(data, entry.size).ok_or_else(|| refused(TarError::Truncated))?;
             at = data + entry.size.next_multiple_of(BLOCK);
             // Names that are none of an image's are none that are asked for.
             let Ok(name) = path::normal(&entry.path) else { continue };

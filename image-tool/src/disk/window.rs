@@ -45,13 +45,9 @@ impl Window {
     }
 
     /// Bytes left.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.end - self.at
-    }
-
-    /// Whether none are left.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Reads all of it, when that is not more than `limit`.
@@ -67,7 +63,8 @@ impl Window {
 
 impl Read for Window {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = usize::try_from(self.len()).map_or(buffer.len(), |left| left.min(buffer.len()));
+        let length =
+            usize::try_from(self.len()).map_or(buffer.len(), |left| left.min(buffer.len()));
         let n = self.file.read_at(&mut buffer[..length], self.at)?;
         if n == 0 && length > 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file was made shorter"));

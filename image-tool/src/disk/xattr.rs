@@ -130,9 +130,12 @@ mod tests {
         .concat();
         let disk = disk_acl(&call).unwrap();
         let expected =
-            [&[1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 4, 0][..], &1000_u32.to_le_bytes(), &[4, 0, 4, 0]].concat();
+            [&[1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 4, 0][..], &1000_u32.to_le_bytes(), &[4, 0, 4, 0]]
+                .concat();
         assert_eq!(disk, [&expected[..], &[0x10, 0, 4, 0, 0x20, 0, 0, 0]].concat());
-        for bad in [&call[1..], &call[..3], &call[..7], &call[..4], &[2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]] {
+        for bad in
+            [&call[1..], &call[..3], &call[..7], &call[..4], &[2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]]
+        {
             assert_eq!(disk_acl(bad), None);
         }
     }

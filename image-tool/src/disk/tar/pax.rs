@@ -102,7 +102,11 @@ fn record(data: &[u8]) -> Option<Record<'_>> {
 }
 
 fn name(value: &[u8], key: &'static str) -> Result<Vec<u8>, PaxError> {
-    if value.is_empty() || value.contains(&0) { Err(PaxError::Value(key)) } else { Ok(value.into()) }
+    if value.is_empty() || value.contains(&0) {
+        Err(PaxError::Value(key))
+    } else {
+        Ok(value.into())
+    }
 }
 
 fn decimal(digits: &[u8]) -> Option<u64> {
@@ -194,9 +198,14 @@ mod tests {
         ] {
             assert_eq!(Pax::parse(bad), Err(PaxError::Malformed), "{bad:?}");
         }
-        for (key, value) in
-            [("path", "a\0b"), ("path", ""), ("size", "-1"), ("size", ""), ("mtime", "x"), ("uid", "1.5")]
-        {
+        for (key, value) in [
+            ("path", "a\0b"),
+            ("path", ""),
+            ("size", "-1"),
+            ("size", ""),
+            ("mtime", "x"),
+            ("uid", "1.5"),
+        ] {
             let error = Pax::parse(&written(key, value.as_bytes())).unwrap_err();
             assert!(matches!(error, PaxError::Value(k) if k == key), "{key}={value:?}: {error}");
         }
