@@ -33,7 +33,7 @@ pub struct RunArgs {
     /// A variable for the program; without =V it is taken from the environment
     #[arg(short = 'e', long = "env", value_name = "K=V", value_parser = fields::build_arg)]
     env: Vec<Option<Pair>>,
-    /// An image of this server's registry: REPOSITORY[:TAG], or as `kiln build` prints it
+    /// An image of this server's registry: its repository with or without a tag, or as kiln build prints it
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     image: String,
     /// Instead of the image's command

@@ -74,7 +74,7 @@ pub struct Line {
 pub enum Batch {
     /// The next lines, at least one.
     Lines(Vec<Line>),
-    /// Nothing for [`QUIET`].
+    /// Nothing for a while.
     Quiet,
     /// There will be no more, or no more was wanted. The instance as it is then.
     End(Box<Instance>),

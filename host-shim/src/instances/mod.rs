@@ -8,7 +8,7 @@
 //! ```
 //! An instance does not outlive its server: the next one ends what was left ([`Instances::recover`]).
 //!
-//! [`reference`], [`launch`] and [`instance`] are pure.
+//! [`mod@reference`], [`launch`] and [`instance`] are pure.
 //!
 //! **Invariant**: what was made for an instance is gone when it is deleted: its VM, its directory (log, layout,
 //! disk), its row.

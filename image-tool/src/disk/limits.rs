@@ -82,11 +82,6 @@ impl Budget {
     pub fn layer(&mut self, bytes: u64) -> Result<(), TooLarge> {
         charge(&mut self.bytes, bytes, self.limits.total_bytes, "bytes in all layers, unpacked")
     }
-
-    /// Of the entries that were charged.
-    pub fn entries(&self) -> u64 {
-        self.entries
-    }
 }
 
 fn charge(used: &mut u64, more: u64, limit: u64, what: &'static str) -> Result<(), TooLarge> {

@@ -236,7 +236,7 @@ impl<R: BufRead> Reader<R> {
     }
 
     fn skip(&mut self) -> Result<(), TarError> {
-        self.left += self.padding;
+        self.left = self.left.saturating_add(self.padding);
         self.padding = 0;
         while self.left > 0 {
             let available = self.fill_buf().map_err(cut)?.len();
@@ -291,5 +291,84 @@ fn cut(error: io::Error) -> TarError {
         TarError::Truncated
     } else {
         TarError::Read(error)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// All entries and their data, by this reader.
+    fn read(archive: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, TarError> {
+        let mut reader = Reader::new(archive);
+        let mut entries = Vec::new();
+        while let Some(entry) = reader.entry()? {
+            let mut data = Vec::new();
+            reader.read_to_end(&mut data).map_err(cut)?;
+            assert_eq!(data.len() as u64, entry.size);
+            entries.push((entry.path, data));
+        }
+        Ok(entries)
+    }
+
+    /// By the crate that other programs use.
+    fn read_by_crate(archive: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut archive = ::tar::Archive::new(archive);
+        let read = |entry: io::Result<::tar::Entry<'_, _>>| {
+            let mut entry: ::tar::Entry<'_, &[u8]> = entry.unwrap();
+            let mut data = Vec::new();
+            entry.read_to_end(&mut data).unwrap();
+            (entry.path_bytes().into_owned(), data)
+        };
+        archive.entries().unwrap().map(read).collect()
+    }
+
+    fn pack(entries: &[(String, Vec<u8>)]) -> Vec<u8> {
+        let mut builder = ::tar::Builder::new(Vec::new());
+        for (name, data) in entries {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_size(data.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, name, &data[..]).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn entries() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
+        let entry =
+            ("[a-zé]{1,80}(/[a-z]{1,90}){0,3}", prop::collection::vec(any::<u8>(), 0..1500));
+        prop::collection::vec(entry, 0..5)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+        #[test]
+        fn archives_are_read_as_others_read_them(entries in entries()) {
+            let archive = pack(&entries);
+            prop_assert_eq!(read(&archive).unwrap(), read_by_crate(&archive));
+        }
+
+        /// With headers that still have their checksum, so that damage gets further than that.
+        #[test]
+        fn damage_is_an_error_or_an_archive_and_never_a_panic(
+            entries in entries(),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+            cut_at in any::<prop::sample::Index>(),
+        ) {
+            let mut archive = pack(&entries);
+            for (at, byte) in changes {
+                let at = at.index(archive.len());
+                archive[at] = byte;
+                let block = at / BLOCK * BLOCK;
+                archive[block + 148..block + 156].fill(b' ');
+                let sum: u64 = archive[block..block + BLOCK].iter().map(|b| u64::from(*b)).sum();
+                archive[block + 148..block + 155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+            }
+            let _ = read(&archive);
+            let _ = read(&archive[..cut_at.index(archive.len() + 1)]);
+        }
     }
 }

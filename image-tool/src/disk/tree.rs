@@ -231,3 +231,136 @@ fn components(path: &str) -> impl Iterator<Item = &str> {
 fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('/').unwrap_or(("", path))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::super::limits::Limits;
+    use super::*;
+
+    /// A path's node in the oracle: the number of the file, or a directory and its mode.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    enum Seen {
+        Dir(u16),
+        File(u64),
+    }
+
+    /// All paths flat, as the specification speaks of them: no tree, no nodes, prefixes only.
+    fn oracle(layers: &[Diff]) -> Option<BTreeMap<String, Seen>> {
+        let mut seen: BTreeMap<String, Seen> = [(String::new(), Seen::Dir(0o755))].into();
+        let below = |path: &str| if path.is_empty() { String::new() } else { format!("{path}/") };
+        for layer in layers {
+            for hidden in &layer.whiteouts {
+                let prefix = below(hidden);
+                seen.retain(|path, _| **path != **hidden && !path.starts_with(&prefix));
+            }
+            for dir in &layer.opaques {
+                let prefix = below(dir);
+                seen.retain(|path, _| {
+                    path.is_empty() || **path == **dir || !path.starts_with(&prefix)
+                });
+            }
+            for (path, change) in &layer.entries {
+                let linked = match change {
+                    Change::Link(target) => match seen.get(&**target)? {
+                        Seen::File(number) => Some(*number),
+                        Seen::Dir(_) => return None,
+                    },
+                    Change::Put(..) => None,
+                };
+                let mut parents: Vec<&str> =
+                    path.match_indices('/').map(|(i, _)| &path[..i]).collect();
+                if let Change::Put(_, Content::Dir) = change {
+                    parents.push(path);
+                }
+                for parent in parents {
+                    if !matches!(seen.get(parent), Some(Seen::Dir(_))) {
+                        seen.insert(parent.to_owned(), Seen::Dir(0o755));
+                    }
+                }
+                let new = match change {
+                    Change::Put(meta, Content::Dir) => Seen::Dir(meta.mode),
+                    Change::Put(_, Content::File { at, .. }) => Seen::File(*at),
+                    _ => Seen::File(linked?),
+                };
+                if matches!(new, Seen::File(_)) {
+                    let prefix = below(path);
+                    seen.retain(|other, _| !other.starts_with(&prefix));
+                }
+                seen.insert(path.to_string(), new);
+            }
+        }
+        Some(seen)
+    }
+
+    fn flat(tree: &Tree) -> BTreeMap<String, Seen> {
+        let mut seen = BTreeMap::new();
+        let mut open = vec![(String::new(), tree.root())];
+        while let Some((path, id)) = open.pop() {
+            let node = tree.node(id);
+            for (name, child) in &node.children {
+                let path =
+                    if path.is_empty() { name.to_string() } else { format!("{path}/{name}") };
+                open.push((path, *child));
+            }
+            let what = match node.content {
+                Content::File { at, .. } => Seen::File(at),
+                _ => Seen::Dir(node.meta.mode),
+            };
+            seen.insert(path, what);
+        }
+        seen
+    }
+
+    fn path() -> impl Strategy<Value = Box<str>> {
+        prop::collection::vec("[abc]", 1..4).prop_map(|names| names.join("/").into())
+    }
+
+    fn entry() -> impl Strategy<Value = (Box<str>, Change)> {
+        let dir = (0_u16..0o1000)
+            .prop_map(|mode| Change::Put(Meta { mode, ..Meta::default() }, Content::Dir));
+        let file =
+            any::<u64>().prop_map(|at| Change::Put(Meta::default(), Content::File { at, size: 0 }));
+        (path(), prop_oneof![3 => dir, 4 => file, 1 => path().prop_map(Change::Link)])
+    }
+
+    fn diff() -> impl Strategy<Value = Diff> {
+        let paths = || prop::collection::vec(path(), 0..3);
+        (paths(), paths(), prop::collection::vec(entry(), 0..8))
+            .prop_map(|(whiteouts, opaques, entries)| Diff { whiteouts, opaques, entries })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+        #[test]
+        fn merging_is_what_the_flat_model_says(layers in prop::collection::vec(diff(), 1..5)) {
+            let mut tree = Tree::default();
+            let mut budget = Budget::new(Limits::default());
+            let merged: Result<(), _> =
+                layers.iter().try_for_each(|layer| tree.apply(layer.clone(), &mut budget));
+            let expected = oracle(&layers);
+            prop_assert_eq!(merged.is_ok(), expected.is_some(), "{:?}", merged);
+            if let Some(expected) = expected {
+                prop_assert_eq!(flat(&tree), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_root_can_be_emptied_and_stays_a_directory() {
+        let mut tree = Tree::default();
+        let mut budget = Budget::new(Limits::default());
+        let file = || Change::Put(Meta::default(), Content::File { at: 0, size: 0 });
+        let lower = Diff { entries: vec![("a/b".into(), file())], ..Diff::default() };
+        tree.apply(lower, &mut budget).unwrap();
+        let opaque = Diff { opaques: vec!["".into()], ..Diff::default() };
+        tree.apply(opaque, &mut budget).unwrap();
+        assert!(tree.node(tree.root()).children.is_empty());
+        let root = Diff { entries: vec![("".into(), file())], ..Diff::default() };
+        assert_eq!(tree.apply(root, &mut budget), Err(("".into(), Conflict::Root)));
+    }
+}

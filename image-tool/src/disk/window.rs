@@ -45,13 +45,9 @@ impl Window {
     }
 
     /// Bytes left.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.end - self.at
-    }
-
-    /// Whether none are left.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Reads all of it, when that is not more than `limit`.

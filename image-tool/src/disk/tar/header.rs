@@ -147,7 +147,7 @@ mod tests {
         let header = Header::parse(&sample()).unwrap();
         assert_eq!(header.name, b"a/b");
         assert_eq!((header.mode, header.uid, header.gid), (0o4755, 7, 8));
-        assert_eq!((header.size, header.mtime, header.kind), (9, 10, b'0'));
+        assert_eq!((header.size, header.mtime, header.kind), (9, 10, 0));
     }
 
     #[test]
