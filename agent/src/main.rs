@@ -96,6 +96,7 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
     let places = Places {
         source: "/var/lib/kiln/source".into(),
         dockerfile: "/var/lib/kiln/Dockerfile".into(),
+        certificates: "/var/lib/kiln/certificates.pem".into(),
         instance: run::Places::default(),
     };
     // Without the networks' sockets, an instance has every port of its loopback.

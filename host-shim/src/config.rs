@@ -68,6 +68,9 @@ pub struct ServeArgs {
     /// Private addresses that builds may reach all the same; may be repeated
     #[arg(long, env = "KILN_EGRESS_PERMIT", value_name = "CIDR", value_delimiter = ',')]
     pub egress_permit: Option<Vec<Cidr>>,
+    /// Certificates (PEM) that steps trust besides the public ones; never part of an image
+    #[arg(long, env = "KILN_EGRESS_CA", value_name = "FILE")]
+    pub egress_ca: Option<PathBuf>,
 
     /// OCI registry that keeps the images [default: a docker-registry of Kiln's own]
     #[arg(long, env = "KILN_REGISTRY", value_name = "URL")]
@@ -133,6 +136,8 @@ pub struct ServeConfig {
     pub require_isolation: bool,
     /// Addresses that the egress proxy lets through though they are not public.
     pub egress_permit: Vec<Cidr>,
+    /// Certificates that steps trust besides the public ones.
+    pub egress_ca: Option<PathBuf>,
     /// The registry; `None`: one of Kiln's own.
     pub registry: Option<Url>,
     /// Its login.
@@ -229,6 +234,7 @@ impl ServeArgs {
             require_isolation: self.require_isolation.or(file.require_isolation),
             network_default: self.network_default.or(file.network_default),
             egress_permit: self.egress_permit.or(file.egress_permit),
+            egress_ca: self.egress_ca.or(file.egress_ca),
             registry: self.registry.or(file.registry),
             registry_config: self.registry_config.or(file.registry_config),
             log_limit_mb: self.log_limit_mb.or(file.log_limit_mb),
@@ -296,6 +302,7 @@ impl ServeArgs {
             accel,
             require_isolation,
             egress_permit: self.egress_permit.unwrap_or_default(),
+            egress_ca: self.egress_ca,
             registry: self.registry.map(registry).transpose()?,
             registry_config: self
                 .registry_config

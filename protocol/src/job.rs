@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::event::MAX_DIGEST;
 use crate::run::RunJob;
 
+/// Longest list of certificates of a job, in bytes.
+pub const MAX_EGRESS_CA: usize = 128 * 1024;
 /// Most build arguments of a job.
 pub const MAX_BUILD_ARGS: usize = 256;
 /// Longest text of a job (a name, a path, a target, an argument), in bytes.
@@ -91,6 +93,9 @@ pub struct BuildJob {
     pub network: StepNetwork,
     /// `sha256:…`: what the image that the last stage is made from has to be.
     pub base_digest: Option<String>,
+    /// Certificates, as PEM, that steps trust besides the public ones: those of the operator's egress.
+    #[serde(with = "serde_bytes")]
+    pub egress_ca: Vec<u8>,
 }
 
 /// Where a Dockerfile is.
@@ -163,6 +168,7 @@ impl BuildJob {
         if let Some(digest) = &self.base_digest {
             at_most("base_digest", digest.len(), MAX_DIGEST)?;
         }
+        at_most("egress_ca", self.egress_ca.len(), MAX_EGRESS_CA)?;
         at_most("build_args count", self.build_args.len(), MAX_BUILD_ARGS)?;
         let mut total = 0;
         for (key, value) in &self.build_args {
@@ -203,6 +209,7 @@ mod tests {
             build_args: vec![],
             network: StepNetwork::None,
             base_digest: None,
+            egress_ca: vec![],
         }
     }
 
@@ -243,6 +250,10 @@ mod tests {
         assert_eq!(check(digest(MAX_DIGEST)), None);
         assert_eq!(check(digest(MAX_DIGEST + 1)), Some("base_digest"));
 
+        let ca = |n| BuildJob { egress_ca: vec![0; n], ..build() };
+        assert_eq!(check(ca(MAX_EGRESS_CA)), None);
+        assert_eq!(check(ca(MAX_EGRESS_CA + 1)), Some("egress_ca"));
+
         let args = |n| BuildJob { build_args: vec![("k".into(), "v".into()); n], ..build() };
         assert_eq!(check(args(MAX_BUILD_ARGS)), None);
         assert_eq!(check(args(MAX_BUILD_ARGS + 1)), Some("build_args count"));
@@ -262,6 +273,7 @@ mod tests {
     fn the_largest_job_fits_into_one_frame() {
         let mut largest = build();
         largest.dockerfile = Dockerfile::Inline(vec![b'x'; MAX_DOCKERFILE]);
+        largest.egress_ca = vec![b'x'; MAX_EGRESS_CA];
         largest.target = Some("t".repeat(MAX_JOB_TEXT));
         largest.build_args = vec![("k".repeat(1024), String::new()); MAX_BUILD_ARGS];
         let largest = job(largest);

@@ -78,6 +78,7 @@ fn job() -> impl Strategy<Value = Job> {
             build_args,
             network,
             base_digest,
+            egress_ca: vec![],
         });
     let run = (
         any::<(String, String, String, u8)>(),

@@ -133,6 +133,7 @@ impl Buildah {
     fn settings(&self, work: &Work) -> Settings {
         Settings {
             network: work.network,
+            certificates: work.certificates.clone(),
             netns: self.netns.clone(),
             processes: work.processes,
             memory: std::fs::read_to_string("/proc/meminfo").ok().and_then(|m| step_memory(&m)),
@@ -335,6 +336,7 @@ mod tests {
                 dockerfile: context.join("Dockerfile"),
                 context,
                 ignore_file: None,
+                certificates: None,
                 target: None,
                 build_args: vec![("TOKEN".into(), "hunter2".into())],
                 network: StepNetwork::None,

@@ -108,6 +108,7 @@ mod tests {
         let work = Work {
             context: "/build/source".into(),
             dockerfile: "/build/source/Dockerfile".into(),
+            certificates: None,
             ignore_file: Some("/build/source/Dockerfile.dockerignore".into()),
             target: Some("final".into()),
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],

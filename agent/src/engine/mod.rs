@@ -35,6 +35,8 @@ pub struct Work {
     pub target: Option<String>,
     /// Build arguments, in order. Never to be logged.
     pub build_args: Vec<(String, String)>,
+    /// Certificates that steps trust, where they are not their image's own.
+    pub certificates: Option<PathBuf>,
     /// What steps may reach.
     pub network: StepNetwork,
     /// The most processes of one step.
@@ -76,6 +78,7 @@ mod tests {
             context: "/c".into(),
             dockerfile: "/c/Dockerfile".into(),
             ignore_file: None,
+            certificates: None,
             target: None,
             build_args: vec![("KEY".into(), "hunter2".into())],
             network: StepNetwork::None,

@@ -3,11 +3,12 @@
 //! Nothing here enters the image: the engine commits the files that a step left, not its config.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kiln_protocol::job::StepNetwork;
 use oci_spec::runtime::{
-    Capability, Linux, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxPids, Process, Spec,
+    Capability, Linux, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxPids, Mount, Process,
+    Spec,
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,11 +21,26 @@ const NO_PROXY: &str = "localhost,127.0.0.1";
 const PROXY_VARIABLES: [(&str, &str); 3] =
     [("HTTP_PROXY", PROXY_URL), ("HTTPS_PROXY", PROXY_URL), ("NO_PROXY", NO_PROXY)];
 
+/// Where a step finds certificates. /dev is never part of an image.
+const CERTIFICATES: &str = "/dev/kiln-certificates.pem";
+/// The variables by which programs find them: OpenSSL and Go, curl, Python, pip, Node, Git, cargo.
+const CERTIFICATE_VARIABLES: [&str; 7] = [
+    "SSL_CERT_FILE",
+    "CURL_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+    "PIP_CERT",
+    "NODE_EXTRA_CA_CERTS",
+    "GIT_SSL_CAINFO",
+    "CARGO_HTTP_CAINFO",
+];
+
 /// What holds for one step, as the agent decides it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepPolicy {
     /// What the step may reach.
     pub network: StepNetwork,
+    /// Certificates that it trusts, where they are not its image's own: a file of the VM.
+    pub certificates: Option<PathBuf>,
     /// The network namespace that it runs in, whatever the Dockerfile says.
     pub netns: PathBuf,
     /// Its cgroup, from the root of the hierarchy.
@@ -67,6 +83,12 @@ pub fn rewrite(mut spec: Spec, policy: &StepPolicy) -> Result<Spec, ConfigError>
     drop_capabilities(process);
     if policy.network == StepNetwork::Proxy && !own_network {
         add_proxy_variables(process.env_mut().get_or_insert_default());
+    }
+    if let Some(file) = &policy.certificates {
+        for name in CERTIFICATE_VARIABLES {
+            add_variable(process.env_mut().get_or_insert_default(), name, CERTIFICATES);
+        }
+        spec.mounts_mut().get_or_insert_default().push(certificates(file));
     }
 
     for mount in spec.mounts_mut().iter_mut().flatten() {
@@ -166,6 +188,25 @@ fn add_proxy_variables(env: &mut Vec<String>) {
     }
 }
 
+/// Adds a variable that the image does not set.
+fn add_variable(env: &mut Vec<String>, name: &str, value: &str) {
+    let is_set = |entry: &String| entry.split_once('=').is_some_and(|(key, _)| key == name);
+    if !env.iter().any(is_set) {
+        env.push(format!("{name}={value}"));
+    }
+}
+
+fn certificates(file: &Path) -> Mount {
+    let mut mount = Mount::default();
+    let options = ["bind", "ro", "nosuid", "nodev", "noexec"].map(str::to_owned).to_vec();
+    mount
+        .set_destination(CERTIFICATES.into())
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(file.to_owned()))
+        .set_options(Some(options));
+    mount
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -177,6 +218,7 @@ mod tests {
 
     fn policy() -> StepPolicy {
         StepPolicy {
+            certificates: None,
             network: StepNetwork::Proxy,
             netns: "/run/netns/steps".into(),
             cgroup: "/kiln/steps/1".into(),
@@ -306,5 +348,20 @@ mod tests {
             refuse(|c| drop(c["linux"]["namespaces"].as_array_mut().unwrap().remove(0))),
             ConfigError::SharedProcesses
         );
+    }
+
+    #[test]
+    fn certificates_are_mounted_and_named_but_for_what_the_image_sets() {
+        let policy = StepPolicy { certificates: Some("/run/kiln/ca.pem".into()), ..policy() };
+        let mut spec: Spec = serde_json::from_str(RECORDED).unwrap();
+        let process = spec.process_mut().as_mut().unwrap();
+        process.env_mut().get_or_insert_default().push("PIP_CERT=/own.pem".to_owned());
+        let spec = rewrite(spec, &policy).unwrap();
+        let env = spec.process().as_ref().unwrap().env().clone().unwrap();
+        assert!(env.contains(&format!("SSL_CERT_FILE={CERTIFICATES}")), "{env:?}");
+        assert_eq!(env.iter().filter(|entry| entry.starts_with("PIP_CERT=")).count(), 1);
+        let mount = spec.mounts().as_ref().unwrap().last().unwrap();
+        assert_eq!(mount.destination(), Path::new(CERTIFICATES));
+        assert!(mount.options().as_ref().unwrap().contains(&"ro".to_owned()));
     }
 }

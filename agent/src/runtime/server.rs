@@ -39,6 +39,8 @@ const LAST_WORDS: usize = 1024;
 pub struct Settings {
     /// What steps may reach.
     pub network: StepNetwork,
+    /// Certificates that they trust, where they are not their image's own.
+    pub certificates: Option<PathBuf>,
     /// Their network namespace.
     pub netns: PathBuf,
     /// The most processes of a step.
@@ -185,6 +187,7 @@ impl Announced {
         reporter.report(step(StepState::Started)).await;
 
         let policy = StepPolicy {
+            certificates: settings.certificates.clone(),
             network: settings.network,
             netns: settings.netns.clone(),
             cgroup: cgroup_path,
@@ -310,6 +313,7 @@ mod tests {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let settings = Settings {
+                certificates: None,
                 network: StepNetwork::Proxy,
                 netns: "/run/netns/steps".into(),
                 processes: 9,

@@ -157,6 +157,7 @@ where
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
     let places = Places {
+        certificates: "/nonexistent/certificates".into(),
         source: dir.path().join("source"),
         dockerfile: dir.path().join("Dockerfile"),
         instance: crate::run::Places {
@@ -184,6 +185,7 @@ fn job() -> Job {
             build_args: vec![("K".into(), "V".into())],
             network: StepNetwork::Proxy,
             base_digest: None,
+            egress_ca: vec![],
         }),
         limits: Limits {
             timeout_ms: 600_000,
@@ -408,6 +410,7 @@ async fn what_the_machine_cannot_prepare_fails_the_build() {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
     let places = Places {
+        certificates: "/nonexistent/certificates".into(),
         source: dir.path().join("s"),
         dockerfile: dir.path().join("d"),
         instance: crate::run::Places::default(),

@@ -24,6 +24,8 @@ pub struct Places {
     pub source: PathBuf,
     /// Where a Dockerfile that came with the job is written.
     pub dockerfile: PathBuf,
+    /// Where certificates for the steps go.
+    pub certificates: PathBuf,
     /// An instance's.
     pub instance: crate::run::Places,
 }
@@ -43,6 +45,7 @@ pub async fn build<E: Engine>(
     let limits =
         SourceLimits { bytes: job.limits.source_bytes, entries: job.limits.source_entries };
     reporter.report(Report::Event(Event::Phase(Phase::Unpacking))).await;
+    let files = places.clone();
     let prepared = {
         let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
         let pin = build.base_digest.clone().map(|digest| (digest, build.target.clone()));
@@ -59,9 +62,23 @@ pub async fn build<E: Engine>(
         reporter.report(Report::Event(Event::Log(own_line(&note)))).await;
     }
     reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
-    let BuildJob { target, build_args, network, dockerfile: _, base_digest: _ } = build;
+    let certificates = match certificates(&build.egress_ca, &files) {
+        Ok(certificates) => certificates,
+        Err(failure) => return Outcome::Failed(failure),
+    };
+    let BuildJob { target, build_args, network, dockerfile: _, base_digest: _, egress_ca: _ } =
+        build;
     let processes = job.limits.processes;
-    let work = Work { context, dockerfile, ignore_file, target, build_args, network, processes };
+    let work = Work {
+        context,
+        dockerfile,
+        ignore_file,
+        certificates,
+        target,
+        build_args,
+        network,
+        processes,
+    };
     let mut outcome = engine.run(work, reporter, cancel).await;
     if let Outcome::Built(built) = &mut outcome {
         built.lockfiles = lockfiles;
@@ -160,6 +177,25 @@ fn own_ignore_file(source: &Path, dockerfile: &Path) -> Option<PathBuf> {
     let is_file = std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
     (is_file && path.starts_with(source)).then_some(path)
 }
+
+/// The VM's public certificates and the operator's, in one file for the steps.
+fn certificates(own: &[u8], files: &Places) -> Result<Option<PathBuf>, Failure> {
+    if own.is_empty() {
+        return Ok(None);
+    }
+    // A builder image without them has only the operator's.
+    let mut all = std::fs::read(PUBLIC_CERTIFICATES).unwrap_or_default();
+    all.push(b'\n');
+    all.extend_from_slice(own);
+    std::fs::write(&files.certificates, all).map_err(|error| {
+        let file = files.certificates.display();
+        fail(FailureKind::Internal, format!("{file} cannot be made: {error}"))
+    })?;
+    Ok(Some(files.certificates.clone()))
+}
+
+/// Of the builder image.
+const PUBLIC_CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 fn own_line(text: &str) -> Log {
     Log { stream: LogStream::Kiln, step: None, partial: false, content: text.into() }

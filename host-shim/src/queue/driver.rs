@@ -88,6 +88,8 @@ pub struct Egress {
     pub permitted: Vec<IpNet>,
     /// The host's own addresses.
     pub own: Vec<IpAddr>,
+    /// Certificates, as PEM, that steps trust besides the public ones.
+    pub ca: Vec<u8>,
 }
 
 impl Workshop {
@@ -414,7 +416,7 @@ impl Driver {
     }
 
     fn egress(&self) -> EgressContext {
-        let Egress { permitted, own } = self.workshop.egress.clone();
+        let Egress { permitted, own, ca: _ } = self.workshop.egress.clone();
         EgressContext::new(
             Reach::Public,
             permitted,
@@ -438,6 +440,7 @@ impl Driver {
                 NetworkMode::Allowlist | NetworkMode::Open => StepNetwork::Proxy,
             },
             base_digest: request.base_image_digest.clone(),
+            egress_ca: self.workshop.egress.ca.clone(),
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,

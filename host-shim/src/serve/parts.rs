@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use kiln_image::bundle::Bundle;
 use kiln_image::pull::pull_bundle;
 use kiln_image::registry::{Options, parse_reference};
+use kiln_protocol::job::MAX_EGRESS_CA;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
@@ -144,7 +145,22 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
 pub(super) fn egress(config: &ServeConfig) -> anyhow::Result<Egress> {
     let permitted = config.egress_permit.iter().map(|cidr| cidr.0).collect();
     let own = own_addresses().context("cannot list this host's addresses")?;
-    Ok(Egress { permitted, own })
+    let ca = config.egress_ca.as_deref().map(certificates).transpose()?.unwrap_or_default();
+    Ok(Egress { permitted, own, ca })
+}
+
+/// A file of certificates that a job can carry.
+fn certificates(file: &Path) -> anyhow::Result<Vec<u8>> {
+    let pem = std::fs::read(file)
+        .with_context(|| format!("--egress-ca {} cannot be read", file.display()))?;
+    let begins = pem.windows(27).any(|window| window == b"-----BEGIN CERTIFICATE-----");
+    anyhow::ensure!(begins, "--egress-ca {} holds no certificate as PEM", file.display());
+    anyhow::ensure!(
+        pem.len() <= MAX_EGRESS_CA,
+        "--egress-ca {} is longer than {MAX_EGRESS_CA} bytes: name only the certificates that are not public",
+        file.display()
+    );
+    Ok(pem)
 }
 
 /// `HOST:PORT` of image references. A port of 0 was chosen by the system.

@@ -71,6 +71,7 @@ fn host(source: usize) -> Host {
         build_args: vec![],
         network: StepNetwork::None,
         base_digest: None,
+        egress_ca: vec![],
     };
     let limits = Limits {
         timeout_ms: 1000,

@@ -137,6 +137,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             build_args: vec![("B".into(), "2".into()), ("A".into(), String::new())],
             network,
             base_digest: inline.then(|| "sha256:ef".into()),
+            egress_ca: if inline { b"PEM".to_vec() } else { vec![] },
         }),
         limits: limits(),
     }))
