@@ -81,7 +81,11 @@ fn of_step(step: &StepRecord, detail: String) -> Failure {
 
 fn engine_killed(status: ExitStatus) -> Option<Cause> {
     let signal = status.signal()?;
-    let message = format!("the build engine was killed by signal {signal}");
+    let mut message = format!("the build engine was killed by signal {signal}");
+    // Nobody in the VM sends it this one but the kernel.
+    if signal == 9 {
+        message.push_str(", most likely for want of memory: ask for more with memory_mb");
+    }
     Some(Cause { kind: FailureKind::EngineCrashed, message })
 }
 
@@ -153,7 +157,9 @@ mod tests {
         let lost = of_build(exited(125), &[done.clone()], &[], String::new());
         assert_eq!((lost.kind, lost.step), (FailureKind::EngineCrashed, None));
         let killed = of_build(ExitStatus::from_raw(9), &[done], &[], String::new());
-        assert_eq!(killed.message, "the build engine was killed by signal 9");
+        assert!(killed.message.starts_with("the build engine was killed by signal 9, "));
+        let crashed = of_build(ExitStatus::from_raw(11), &[], &[], String::new());
+        assert_eq!(crashed.message, "the build engine was killed by signal 11");
     }
 
     #[test]

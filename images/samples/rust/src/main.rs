@@ -1,0 +1,3 @@
+fn main() {
+    println!("Rust has fired {} pots", itoa::Buffer::new().format(1_234_567));
+}
