@@ -158,10 +158,11 @@ fn sizes_and_damage() -> Vec<Refused> {
             [&whole[..1024 + 5], b"!", &whole[1024 + 6..]].concat(),
             &["damaged", "`Dockerfile`"],
         ),
-        refused("a checksum that speaks to terminals", whole_with_evil_checksum(&whole), &[
-            "damaged",
-            "\\u{1b}[2J\\u{7}",
-        ]),
+        refused(
+            "a checksum that speaks to terminals",
+            whole_with_evil_checksum(&whole),
+            &["damaged", "\\u{1b}[2J\\u{7}"],
+        ),
         refused("two archives", [&whole[..], &whole[..]].concat(), &["goes on after its end"]),
         refused("larger than the limit", claims(past_the_limit).end(), &["`bomb`", "536870912"]),
         refused(
