@@ -20,13 +20,16 @@ pub enum SourceError {
     #[error("the source is packed with {0}: send a tar, plain or compressed with gzip or zstd")]
     Unsupported(&'static str),
     /// The compressed data or the archive's structure is broken.
-    #[error("the source archive ({format}) is damaged {place}: {cause}; pack and send it again")]
+    #[error(
+        "the source archive ({format}) is damaged {place}: {}; pack and send it again",
+        shown(cause.to_string().as_bytes())
+    )]
     Damaged {
         /// What it is packed in.
         format: &'static str,
         /// After which entry.
         place: Place,
-        /// What the reader says.
+        /// What the reader says. It may quote the archive.
         cause: io::Error,
     },
     /// It ends too early.
@@ -150,7 +153,7 @@ impl SourceError {
     }
 }
 
-/// A name of the archive as it may be shown: no control characters, no endless text.
+/// A name, or another text, of the archive as it may be shown: no control characters, no endless text.
 pub fn shown(name: &[u8]) -> String {
     let name = &name[..name.len().min(SHOWN_NAME + 1)];
     let mut text: String = String::from_utf8_lossy(name)

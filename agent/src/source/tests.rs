@@ -391,6 +391,46 @@ fn damaged_compression_and_other_files_are_refused() {
 }
 
 #[test]
+fn what_the_reader_quotes_of_the_archive_is_shown_safely() {
+    let mut bad = header(EntryType::Regular, b"x", b"", 0);
+    bad.as_old_mut().cksum = *b"\x1b[2J\x07\x7f\x9b ";
+    let error = Place::new().unpack(&Tar::default().file("a", b"").raw(&bad, b"").end()).unwrap_err();
+    let message = error.to_string();
+    assert!(matches!(error, SourceError::Damaged { .. }), "{message}");
+    assert!(message.contains("\\u{1b}[2J\\u{7}") && !message.contains(char::is_control), "{message:?}");
+}
+
+/// What the fuzzer does (`agent/fuzz`), with what it begins with and some changes of that.
+#[path = "../../fuzz/attempt.rs"]
+mod attempt;
+
+#[test]
+fn what_the_fuzzer_begins_with_changes_nothing_outside() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = attempt::Place::new(dir.path()).unwrap();
+    let results: Vec<_> =
+        attempt::seeds().iter().map(|seed| place.attempt(seed).unwrap().is_ok()).collect();
+    assert!(results.contains(&true) && results.contains(&false));
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 64, ..Default::default() })]
+    #[test]
+    fn what_is_like_an_archive_changes_nothing_outside(
+        seed: proptest::sample::Index,
+        changes: Vec<(proptest::sample::Index, u8)>,
+    ) {
+        let mut seed = seed.get(&attempt::seeds()).clone();
+        for (at, byte) in &changes[..changes.len().min(8)] {
+            *at.get_mut(&mut seed) = *byte;
+        }
+        seed[0] |= 1;
+        let dir = tempfile::tempdir().unwrap();
+        attempt::Place::new(dir.path()).unwrap().attempt(&seed);
+    }
+}
+
+#[test]
 fn lies_about_sizes_are_refused() {
     // Longer than what follows: the end is missing.
     let long = Tar::default().raw(&header(EntryType::Regular, b"a", b"", 1 << 20), b"short").end();

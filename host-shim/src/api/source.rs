@@ -137,8 +137,11 @@ impl Drop for Dir {
 fn is_archive(head: &[u8]) -> bool {
     const GZIP: [u8; 2] = [0x1f, 0x8b];
     const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+    // A skippable frame before the first one: pzstd's archives begin with one.
+    let is_skippable = matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
     head.starts_with(&GZIP)
         || head.starts_with(&ZSTD)
+        || is_skippable
         || (head.len() >= HEAD && (&head[257..262] == b"ustar" || head.iter().all(|b| *b == 0)))
 }
 
@@ -181,7 +184,8 @@ mod tests {
 
     #[test]
     fn archives_are_known_by_their_first_bytes() {
-        for good in [&tar_head()[..], &[0; HEAD], &[0x1f, 0x8b], &[0x28, 0xb5, 0x2f, 0xfd, 1]] {
+        let zstd = [[0x28, 0xb5, 0x2f, 0xfd], [0x50, 0x2a, 0x4d, 0x18], [0x5f, 0x2a, 0x4d, 0x18]];
+        for good in [&tar_head()[..], &[0; HEAD], &[0x1f, 0x8b], &zstd[0], &zstd[1], &zstd[2]] {
             assert!(is_archive(good));
         }
         for bad in
