@@ -1,5 +1,6 @@
 //! Ordinary images become disks: what is in the layers is on the disk, and the disk is sound.
-#![allow(clippy::unwrap_used, clippy::pedantic, missing_docs)]
+// Each test uses a part of what they share.
+#![allow(clippy::unwrap_used, clippy::pedantic, missing_docs, dead_code)]
 
 #[path = "support/ext4.rs"]
 mod ext4;
