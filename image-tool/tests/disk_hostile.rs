@@ -314,7 +314,8 @@ fn a_wrong_diff_id_or_layer_count_is_refused() {
 
 #[test]
 fn other_images_are_refused_by_what_they_are() {
-    let edits: [(fn(&mut serde_json::Value, &mut serde_json::Value), &str); 4] = [
+    type Edit = fn(&mut serde_json::Value, &mut serde_json::Value);
+    let edits: [(Edit, &str); 4] = [
         (|config, _| config["os"] = json!("windows"), "is an image for windows/"),
         (|config, _| config["architecture"] = json!("s390x"), "linux/s390x"),
         (
