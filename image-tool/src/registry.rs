@@ -37,6 +37,8 @@ pub struct Options {
     pub plain_http: bool,
     /// User and password; Docker's configuration is used otherwise.
     pub creds: Option<(String, String)>,
+    /// A token that the registry takes as it is, in place of user and password.
+    pub bearer: Option<String>,
 }
 
 impl fmt::Debug for Options {
@@ -45,6 +47,7 @@ impl fmt::Debug for Options {
         f.debug_struct("Options")
             .field("plain_http", &self.plain_http)
             .field("creds", &creds)
+            .field("bearer", &self.bearer.as_ref().map(|_| "***"))
             .finish()
     }
 }
@@ -146,7 +149,9 @@ impl Registry {
         operation: RegistryOperation,
     ) -> Result<Self, RegistryError> {
         let registry = reference.resolve_registry().to_owned();
-        let auth = if let Some((user, password)) = &options.creds {
+        let auth = if let Some(token) = &options.bearer {
+            RegistryAuth::Bearer(token.clone())
+        } else if let Some((user, password)) = &options.creds {
             RegistryAuth::Basic(user.clone(), password.clone())
         } else {
             let failed = |source| RegistryError::Credentials { registry, source };
@@ -309,7 +314,8 @@ mod tests {
 
     #[test]
     fn passwords_are_not_shown() {
-        let options = Options { plain_http: true, creds: Some(("user".into(), "hunter2".into())) };
-        assert!(!format!("{options:?}").contains("hunter2"));
+        let creds = Some(("user".into(), "hunter2".into()));
+        let options = Options { plain_http: true, creds, bearer: Some("hunter3".into()) };
+        assert!(!format!("{options:?}").contains("hunter"));
     }
 }

@@ -1,5 +1,6 @@
 //! Ordinary images become disks: what is in the layers is on the disk, and the disk is sound.
-#![allow(clippy::unwrap_used, clippy::pedantic, missing_docs)]
+// Each test uses a part of what they share.
+#![allow(clippy::unwrap_used, clippy::pedantic, missing_docs, dead_code)]
 
 #[path = "support/ext4.rs"]
 mod ext4;
@@ -33,6 +34,58 @@ fn disk_of(layers: Vec<Vec<u8>>) -> BTreeMap<String, Node> {
     let out = dir.path().join("disk");
     make(&layout, &out).unwrap();
     ext4::read(&out)
+}
+
+/// The other format has the same in it, by fsck.erofs and what it extracts (as root, owners too).
+#[track_caller]
+fn same_as_erofs(layers: Vec<Vec<u8>>, expected: &BTreeMap<String, Node>) {
+    use std::os::unix::fs::MetadataExt as _;
+    let (dir, layout) = layout(layers);
+    let (out, again) = (dir.path().join("disk"), dir.path().join("again"));
+    let options = Options { format: disk::Format::Erofs, ..small() };
+    for out in [&out, &again] {
+        disk::make(&Source::of(&layout), out, &options, &CancellationToken::new()).unwrap();
+    }
+    assert!(fs::read(&out).unwrap() == fs::read(&again).unwrap());
+    let root = dir.path().join("root");
+    let mut fsck = Command::new("fsck.erofs");
+    let fsck = fsck.arg(format!("--extract={}", root.display())).arg(&out).output();
+    let fsck = fsck.expect("fsck.erofs is needed: apt-get install erofs-utils");
+    let said = String::from_utf8_lossy(&fsck.stderr);
+    assert!(fsck.status.success(), "{said}");
+    assert!(said.is_empty(), "{said}");
+    let is_root = fs::metadata(&root).unwrap().uid() == 0;
+    let (mut found, mut inodes) = (0, BTreeMap::new());
+    for (path, node) in expected {
+        let host = root.join(path);
+        let metadata = host.symlink_metadata().unwrap_or_else(|e| panic!("{path}: {e}"));
+        let is_link = metadata.is_symlink();
+        assert_eq!(metadata.mode() >> 12, u32::from(node.mode >> 12), "{path}");
+        if is_root {
+            assert!(is_link || metadata.mode() & 0o7777 == u32::from(node.mode & 0o7777), "{path}");
+            assert_eq!((metadata.uid(), metadata.gid()), node.owner, "{path}");
+        }
+        // Others name devices only by what they are.
+        if metadata.is_file() {
+            assert!(fs::read(&host).unwrap() == node.data, "{path}");
+            assert_eq!((metadata.mtime(), metadata.mtime_nsec() as u32), node.mtime, "{path}");
+            // Extracting may copy hard links; the disk's own count is right.
+            inodes.entry(node.inode).or_insert(node.links);
+        } else if is_link {
+            assert_eq!(fs::read_link(&host).unwrap().to_str().unwrap(), node.text(), "{path}");
+        }
+        found += 1;
+    }
+    let walked = walkdir::WalkDir::new(&root).into_iter().count();
+    assert_eq!(walked, found, "something else is in the other format");
+    let dump = Command::new("dump.erofs").arg("-s").arg(&out).output().unwrap();
+    let dump = String::from_utf8_lossy(&dump.stdout);
+    let different: std::collections::BTreeSet<u32> = expected.values().map(|n| n.inode).collect();
+    let inodes: usize = dump
+        .lines()
+        .find_map(|line| line.strip_prefix("Filesystem inode count:")?.trim().parse().ok())
+        .unwrap_or_else(|| panic!("{dump}"));
+    assert_eq!(inodes, different.len());
 }
 
 fn names(disk: &BTreeMap<String, Node>) -> Vec<&str> {
@@ -85,7 +138,8 @@ fn a_layer_is_on_the_disk_as_it_was_packed() {
         .file("empty", b"")
         .file("großer Name ☃", &vec![7; 300_000])
         .end();
-    let disk = disk_of(vec![layer]);
+    let disk = disk_of(vec![layer.clone()]);
+    same_as_erofs(vec![layer], &disk);
     let node = |path: &str| disk.get(path).unwrap_or_else(|| panic!("{path} is missing"));
 
     assert_eq!((node("").mode, node("").owner), (0o041711, (5, 0)));
@@ -227,7 +281,9 @@ fn a_hard_link_keeps_the_file_that_it_named() {
     let lower = Layer::default().file("a", b"old").link("b", "a").end();
     let middle = Layer::default().link("c", "b").file("a", b"new").link("d", "a").end();
     let upper = Layer::default().file(".wh.b", b"").end();
-    let disk = disk_of(vec![lower, middle, upper]);
+    let layers = vec![lower, middle, upper];
+    let disk = disk_of(layers.clone());
+    same_as_erofs(layers, &disk);
     assert_eq!(names(&disk), ["a", "c", "d"]);
     assert_eq!((disk["a"].text(), disk["c"].text(), disk["d"].text()), ("new", "old", "new"));
     assert_eq!((disk["a"].links, disk["c"].links), (2, 1));
@@ -346,7 +402,9 @@ fn large_directories_and_files_and_an_empty_image_are_sound() {
         layer = layer.dir(&format!("dirs/{i}")).symlink(&format!("s/{i}"), &"y".repeat(99));
     }
     layer = layer.file("big", &vec![1; 9_000_000]);
-    let disk = disk_of(vec![layer.end()]);
+    let layer = layer.end();
+    let disk = disk_of(vec![layer.clone()]);
+    same_as_erofs(vec![layer], &disk);
     assert_eq!(disk.keys().filter(|name| name.starts_with("many/")).count(), 6000);
     assert_eq!(disk["big"].data.len(), 9_000_000);
     assert_eq!(names(&disk_of(vec![])), Vec::<&str>::new());

@@ -26,7 +26,7 @@ fn provider() {
 
 fn plain(creds: Option<(&str, &str)>) -> Options {
     let creds = creds.map(|(user, password)| (user.to_owned(), password.to_owned()));
-    Options { plain_http: true, creds }
+    Options { plain_http: true, creds, bearer: None }
 }
 
 /// Not the developer's own configuration; a registry without authentication ignores them.

@@ -35,8 +35,11 @@ pub(super) struct Disk {
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 enum FormatName {
+    /// With a journal; can be mounted to be written
     #[default]
     Ext4,
+    /// Read-only, uncompressed
+    Erofs,
 }
 
 impl Disk {
@@ -44,6 +47,7 @@ impl Disk {
         let mut options = Options { free_bytes: self.free_mb * MIB, ..Options::default() };
         options.format = match self.format {
             FormatName::Ext4 => Format::Ext4,
+            FormatName::Erofs => Format::Erofs,
         };
         if let Some(arch) = self.arch {
             options.architecture = arch;

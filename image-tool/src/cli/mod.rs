@@ -69,7 +69,7 @@ fn parse_creds(text: &str) -> Result<Creds, &'static str> {
 impl From<RegistryOptions> for Options {
     fn from(options: RegistryOptions) -> Self {
         let creds = options.creds.map(|Creds(user, password)| (user, password));
-        Self { plain_http: options.plain_http, creds }
+        Self { plain_http: options.plain_http, creds, bearer: None }
     }
 }
 

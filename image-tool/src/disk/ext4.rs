@@ -12,7 +12,8 @@ use mkext4::{FsBuilder, InodeCount, InodeHandle, RegionSink, SpecialKind};
 use tokio_util::sync::CancellationToken;
 
 use super::spool::Spooled;
-use super::tree::{Content, EPOCH, Id, Meta, Tree};
+use super::tree::{Content, EPOCH, Id, Meta, ROOT, Tree};
+use super::xattr;
 
 const BLOCK: u64 = 4096;
 /// Of a fixed geometry: blocks that one bitmap block counts.
@@ -56,16 +57,7 @@ pub enum Ext4Error {
     Write(#[from] io::Error),
 }
 
-/// What was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    /// Of the disk, in bytes. Unused space is holes.
-    pub disk: u64,
-    /// Files, directories, links and devices, the root included.
-    pub nodes: u64,
-}
-
-/// Writes the file system to an empty file.
+/// Writes the file system to an empty file; gives its length in bytes and how many nodes it has.
 pub fn write(
     tree: &Tree,
     contents: &Spooled,
@@ -73,7 +65,7 @@ pub fn write(
     uuid: [u8; 16],
     free: u64,
     cancel: &CancellationToken,
-) -> Result<Size, Ext4Error> {
+) -> Result<(u64, u64), Ext4Error> {
     let need = Need::of(tree);
     let size = need.size(free);
     let layout_error = |source| Ext4Error::Layout { size, source };
@@ -93,7 +85,7 @@ pub fn write(
         writer.fill(handle, &mut contents.content(at, size)).map_err(write_error)?;
     }
     writer.finish().map_err(write_error)?;
-    Ok(Size { disk: size, nodes: need.nodes })
+    Ok((size, need.nodes))
 }
 
 /// What a file's content goes to, and where it is in the spool: in the order of the disk.
@@ -103,16 +95,15 @@ type Files = Vec<(InodeHandle, u64, u64)>;
 fn declare(tree: &Tree, builder: &mut FsBuilder) -> Result<Files, Ext4Error> {
     let mut files = Files::new();
     let mut known: HashMap<Id, InodeHandle> = HashMap::new();
-    let root = tree.root();
-    set(builder, mkext4::ROOT, &tree.node(root).meta).map_err(|source| node_error("/", source))?;
+    set(builder, mkext4::ROOT, &tree.node(ROOT).meta).map_err(|source| node_error("/", source))?;
     // Directories whose content is yet to be declared.
-    let mut open: Vec<(Id, InodeHandle, String)> = vec![(root, mkext4::ROOT, String::new())];
+    let mut open: Vec<(Id, InodeHandle, String)> = vec![(ROOT, mkext4::ROOT, String::new())];
     while let Some((dir, parent, path)) = open.pop() {
         let first = open.len();
         for (name, &child) in &tree.node(dir).children {
             let failed = |source| node_error(&format!("{path}/{name}"), source);
             let node = tree.node(child);
-            if dir == root && &**name == LOST_FOUND {
+            if dir == ROOT && &**name == LOST_FOUND {
                 if node.content == Content::Dir && node.children.is_empty() {
                     continue;
                 }
@@ -167,7 +158,7 @@ fn stat(meta: &Meta) -> mkext4::Meta {
 fn set(builder: &mut FsBuilder, handle: InodeHandle, meta: &Meta) -> Result<(), mkext4::Error> {
     builder.set_meta(handle, stat(meta))?;
     for (name, value) in &meta.xattrs {
-        builder.set_xattr(handle, name, value)?;
+        builder.set_xattr(handle, name, &xattr::on_ext4(name, value))?;
     }
     Ok(())
 }
@@ -207,7 +198,7 @@ impl Need {
     fn of(tree: &Tree) -> Self {
         let mut need = Self::default();
         let mut seen = std::collections::HashSet::new();
-        let mut open = vec![tree.root()];
+        let mut open = vec![ROOT];
         while let Some(id) = open.pop() {
             let node = tree.node(id);
             if node.content != Content::Dir && !seen.insert(id) {

@@ -24,6 +24,7 @@
 
 mod config;
 mod decode;
+mod erofs;
 mod ext4;
 mod layer;
 mod limits;
@@ -45,6 +46,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 pub use config::Config;
+pub use erofs::ErofsError;
 pub use ext4::Ext4Error;
 pub use layer::{EntryProblem, LayerError};
 pub use limits::{Limits, TooLarge};
@@ -71,6 +73,8 @@ pub enum Format {
     /// ext4 with a journal and free space: it can be mounted to be read and written.
     #[default]
     Ext4,
+    /// EROFS, uncompressed: read-only and smaller; `free_bytes` does not apply.
+    Erofs,
 }
 
 /// How a disk is made.
@@ -198,6 +202,9 @@ pub enum DiskError {
     /// The file system.
     #[error(transparent)]
     Ext4(#[from] Ext4Error),
+    /// The file system.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
     /// The caller's wish.
     #[error("cancelled; no disk was made")]
     Cancelled,
@@ -271,16 +278,13 @@ fn merge_and_write(
         })?;
     }
     let contents = spool.finish().map_err(DiskError::Spool)?;
-    let Format::Ext4 = options.format;
-    let (file, uuid, free) = (output.file(), uuid(&image.digest), options.free_bytes);
-    let size = ext4::write(&tree, &contents, file, uuid, free, cancel)?;
-    Ok(Made {
-        digest: image.digest.clone(),
-        config: config.config,
-        size: size.disk,
-        layers: image.layers.len(),
-        nodes: size.nodes,
-    })
+    let (file, uuid) = (output.file(), uuid(&image.digest));
+    let (size, nodes) = match options.format {
+        Format::Ext4 => ext4::write(&tree, &contents, file, uuid, options.free_bytes, cancel)?,
+        Format::Erofs => erofs::write(&tree, &contents, file, uuid, cancel)?,
+    };
+    let (digest, layers) = (image.digest.clone(), image.layers.len());
+    Ok(Made { digest, config: config.config, size, layers, nodes })
 }
 
 /// The configuration, when it is one of an image that can be booted here and fits the manifest.

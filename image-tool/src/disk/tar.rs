@@ -301,8 +301,10 @@ mod tests {
 
     use super::*;
 
+    type Entries = Vec<(Vec<u8>, Vec<u8>)>;
+
     /// All entries and their data, by this reader.
-    fn read(archive: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, TarError> {
+    fn read(archive: &[u8]) -> Result<Entries, TarError> {
         let mut reader = Reader::new(archive);
         let mut entries = Vec::new();
         while let Some(entry) = reader.entry()? {
@@ -315,7 +317,7 @@ mod tests {
     }
 
     /// By the crate that other programs use.
-    fn read_by_crate(archive: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    fn read_by_crate(archive: &[u8]) -> Entries {
         let mut archive = ::tar::Archive::new(archive);
         let read = |entry: io::Result<::tar::Entry<'_, _>>| {
             let mut entry: ::tar::Entry<'_, &[u8]> = entry.unwrap();

@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 
 use super::limits::{Budget, TooLarge};
+use super::xattr::Xattrs;
 
 /// Seconds since 1970 of what no layer has a time for: 2025-01-01, so that it depends on nothing.
 pub const EPOCH: i64 = 1_735_689_600;
@@ -38,7 +39,7 @@ pub struct Meta {
     /// Seconds since 1970, and nanoseconds.
     pub mtime: (i64, u32),
     /// Extended attributes, each name once.
-    pub xattrs: Vec<(Box<str>, Box<[u8]>)>,
+    pub xattrs: Xattrs,
 }
 
 impl Default for Meta {
@@ -108,7 +109,8 @@ pub enum Conflict {
 
 /// A node's number.
 pub type Id = usize;
-const ROOT: Id = 0;
+/// The root directory's.
+pub const ROOT: Id = 0;
 
 /// A file system in memory, without contents.
 #[derive(Clone, Debug)]
@@ -141,9 +143,9 @@ impl Default for Tree {
 }
 
 impl Tree {
-    /// The root directory.
-    pub fn root(&self) -> Id {
-        ROOT
+    /// How many numbers there are; not all nodes can still be reached.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
     }
 
     /// A node.
@@ -299,7 +301,7 @@ mod tests {
 
     fn flat(tree: &Tree) -> BTreeMap<String, Seen> {
         let mut seen = BTreeMap::new();
-        let mut open = vec![(String::new(), tree.root())];
+        let mut open = vec![(String::new(), ROOT)];
         while let Some((path, id)) = open.pop() {
             let node = tree.node(id);
             for (name, child) in &node.children {
@@ -359,7 +361,7 @@ mod tests {
         tree.apply(lower, &mut budget).unwrap();
         let opaque = Diff { opaques: vec!["".into()], ..Diff::default() };
         tree.apply(opaque, &mut budget).unwrap();
-        assert!(tree.node(tree.root()).children.is_empty());
+        assert!(tree.node(ROOT).children.is_empty());
         let root = Diff { entries: vec![("".into(), file())], ..Diff::default() };
         assert_eq!(tree.apply(root, &mut budget), Err(("".into(), Conflict::Root)));
     }

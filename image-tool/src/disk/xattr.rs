@@ -1,5 +1,7 @@
 //! Extended attributes: which of a layer's are kept, and in which form a disk has them.
 
+use std::borrow::Cow;
+
 /// What fits beside each other in one block of ext4: its length without header and end mark.
 const MAX_BYTES: usize = 4096 - 32 - 4;
 /// An entry without name and value.
@@ -28,17 +30,21 @@ pub enum XattrProblem {
     Acl(&'static str),
 }
 
+/// By name; the values as system calls have them.
+pub type Xattrs = Vec<(Box<str>, Box<[u8]>)>;
+
 /// What is kept, sorted by name. Attributes of other systems (macOS adds `com.apple.…`) cannot be set on Linux,
 /// so every tool leaves them out.
-pub(super) fn kept(raw: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<(Box<str>, Box<[u8]>)>, XattrProblem> {
-    let mut kept: Vec<(Box<str>, Box<[u8]>)> = Vec::new();
+pub(super) fn kept(raw: &[(Vec<u8>, Vec<u8>)]) -> Result<Xattrs, XattrProblem> {
+    let mut kept = Xattrs::new();
     for (name, value) in raw {
         let name = str::from_utf8(name).map_err(|_| XattrProblem::Name)?;
         if OVERLAY.iter().any(|prefix| name.starts_with(prefix)) {
             continue;
         }
         if let Some(acl) = ACLS.iter().find(|acl| **acl == name) {
-            kept.push((name.into(), disk_acl(value).ok_or(XattrProblem::Acl(acl))?.into()));
+            disk_acl(value).ok_or(XattrProblem::Acl(acl))?;
+            kept.push((name.into(), value.as_slice().into()));
         } else if let Some(prefix) = KEPT.iter().find(|prefix| name.starts_with(**prefix)) {
             if name.len() == prefix.len() || name.len() > MAX_NAME || name.contains('\0') {
                 return Err(XattrProblem::Name);
@@ -50,6 +56,12 @@ pub(super) fn kept(raw: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<(Box<str>, Box<[u8]
     let padded = |n: usize| n.next_multiple_of(4);
     let bytes = kept.iter().map(|(n, v)| ENTRY + padded(n.len()) + padded(v.len())).sum();
     if bytes > MAX_BYTES { Err(XattrProblem::TooMany(bytes)) } else { Ok(kept) }
+}
+
+/// The value as ext4 has it on disk: an ACL has another form there.
+pub(super) fn on_ext4<'a>(name: &str, value: &'a [u8]) -> Cow<'a, [u8]> {
+    let acl = if ACLS.contains(&name) { disk_acl(value) } else { None };
+    acl.map_or(Cow::Borrowed(value), Cow::Owned)
 }
 
 /// From the form of system calls (`linux/posix_acl_xattr.h`, version 2: 8 bytes an entry) to the form on disk
