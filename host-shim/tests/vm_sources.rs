@@ -205,7 +205,7 @@ fn sizes_and_damage() -> Vec<Refused> {
         ),
         refused(
             "gzip bomb",
-            gzip(&good().file("zeros", &vec![0; past_the_limit as usize]).end()),
+            gzip(&good().file("zeros", &vec![0; usize::try_from(past_the_limit).unwrap()]).end()),
             &["`zeros`", "536870912"],
         ),
         refused("zstd bomb of many files", zstd(&bomb), &["`zeros7`", "536870912"]),

@@ -237,7 +237,7 @@ fn is_git(source: &str) -> bool {
         || path.starts_with("ssh://")
         || path.starts_with("git@")
         || path.starts_with("github.com/")
-        || web && path.ends_with(".git")
+        || web && path.strip_suffix(".git").is_some()
 }
 
 #[cfg(test)]

@@ -16,10 +16,7 @@ pub fn unsupported(text: &str) -> Option<&str> {
         let name =
             bytes[from..].iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_').count();
         let after = &bytes[from + name..];
-        let known = match after {
-            [] | [b'}' | b'#' | b'%' | b'/', ..] | [b':', b'-' | b'+', ..] => true,
-            _ => false,
-        };
+        let known = matches!(after, [] | [b'}' | b'#' | b'%' | b'/', ..] | [b':', b'-' | b'+', ..]);
         if !known {
             let end = text[start..].find('}').map_or(text.len(), |end| start + end + 1);
             return Some(&text[start..end]);

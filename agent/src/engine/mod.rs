@@ -48,6 +48,8 @@ impl std::fmt::Debug for Work {
         f.debug_struct("Work")
             .field("context", &self.context)
             .field("dockerfile", &self.dockerfile)
+            .field("ignore_file", &self.ignore_file)
+            .field("certificates", &self.certificates)
             .field("target", &self.target)
             .field("build_args", &format_args!("{} of them", self.build_args.len()))
             .field("network", &self.network)

@@ -73,9 +73,9 @@ pub async fn build<E: Engine>(
         context,
         dockerfile,
         ignore_file,
-        certificates,
         target,
         build_args,
+        certificates,
         network,
         processes,
     };
@@ -156,13 +156,14 @@ fn adapt<'a>(
 ) -> Result<Adapted<'a>, Failure> {
     let invalid = |problem: String| fail(FailureKind::DockerfileInvalid, problem);
     let text = std::str::from_utf8(content).map_err(|error| {
-        let line = 1 + content[..error.valid_up_to()].iter().filter(|b| **b == b'\n').count();
+        let line = content[..=error.valid_up_to()].split(|byte| *byte == b'\n').count();
         invalid(format!("Dockerfile line {line}: it is not UTF-8"))
     })?;
     dockerfile::adapt(text, source, pin).map_err(|refused| {
-        let kind = match refused.base {
-            true => FailureKind::BaseDigestMismatch,
-            false => FailureKind::DockerfileInvalid,
+        let kind = if refused.base {
+            FailureKind::BaseDigestMismatch
+        } else {
+            FailureKind::DockerfileInvalid
         };
         fail(kind, refused.to_string())
     })

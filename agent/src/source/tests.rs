@@ -394,10 +394,14 @@ fn damaged_compression_and_other_files_are_refused() {
 fn what_the_reader_quotes_of_the_archive_is_shown_safely() {
     let mut bad = header(EntryType::Regular, b"x", b"", 0);
     bad.as_old_mut().cksum = *b"\x1b[2J\x07\x7f\x9b ";
-    let error = Place::new().unpack(&Tar::default().file("a", b"").raw(&bad, b"").end()).unwrap_err();
+    let error =
+        Place::new().unpack(&Tar::default().file("a", b"").raw(&bad, b"").end()).unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, SourceError::Damaged { .. }), "{message}");
-    assert!(message.contains("\\u{1b}[2J\\u{7}") && !message.contains(char::is_control), "{message:?}");
+    assert!(
+        message.contains("\\u{1b}[2J\\u{7}") && !message.contains(char::is_control),
+        "{message:?}"
+    );
 }
 
 /// What the fuzzer does (`agent/fuzz`), with what it begins with and some changes of that.

@@ -110,7 +110,8 @@ mod tests {
     fn a_built_image_is_published() {
         let built = Built { digest: "sha256:1".into(), engine: "e".into(), lockfiles: vec![] };
         let digest = "sha256:1".to_owned();
-        let guest = GuestSays { engine: "e".into(), lockfiles: Default::default() };
+        let guest =
+            GuestSays { engine: "e".into(), lockfiles: std::collections::BTreeMap::default() };
         assert_eq!(next(End::Outcome(Outcome::Built(built))), Next::Publish { digest, guest });
     }
 
@@ -143,7 +144,8 @@ mod tests {
 
     #[test]
     fn a_build_is_held_to_the_base_that_it_asks_for() {
-        let guest = GuestSays { engine: "e".into(), lockfiles: Default::default() };
+        let guest =
+            GuestSays { engine: "e".into(), lockfiles: std::collections::BTreeMap::default() };
         let publish = || Next::Publish { digest: "sha256:1".into(), guest: guest.clone() };
         let pulled = [Pulled { reference: "r".into(), digest: "sha256:2".into() }];
         assert_eq!(pinned(publish(), "sha256:2", &pulled), publish());

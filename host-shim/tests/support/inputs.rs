@@ -74,7 +74,7 @@ pub fn agent_peak(build: &Value) -> u64 {
 
 /// How far one peak is over another.
 pub fn over(peak: u64, base: u64) -> String {
-    let mib = |bytes: u64| format!("{}.{} MiB", bytes >> 20, (bytes % (1 << 20)) * 10 >> 20);
+    let mib = |bytes: u64| format!("{}.{} MiB", bytes >> 20, ((bytes % (1 << 20)) * 10) >> 20);
     format!("{} over {}", mib(peak.saturating_sub(base)), mib(base))
 }
 
