@@ -74,7 +74,8 @@ pub(super) async fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
             let allowed = "a bundle's directory, as kiln-image build makes one, or a reference";
             ConfigError::refused("builder", &config.builder, allowed)
         })?;
-        let options = Options { plain_http: is_loopback(reference.registry()), ..Options::default() };
+        let options =
+            Options { plain_http: is_loopback(reference.registry()), ..Options::default() };
         let place = config.data_dir.join("builder-pulled");
         pull_bundle(&reference, &options, &place)
             .await
