@@ -13,7 +13,7 @@
 //! ```
 //!
 //! `kiln serve` uses [`bundle::Bundle`] to open what it boots, [`pull::pull_bundle`] to get one from
-//! a registry, and [`publish::push_layout`] to publish. Functions that talk to a registry need a
+//! a registry, [`publish::push_layout`] to publish, and [`disk`] to make disks of images for instances. Functions that talk to a registry need a
 //! TLS provider: the program that calls them has called its `install_default()`.
 
 pub mod build;

@@ -77,7 +77,10 @@ async fn local(
     let work = move || disk::make(&source, &out, &options, &cancel);
     match tokio::task::spawn_blocking(work).await {
         Ok(made) => made,
-        Err(died) => std::panic::resume_unwind(died.into_panic()),
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(disk::DiskError::Cancelled),
+        },
     }
 }
 

@@ -69,11 +69,7 @@ pub fn write(
     let need = Need::of(tree);
     let size = need.size(free);
     let layout_error = |source| Ext4Error::Layout { size, source };
-    let mut options = mkext4::Options::new(size, uuid, EPOCH);
-    options.inodes = InodeCount::Exact(u32::try_from(need.inodes(free)).unwrap_or(u32::MAX));
-    // Kept for root's daemons on a machine that people share; here it would only be lost.
-    options.reserved_percent = 0;
-    let mut builder = FsBuilder::new(options).map_err(layout_error)?;
+    let mut builder = FsBuilder::new(options(&need, uuid, free)).map_err(layout_error)?;
     let files = declare(tree, &mut builder)?;
     let layout = builder.seal().map_err(layout_error)?;
     output.set_len(size)?;
@@ -86,6 +82,14 @@ pub fn write(
     }
     writer.finish().map_err(write_error)?;
     Ok((size, need.nodes))
+}
+
+fn options(need: &Need, uuid: [u8; 16], free: u64) -> mkext4::Options {
+    let mut options = mkext4::Options::new(need.size(free), uuid, EPOCH);
+    options.inodes = InodeCount::Exact(u32::try_from(need.inodes(free)).unwrap_or(u32::MAX));
+    // Kept for root's daemons on a machine that people share; here it would only be lost.
+    options.reserved_percent = 0;
+    options
 }
 
 /// What a file's content goes to, and where it is in the spool: in the order of the disk.
@@ -275,4 +279,46 @@ fn dir_blocks(names: impl Iterator<Item = u64>) -> u64 {
     let leaves = (bytes * 107).div_ceil(100 * (BLOCK - 300)) + 1;
     // The index, and the tree of extents where the directory is cut.
     leaves + leaves.div_ceil(400) + 2
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::limits::{Budget, Limits};
+    use super::super::tree::{Change, Diff};
+    use super::*;
+
+    /// Lays out, and writes nothing.
+    fn laid_out(entries: impl Iterator<Item = (String, Content)>, free: u64) -> u64 {
+        let put = |(path, content): (String, Content)| {
+            (path.into(), Change::Put(Meta::default(), content))
+        };
+        let diff = Diff { entries: entries.map(put).collect(), ..Diff::default() };
+        let mut tree = Tree::default();
+        tree.apply(diff, &mut Budget::new(Limits::default())).unwrap();
+        let need = Need::of(&tree);
+        let mut builder = FsBuilder::new(options(&need, [7; 16], free)).unwrap();
+        declare(&tree, &mut builder).unwrap();
+        builder.seal().unwrap().image_len()
+    }
+
+    #[test]
+    fn there_is_room_for_every_shape_of_tree() {
+        const MIB: u64 = 1024 * 1024;
+        let file = |size| Content::File { at: 0, size };
+        for free in [0, 1, 127 * MIB, 128 * MIB, 5000 * MIB, 200_000 * MIB] {
+            laid_out(std::iter::empty(), free);
+            for size in [1, 4096, 126 * MIB, 128 * MIB, 2100 * MIB, 300_000 * MIB] {
+                let length = laid_out([("f".to_owned(), file(size))].into_iter(), free);
+                assert!(length > size + free);
+            }
+        }
+        for free in [0, 300 * MIB] {
+            laid_out((0..40_000).map(|i| (format!("{i}"), file(i % 9000))), free);
+            laid_out((0..9000).map(|i| (format!("{i:0>250}"), file(0))), free);
+            laid_out((0..20_000).map(|i| (format!("{}/{i}", i % 500), Content::Dir)), free);
+            let link = || Content::Symlink("x".repeat(200).into());
+            laid_out((0..9000).map(|i| (format!("{i}"), link())), free);
+        }
+    }
 }

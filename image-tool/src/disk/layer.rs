@@ -191,7 +191,11 @@ impl Item {
             budget.memory(target.len() as u64)?;
             return Ok(Self::Entry(path, Change::Link(target)));
         }
-        let meta = meta(entry, budget)?;
+        let mut meta = meta(entry, budget)?;
+        if entry.kind == Kind::Symlink {
+            // Linux gives links no other, whatever the archive says.
+            meta.mode = 0o777;
+        }
         let content = match entry.kind {
             Kind::File | Kind::HardLink => return Ok(Self::File(path, meta)),
             Kind::Dir => Content::Dir,

@@ -17,8 +17,15 @@
 //! the host. Each layer is unpacked once, and each content written once to the spool and once to the disk.
 //!
 //! What the disk has is what the image has: owners, modes with set-user-id, times, extended attributes
-//! (capabilities among them), hard links, device nodes and named pipes too, since it is a VM that boots it. What
-//! a layer is refused for, and what is left out, is in [`layer`], [`xattr`] and [`tree`].
+//! (capabilities among them), hard links, device nodes and named pipes too, since it is a VM that boots it.
+//! How layers are merged is described in `tree`, what of an archive is refused in `tar` and `layer`, which
+//! attributes are kept in `xattr`. In short:
+//!
+//! - Refused by name: `..`, names that are not UTF-8 or too long for Linux, hard links to what is not there yet or is
+//!   a directory, sparse entries, sizes of what has no data, extended headers that contradict each
+//!   other, anything in `/lost+found` (ext4), other digests than the manifest's and the configuration's.
+//! - Left out: attributes that Linux does not know, and an overlay file system's own (`trusted.overlay.*`).
+//! - No symbolic link of an image is followed: `a/b` over a link `a` makes `a` a directory.
 //!
 //! The same image gives the same bytes, whoever makes the disk, wherever and whenever.
 

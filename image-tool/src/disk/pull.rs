@@ -36,7 +36,14 @@ pub async fn pull(
     };
     let options = options.clone();
     let work = tokio::task::spawn_blocking(move || make_from(&image, output, &options, &cancel));
-    work.await.unwrap_or_else(|died| Err(DiskError::Spool(std::io::Error::other(died))))
+    match work.await {
+        Ok(made) => made,
+        // The runtime is being shut down, unless the thread panicked.
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(DiskError::Cancelled),
+        },
+    }
 }
 
 async fn download(
