@@ -33,9 +33,9 @@ const TALK: &str = r#"
 #include <string.h>
 int main(int argc, char **argv) {
   if (argc > 1) {
-    char fill[503];
-    memset(fill, '.', 502);
-    fill[502] = 0;
+    char fill[2039];
+    memset(fill, '.', 2038);
+    fill[2038] = 0;
     for (long i = 0, lines = atol(argv[1]); i < lines; i++) printf("%08lx %s\n", i, fill);
     return 0;
   }
@@ -50,7 +50,7 @@ int main(int argc, char **argv) {
 "#;
 
 /// Length of a numbered line with its newline.
-const NUMBERED: usize = 512;
+const NUMBERED: usize = 2048;
 
 /// The step's output without a number.
 fn odd_output() -> Vec<u8> {

