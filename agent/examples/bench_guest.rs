@@ -87,7 +87,6 @@ async fn bare() -> anyhow::Result<()> {
     for _ in 0..STREAM_BYTES / OUT_BATCH {
         AsyncWriteExt::write_all(&mut stream, &chunk).await?;
     }
-    stream.shutdown(std::net::Shutdown::Write)?;
     // The host closes once it has everything.
     tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
     Ok(())
