@@ -10,7 +10,8 @@ use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::Context;
-use kiln_protocol::event::{Event, Log, LogStream, Outcome};
+use kiln_protocol::event::{Event, Log, LogStream, NumberedEvent, Outcome};
+use kiln_protocol::frame;
 use kiln_protocol::message::{AgentToHost, HostToAgent};
 use kiln_protocol::port::HOST_CID;
 use tokio::io::AsyncWriteExt;
@@ -32,12 +33,17 @@ mod vsock;
 use events::{Outbox, Report, Reporter};
 use link::{Identity, Moved, OUT_BATCH, dial};
 
-/// Where the bare stream arrives.
+/// Where streams without a session arrive: a bare one in the agent's largest writes, one in writes of a
+/// frame's size, and one of frames.
 const BARE_PORT: u32 = 6001;
+const SMALL_PORT: u32 = 6002;
+const CODEC_PORT: u32 = 6003;
 /// Of a stream, bare or framed: a second or more under emulation.
 const STREAM_BYTES: usize = 32 * 1024 * 1024;
 /// The longest content of a frame that a step's output makes.
 const CONTENT: usize = kiln_protocol::event::MAX_LOG_BYTES;
+/// A time of the guest's.
+const AT_MS: u64 = 1_764_000_000_000;
 /// What a compiler prints, more or less.
 const LINE: &str =
     "   Compiling something-of-some-length v0.12.3 (/src/crates/something) [1234/5678]";
@@ -53,7 +59,9 @@ fn main() -> anyhow::Result<()> {
         for pair in 0..pairs {
             for kind in order(pair) {
                 match kind {
-                    "bare" => bare().await.context("the bare stream")?,
+                    "bare" => bare(BARE_PORT, OUT_BATCH).await.context("the bare stream")?,
+                    "small" => bare(SMALL_PORT, CONTENT).await.context("the bare stream")?,
+                    "codec" => codec().await.context("the stream of frames")?,
                     kind => session(kind).await.with_context(|| format!("the session {kind}"))?,
                 }
             }
@@ -65,29 +73,47 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// Each of a pair goes first in turn.
-fn order(pair: usize) -> [&'static str; 5] {
+fn order(pair: usize) -> [&'static str; 7] {
     if pair % 2 == 0 {
-        ["bare", "framed", "lines", "idle", "flood"]
+        ["bare", "small", "codec", "framed", "lines", "idle", "flood"]
     } else {
-        ["framed", "bare", "lines", "flood", "idle"]
+        ["framed", "codec", "small", "bare", "lines", "flood", "idle"]
     }
 }
 
-/// Bytes and nothing else, in writes as large as the agent's.
-async fn bare() -> anyhow::Result<()> {
-    let mut stream = loop {
-        // A device that has just come up loses or refuses a dial.
-        let dialled = VsockStream::connect(VsockAddr::new(HOST_CID, BARE_PORT));
-        match tokio::time::timeout(Duration::from_millis(500), dialled).await {
-            Ok(Ok(stream)) => break stream,
-            Ok(Err(_)) | Err(_) => sleep(Duration::from_millis(10)).await,
-        }
-    };
-    let chunk = vec![b'x'; OUT_BATCH];
-    for _ in 0..STREAM_BYTES / OUT_BATCH {
+/// Bytes and nothing else.
+async fn bare(port: u32, size: usize) -> anyhow::Result<()> {
+    let mut stream = connect(port).await;
+    let chunk = vec![b'x'; size];
+    for _ in 0..STREAM_BYTES / size {
         AsyncWriteExt::write_all(&mut stream, &chunk).await?;
     }
-    // The host closes once it has everything.
+    closed(stream).await
+}
+
+/// Frames by the codec, with nothing of a session.
+async fn codec() -> anyhow::Result<()> {
+    let mut stream = connect(CODEC_PORT).await;
+    for seq in 1..=(STREAM_BYTES / CONTENT) as u64 {
+        let event = NumberedEvent { seq, at_ms: AT_MS, event: content() };
+        frame::write(&mut stream, &AgentToHost::Event(event)).await?;
+    }
+    closed(stream).await
+}
+
+/// Dials until somebody answers: a device that has just come up loses or refuses a dial.
+async fn connect(port: u32) -> VsockStream {
+    loop {
+        let dialled = VsockStream::connect(VsockAddr::new(HOST_CID, port));
+        match tokio::time::timeout(Duration::from_millis(500), dialled).await {
+            Ok(Ok(stream)) => return stream,
+            Ok(Err(_)) | Err(_) => sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+/// The host closes once it has everything.
+async fn closed(mut stream: VsockStream) -> anyhow::Result<()> {
     tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
     Ok(())
 }
@@ -133,7 +159,7 @@ async fn session(kind: &str) -> anyhow::Result<()> {
                 let mut next = report;
                 ended = next.is_none();
                 while let Some(Report::Event(event)) = next {
-                    outbox.push(1_764_000_000_000, event)?;
+                    outbox.push(AT_MS, event)?;
                     next = if outbox.has_room() { reports.try_recv().ok() } else { None };
                 }
             }
@@ -149,10 +175,13 @@ async fn session(kind: &str) -> anyhow::Result<()> {
 /// Contents as long as they may be: a stream of frames.
 async fn contents(reporter: Reporter) {
     for _ in 0..STREAM_BYTES / CONTENT {
-        let content = vec![b'x'; CONTENT];
-        let log = Log { stream: LogStream::Stdout, step: Some(1), partial: true, content };
-        reporter.report(Report::Event(Event::Log(log))).await;
+        reporter.report(Report::Event(content())).await;
     }
+}
+
+fn content() -> Event {
+    let content = vec![b'x'; CONTENT];
+    Event::Log(Log { stream: LogStream::Stdout, step: Some(1), partial: true, content })
 }
 
 /// Lines through a pipe, as a step prints them: so many bytes, or until nobody reads.

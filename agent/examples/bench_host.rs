@@ -1,7 +1,8 @@
 //! The host's half of `scripts/bench.d/vsock.sh`: `bench_host UDS PAIRS`.
 //!
-//! Prints a line for every pair: MB/s of the bare stream, of the framed one and of lines; then the round trip of a
-//! control message in microseconds: idle p50, p99, in a flood p50, p99.
+//! Prints a line for every pair: MB/s of a bare stream in writes of 64 KiB and of 16 KiB, of frames by the codec, of
+//! the same frames through the agent's parts, of lines; then the round trip of a control message in microseconds:
+//! idle p50, p99, in a flood p50, p99.
 //!
 //! A round trip is Source → `SourceTaken`, on the control connection: what the host sends is taken by the agent's session
 //! and answered. Events are acknowledged as soon as they are decoded, which makes for the hardest flood.
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use kiln_protocol::event::{Event, NumberedEvent};
-use kiln_protocol::frame::{self, FrameReader};
+use kiln_protocol::frame::{self, FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, TOKEN_LEN, Welcome};
 use kiln_protocol::message::{AgentToHost, HostToAgent};
 use kiln_protocol::port;
@@ -22,8 +23,10 @@ use tokio::time::{sleep_until, timeout};
 
 /// As in the guest.
 const BARE_PORT: u32 = 6001;
+const SMALL_PORT: u32 = 6002;
+const CODEC_PORT: u32 = 6003;
 const STREAM_BYTES: usize = 32 * 1024 * 1024;
-const KINDS: usize = 5;
+const KINDS: [&str; 7] = ["bare", "small", "codec", "framed", "lines", "idle", "flood"];
 /// So that the 99th percentile is not the worst of them.
 const ROUND_TRIPS: usize = 400;
 /// Between an answer and the next question.
@@ -42,16 +45,28 @@ async fn main() -> anyhow::Result<()> {
     let pairs: u32 = args.next().context("usage: bench_host UDS PAIRS")?.parse()?;
     let control = UnixListener::bind(format!("{uds}_{}", port::CONTROL))?;
     let bare = UnixListener::bind(format!("{uds}_{BARE_PORT}"))?;
-    timeout(PATIENCE * (pairs + 1), serve(&control, &bare, pairs)).await.context("it is late")?
+    let small = UnixListener::bind(format!("{uds}_{SMALL_PORT}"))?;
+    let codec = UnixListener::bind(format!("{uds}_{CODEC_PORT}"))?;
+    let listeners = Listeners { control, bare, small, codec };
+    timeout(PATIENCE * (pairs + 1), serve(&listeners, pairs)).await.context("it is late")?
 }
 
-async fn serve(control: &UnixListener, bare: &UnixListener, pairs: u32) -> anyhow::Result<()> {
+struct Listeners {
+    control: UnixListener,
+    bare: UnixListener,
+    small: UnixListener,
+    codec: UnixListener,
+}
+
+async fn serve(listeners: &Listeners, pairs: u32) -> anyhow::Result<()> {
     for _ in 0..pairs {
         let mut measured: HashMap<String, Vec<f64>> = HashMap::new();
-        while measured.len() < KINDS {
+        while measured.len() < KINDS.len() {
             let one = tokio::select! {
-                accepted = bare.accept() => received(accepted?.0).await,
-                accepted = control.accept() => session(accepted?.0).await,
+                accepted = listeners.bare.accept() => received(accepted?.0, "bare").await,
+                accepted = listeners.small.accept() => received(accepted?.0, "small").await,
+                accepted = listeners.codec.accept() => frames(accepted?.0).await,
+                accepted = listeners.control.accept() => session(accepted?.0).await,
             };
             if let Some((kind, numbers)) = one? {
                 eprintln!("{kind}: {numbers:.1?}");
@@ -59,7 +74,7 @@ async fn serve(control: &UnixListener, bare: &UnixListener, pairs: u32) -> anyho
             }
         }
         let mut line = String::new();
-        for kind in ["bare", "framed", "lines", "idle", "flood"] {
+        for kind in KINDS {
             for number in measured.get(kind).with_context(|| format!("no {kind} in this pair"))? {
                 line.push_str(&format!("{number:.1} "));
             }
@@ -79,7 +94,7 @@ fn rate(bytes: usize, begun: Instant) -> f64 {
 }
 
 /// The bare stream; nothing for a dial that came to nothing.
-async fn received(mut stream: UnixStream) -> anyhow::Result<Measured> {
+async fn received(mut stream: UnixStream, kind: &str) -> anyhow::Result<Measured> {
     let mut buffer = vec![0; 64 * 1024];
     let first = stream.read(&mut buffer).await?;
     if first == 0 {
@@ -94,7 +109,26 @@ async fn received(mut stream: UnixStream) -> anyhow::Result<Measured> {
             count => bytes += count,
         }
     }
-    Ok(Some(("bare".to_owned(), vec![rate(bytes - first, begun)])))
+    Ok(Some((kind.to_owned(), vec![rate(bytes - first, begun)])))
+}
+
+/// A stream of frames and nothing else; nothing for a dial that came to nothing.
+async fn frames(stream: UnixStream) -> anyhow::Result<Measured> {
+    let mut reader = FrameReader::new(stream);
+    let (mut begun, mut first, mut bytes) = (None, 0, 0);
+    while bytes < STREAM_BYTES {
+        let event = match reader.read().await {
+            Ok(AgentToHost::Event(NumberedEvent { event: Event::Log(log), .. })) => log,
+            Err(FrameError::Closed) if bytes == 0 => return Ok(None),
+            other => bail!("the guest sent {other:?}"),
+        };
+        bytes += event.content.len();
+        if begun.is_none() {
+            (begun, first) = (Some(Instant::now()), bytes);
+        }
+    }
+    let begun = begun.context("a stream of no frames")?;
+    Ok(Some(("codec".to_owned(), vec![rate(bytes - first, begun)])))
 }
 
 /// A session; nothing for a dial that came to nothing.

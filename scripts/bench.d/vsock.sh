@@ -1,7 +1,7 @@
 # The stream from guest to host, and control messages under a flood, over the vsock device of Kiln's VMs.
 # shellcheck shell=bash
 
-# vsock_pairs PAIRS: writes the columns bare, framed, lines, idle_p50, idle_p99, flood_p50 and flood_p99.
+# vsock_pairs PAIRS: the samples of what bench_host.rs prints, and their ratios.
 vsock_pairs() {
   step "Building the vsock benchmark" build_vsock_bench
   local built=$ROOT/target/$GUEST_TARGET/release/examples
@@ -10,7 +10,9 @@ vsock_pairs() {
   # A later archive's file replaces an earlier one's: the modules are the bundle's, the init is ours.
   (cat "$STATE/builder/initrd" && cd "$work/guest" && echo init | cpio --quiet -o -H newc) >"$work/vsock-initrd"
   step "Measuring $1 pairs: streams, round trips" vsock_vm "$built/bench_host" "$1"
-  columns "$work/vsock" bare framed lines idle_p50 idle_p99 flood_p50 flood_p99
+  columns "$work/vsock" bare small codec framed lines idle_p50 idle_p99 flood_p50 flood_p99
+  ratios codec bare
+  ratios codec small
   ratios framed bare
   ratios flood_p99 idle_p99
 }
