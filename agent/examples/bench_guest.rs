@@ -74,7 +74,7 @@ fn main() -> anyhow::Result<()> {
 
 /// Each of a pair goes first in turn.
 fn order(pair: usize) -> [&'static str; 7] {
-    if pair % 2 == 0 {
+    if pair.is_multiple_of(2) {
         ["bare", "small", "codec", "framed", "lines", "idle", "flood"]
     } else {
         ["framed", "codec", "small", "bare", "lines", "flood", "idle"]

@@ -23,22 +23,23 @@ build_vsock_bench() {
   cargo build --release --quiet --manifest-path "$ROOT/Cargo.toml" -p kiln-agent --target "$GUEST_TARGET" --examples
 }
 
-# One boot for all pairs; ends by the host program's own deadline.
+# One boot for all pairs; ends by the host program's own deadline. In a shell of its own, which takes its processes along.
 vsock_vm() {
-  local pids=() status=0
+  local host
+  vm_pids=()
+  trap 'kill -KILL "${vm_pids[@]}" 2>/dev/null' EXIT
   "$1" "$work/v" "$2" >"$work/vsock" &
-  local host=$!
+  host=$!
+  vm_pids+=("$host")
   vhost-device-vsock --guest-cid 3 --socket "$work/vu" --uds-path "$work/v" &
-  pids+=($!)
+  vm_pids+=($!)
   wait_for_socket "$work/vu"
   # The guest's init ends when it is done, which the kernel takes for a panic.
   qemu-system-x86_64 "${MACHINE[@]}" -no-reboot -serial stdio \
     -chardev "socket,id=vsock,path=$work/vu" -device vhost-user-vsock-pci,chardev=vsock,event_idx=off \
     -kernel "$STATE/builder/kernel" -initrd "$work/vsock-initrd" -append "$(kernel_cmdline) kiln_pairs=$2" &
-  pids+=($!)
-  wait "$host" || status=$?
-  kill -KILL "${pids[@]}" 2>/dev/null || true
-  return "$status"
+  vm_pids+=($!)
+  wait "$host"
 }
 
 wait_for_socket() {
