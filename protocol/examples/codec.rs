@@ -41,7 +41,7 @@ fn main() -> anyhow::Result<()> {
     eprintln!("{} events of a build", events.len());
     for pair in 0..pairs {
         // Whoever comes second finds a warmer processor.
-        let (postcard, other) = if pair % 2 == 0 {
+        let (postcard, other) = if pair.is_multiple_of(2) {
             let postcard = measure(&wire, &Postcard)?;
             (postcard, measure(&json, &Json)?)
         } else {
