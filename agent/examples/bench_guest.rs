@@ -30,7 +30,7 @@ mod modules;
 #[path = "../src/vsock.rs"]
 mod vsock;
 
-use events::{Outbox, Report, Reporter};
+use events::{Outbox, Report, Reporter, WAITING_REPORTS};
 use link::{Identity, Moved, OUT_BATCH, dial};
 
 /// Where streams without a session arrive: a bare one in the agent's largest writes, one in writes of a
@@ -158,7 +158,8 @@ async fn session(kind: &str) -> anyhow::Result<()> {
             report = reports.recv(), if has_room && producing.is_some() && !ended => {
                 let mut next = report;
                 ended = next.is_none();
-                while let Some(Report::Event(event)) = next {
+                for _ in 0..WAITING_REPORTS {
+                    let Some(Report::Event(event)) = next else { break };
                     outbox.push(AT_MS, event)?;
                     next = if outbox.has_room() { reports.try_recv().ok() } else { None };
                 }

@@ -24,7 +24,7 @@ use super::{
     DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, Places, STOP_GRACE, Session, SessionError,
 };
 use crate::engine::Engine;
-use crate::events::{self, Outbox, Report};
+use crate::events::{self, Outbox, Report, WAITING_REPORTS};
 use crate::run;
 use crate::source::{Feeder, feed};
 use crate::vsock::Connector;
@@ -257,13 +257,15 @@ where
 
     /// Takes a report, and those that are there already.
     fn reports(&mut self, first: Report) -> Result<Then, SessionError> {
-        let mut next = Some(first);
-        while let Some(report) = next {
-            self.take(report)?;
-            next = match &mut self.working {
-                Some(working) if self.outbox.has_room() => working.reports.try_recv().ok(),
-                _ => None,
+        self.take(first)?;
+        // No more than can wait at one time: who reports fills up again meanwhile, and a flood of lines
+        // would keep the link from its turn.
+        for _ in 1..WAITING_REPORTS {
+            let Some(working) = self.working.as_mut().filter(|_| self.outbox.has_room()) else {
+                break;
             };
+            let Ok(report) = working.reports.try_recv() else { break };
+            self.take(report)?;
         }
         Ok(Then::GoOn)
     }
