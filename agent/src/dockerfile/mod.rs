@@ -249,4 +249,28 @@ mod tests {
             assert!(refused.starts_with(start), "{refused}");
         }
     }
+
+    /// The corpus is built in VMs (`vm_corpus.rs`), but for what is refused here: that needs no VM.
+    #[test]
+    fn the_corpus_is_refused_where_it_says_so_and_nowhere_else() {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host-shim/tests/corpus");
+        let mut refused = 0;
+        for entry in std::fs::read_dir(corpus).unwrap() {
+            let dir = entry.unwrap().path();
+            let (Ok(expected), Ok(text)) = (
+                std::fs::read_to_string(dir.join("expect.txt")),
+                std::fs::read_to_string(dir.join("Dockerfile")),
+            ) else {
+                continue;
+            };
+            let found = adapt(&text, &dir, None).map(|_| ()).map_err(|refused| refused.to_string());
+            let by_line = expected
+                .strip_prefix("fails as dockerfile_invalid\n")
+                .filter(|rest| rest.starts_with("Dockerfile line "));
+            refused += usize::from(by_line.is_some());
+            let expected = by_line.map_or(Ok(()), |line| Err(line.trim_end().to_owned()));
+            assert_eq!(found, expected, "{}", dir.display());
+        }
+        assert!(refused > 10, "{refused}");
+    }
 }

@@ -148,6 +148,10 @@ fn expose(words: &Words<'_>) -> Rule {
             range.split_once('-').map(|(from, to)| (from.parse::<u16>(), to.parse::<u16>()));
         match bounds {
             None => ports.push(word.to_owned()),
+            // The dash of a default.
+            Some(_) if word.contains('$') && !variables::removed(word).contains('-') => {
+                ports.push(word.to_owned());
+            }
             Some((Ok(from), Ok(to))) if from <= to && to - from < MAX_PORTS => {
                 ports.extend((from..=to).map(|port| format!("{port}{protocol}")));
             }
@@ -301,6 +305,8 @@ mod tests {
         assert_eq!(of("RUN --mount=type=tmpfs,target=/t true"), Rule::Keep);
         assert_eq!(change("EXPOSE 80 8000-8002/udp"), "80 8000/udp 8001/udp 8002/udp");
         assert_eq!(of("EXPOSE 80  $PORT"), Rule::Keep);
+        assert_eq!(of("EXPOSE ${PORT:-80} ${A:-${B:-1}}/udp"), Rule::Keep);
+        assert!(refusal("EXPOSE ${A:-1}-${B:-2}").contains("-${B"));
         assert!(refusal("EXPOSE 9-1").contains("9-1"));
         assert!(refusal("EXPOSE 1-65535").contains("1-65535"));
         assert!(refusal("EXPOSE $A-$B").contains("$A-$B"));

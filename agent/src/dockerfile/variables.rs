@@ -25,6 +25,25 @@ pub fn unsupported(text: &str) -> Option<&str> {
     None
 }
 
+/// The text without its `${…}`.
+pub fn removed(text: &str) -> String {
+    let mut depth = 0_usize;
+    let mut kept = String::new();
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '$' if chars.peek() == Some(&'{') => {
+                chars.next();
+                depth += 1;
+            }
+            '}' if depth > 0 => depth -= 1,
+            _ if depth == 0 => kept.push(c),
+            _ => {}
+        }
+    }
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -40,5 +59,11 @@ mod tests {
         assert_eq!(unsupported("${a+b"), Some("${a+b"));
         assert_eq!(unsupported(r"\\${a!}"), Some("${a!}"));
         assert_eq!(unsupported("${é}"), Some("${é}"));
+    }
+
+    #[test]
+    fn what_is_not_in_braces_stays() {
+        assert_eq!(removed("${a:-1}-${b:-${c:-2}}/x$y}"), "-/x$y}");
+        assert_eq!(removed("${a"), "");
     }
 }
