@@ -16,7 +16,7 @@ use std::process::Command;
 
 use serde_json::Value;
 use support::image::Image;
-use support::{Server, text};
+use support::{CPUS, Server, text};
 
 #[derive(Default, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,7 +74,7 @@ fn submit(server: &Server, dir: &Path) -> String {
     }
     let args: Vec<_> = case.args.iter().map(String::as_str).collect();
     let out = server
-        .kiln(&[&["build", ".", "--detach"], &args[..]].concat())
+        .kiln(&[&["build", ".", "--detach", "--cpus", CPUS], &args[..]].concat())
         .current_dir(source.path())
         .output()
         .unwrap();

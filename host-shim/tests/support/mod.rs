@@ -26,6 +26,10 @@ pub const BASE: &str = "registry.kiln/base/debian:trixie";
 /// How long a build may take before a test gives up: two VMs share two cores under emulation.
 const PATIENCE: Duration = Duration::from_mins(4);
 
+/// Of a test's VMs: two of them share two cores, where emulated processors that wait for each other cost a
+/// third of the time. `scripts/quickstart` and `scripts/e2e` have the default.
+pub const CPUS: &str = "1";
+
 pub struct Server {
     child: Child,
     dir: tempfile::TempDir,
@@ -131,7 +135,7 @@ impl Server {
     pub fn submit(&self, files: &[(&str, &[u8])], flags: &[&str]) -> String {
         let source = source(files);
         let path = source.path().to_str().unwrap();
-        let out = self.run(&[&["build", path, "--detach"], flags].concat());
+        let out = self.run(&[&["build", path, "--detach", "--cpus", CPUS], flags].concat());
         assert!(out.status.success(), "{}", text(out.stderr));
         text(out.stdout).trim().to_owned()
     }
@@ -165,7 +169,7 @@ impl Server {
     pub fn build(&self, files: &[(&str, &[u8])], flags: &[&str]) -> Output {
         let source = source(files);
         let path = source.path().to_str().unwrap();
-        self.run(&[&["build", path, "--progress", "plain"], flags].concat())
+        self.run(&[&["build", path, "--progress", "plain", "--cpus", CPUS], flags].concat())
     }
 
     pub fn show(&self, id: &str) -> Value {
