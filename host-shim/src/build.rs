@@ -244,6 +244,8 @@ pub struct Usage {
     pub engine_start_ms: Option<u64>,
     /// How long of that the kernel took to start the engine's process, in milliseconds, as the agent says.
     pub engine_spawn_ms: Option<u64>,
+    /// How long the engine took for the Dockerfile, the push apart, in milliseconds, by the guest's clock.
+    pub engine_build_ms: Option<u64>,
     /// The most memory that the agent used at one time, in bytes, as it says.
     pub agent_memory_peak_bytes: Option<u64>,
 }

@@ -12,3 +12,11 @@ MACHINE=(
 kernel_cmdline() {
   sed -n 's/^-append //p' "$ROOT"/host-shim/src/vmm/snapshots/*__vm_tcg.snap
 }
+
+GUEST_EXAMPLES=$ROOT/target/$GUEST_TARGET/release/examples
+
+# The benchmarks' own programs for VMs. Static as the agent is, for the same reason.
+build_guest_examples() {
+  local -x CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static"
+  cargo build --release --quiet --manifest-path "$ROOT/Cargo.toml" -p kiln-agent --target "$GUEST_TARGET" --examples
+}

@@ -3,8 +3,8 @@
 
 # vsock_pairs PAIRS: the samples of what bench_host.rs prints, and their ratios.
 vsock_pairs() {
-  step "Building the vsock benchmark" build_vsock_bench
-  local built=$ROOT/target/$GUEST_TARGET/release/examples
+  step "Building the guests of the benchmarks" build_guest_examples
+  local built=$GUEST_EXAMPLES
   mkdir -p "$work/guest"
   cp "$built/bench_guest" "$work/guest/init"
   # A later archive's file replaces an earlier one's: the modules are the bundle's, the init is ours.
@@ -15,12 +15,6 @@ vsock_pairs() {
   ratios codec small
   ratios framed bare
   ratios flood_p99 idle_p99
-}
-
-# Static as the agent is, for the same reason.
-build_vsock_bench() {
-  local -x CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static"
-  cargo build --release --quiet --manifest-path "$ROOT/Cargo.toml" -p kiln-agent --target "$GUEST_TARGET" --examples
 }
 
 # One boot for all pairs; ends by the host program's own deadline. In a shell of its own, which takes its processes along.

@@ -23,6 +23,8 @@ pub(super) struct BuildSink<'d> {
     vm_started: Instant,
     hello: Option<Instant>,
     begun: bool,
+    /// By the guest's clock, when its engine began with the Dockerfile.
+    building_at: Option<u64>,
     /// What counts towards the log limit so far.
     charged: u64,
 }
@@ -40,7 +42,17 @@ impl<'d> BuildSink<'d> {
         context: Arc<GuestContext>,
         vm_started: Instant,
     ) -> Self {
-        Self { workshop, build, fence, context, vm_started, hello: None, begun: false, charged: 0 }
+        Self {
+            workshop,
+            build,
+            fence,
+            context,
+            vm_started,
+            hello: None,
+            begun: false,
+            building_at: None,
+            charged: 0,
+        }
     }
 
     /// Whether the VM has reported anything of the build.
@@ -89,9 +101,9 @@ impl<'d> BuildSink<'d> {
         Ok(())
     }
 
-    fn note(&mut self, event: &Event) -> anyhow::Result<()> {
+    fn note(&mut self, numbered: &NumberedEvent) -> anyhow::Result<()> {
         let usage = &mut self.build.usage;
-        match event {
+        match &numbered.event {
             Event::Log(log) => {
                 usage.log_bytes = Some(usage.log_bytes.unwrap_or(0) + log.content.len() as u64);
                 self.charge(log.cost())?;
@@ -104,6 +116,11 @@ impl<'d> BuildSink<'d> {
                 // An honest agent reports each step twice.
                 self.charge(step.name.len() as u64)?;
             }
+            Event::Phase(Phase::Building) => self.building_at = Some(numbered.at_ms),
+            Event::Phase(Phase::Pushing) => {
+                usage.engine_build_ms =
+                    self.building_at.map(|from| numbered.at_ms.saturating_sub(from));
+            }
             Event::Phase(_) => {}
         }
         Ok(())
@@ -115,7 +132,7 @@ impl Sink for BuildSink<'_> {
         self.begun = true;
         let mut batch = Vec::with_capacity(reported.len());
         for event in reported {
-            self.note(&event.event)?;
+            self.note(&event)?;
             if event.event == Event::Phase(Phase::Pushing) {
                 self.store(&mut batch).await?;
                 self.pushing(&event).await?;
