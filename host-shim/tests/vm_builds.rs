@@ -413,6 +413,29 @@ fn vm_a_base_is_what_its_pin_says() {
     server.stop();
 }
 
+/// An archive of 130 KB whose decompression needs more memory than the VM has: nothing of the step's limits
+/// holds for it, for the engine unpacks it itself.
+#[test]
+fn vm_an_engine_that_is_killed_is_named() {
+    let server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let made = Command::new("sh")
+        .args(["-ec", "truncate -s 900M zeros; tar -c zeros | xz -T1 --lzma2=preset=0,dict=1GiB"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", text(made.stderr));
+    let files: &[(&str, &[u8])] =
+        &[("Dockerfile", b"FROM scratch\nADD zeros.tar.xz /\n"), ("zeros.tar.xz", &made.stdout)];
+    let build = server.wait(&server.submit(files, &["--memory", "512"]));
+    let failure = &build["failure"];
+    assert_eq!(failure["kind"], "engine_crashed", "{failure}");
+    let message = failure["message"].as_str().unwrap();
+    assert!(message.contains("killed by signal 9"), "{message}");
+    assert!(message.contains("memory_mb"), "{message}");
+    server.stop();
+}
+
 fn sha256(bytes: &[u8]) -> String {
     hex::encode(<sha2::Sha256 as sha2::Digest>::digest(bytes))
 }

@@ -18,7 +18,7 @@ script_disk() {
 
 # script_run NAME: milliseconds that the disk's script took. The scratch disk is one of the server's.
 script_run() {
-  cp --sparse=always "$STATE"/data/disks/templates/scratch-*.ext4 "$work/scratch"
+  cp --sparse=always "$STATE"/data/vm/templates/scratch-*.ext4 "$work/scratch"
   qemu-system-x86_64 "${MACHINE[@]}" -no-reboot -serial stdio \
     -drive "file=$STATE/builder/root.erofs,format=raw,if=virtio,readonly=on" \
     -drive "file=$work/scratch,format=raw,if=virtio,cache=unsafe,discard=unmap" \
