@@ -15,6 +15,7 @@ mod pattern;
 mod pin;
 mod rules;
 mod scan;
+mod stages;
 mod variables;
 mod words;
 
@@ -80,11 +81,17 @@ pub fn adapt<'a>(
     }
     let expand = |pattern: &str| pattern::names(source, pattern);
     let mut rewritten = Rewritten::default();
+    let mut froms = 0_usize;
     for instruction in &scanned.instructions {
         let refused = |what| refused(instruction.line, what);
         let outer = Words::of(instruction);
         let onbuild = outer.keyword == "ONBUILD";
         let words = if onbuild { outer.inner(instruction) } else { outer };
+        froms += usize::from(words.keyword == "FROM");
+        // The stages of an ONBUILD are those of another Dockerfile.
+        if !onbuild && let Some(what) = stages::refused(&words, froms.saturating_sub(1)) {
+            return Err(refused(what));
+        }
         match rules::rule(&words, onbuild) {
             Rule::Keep => {}
             Rule::Refuse(what) => return Err(refused(what)),

@@ -62,6 +62,9 @@ const EXPANDED: [&str; 12] = [
     "WORKDIR",
 ];
 
+/// Those whose arguments are names with values.
+const NAMES: [&str; 3] = ["ARG", "ENV", "LABEL"];
+
 /// The rule for an instruction, which may be that of an `ONBUILD`.
 pub fn rule(words: &Words<'_>, onbuild: bool) -> Rule {
     let keyword = words.keyword.as_str();
@@ -74,6 +77,11 @@ pub fn rule(words: &Words<'_>, onbuild: bool) -> Rule {
         return Rule::Refuse(format!(
             "{keyword}: {expression} is not supported, only ${{name:-word}}, ${{name:+word}} and patterns"
         ));
+    }
+    if NAMES.contains(&keyword) && words.rest.starts_with('=')
+        || keyword == "ARG" && words.rest.is_empty()
+    {
+        return Rule::Refuse(format!("{keyword} without a name"));
     }
     if keyword == "EXPOSE" {
         return expose(words);
@@ -147,6 +155,11 @@ fn expose(words: &Words<'_>) -> Rule {
         let bounds =
             range.split_once('-').map(|(from, to)| (from.parse::<u16>(), to.parse::<u16>()));
         match bounds {
+            None if !word.contains('$') && !is_port(range, protocol) => {
+                return Rule::Refuse(format!(
+                    "EXPOSE {word}: not a port from 0 to 65535, with or without /tcp, /udp or /sctp"
+                ));
+            }
             None => ports.push(word.to_owned()),
             // The dash of a default.
             Some(_) if word.contains('$') && !variables::removed(word).contains('-') => {
@@ -167,6 +180,11 @@ fn expose(words: &Words<'_>) -> Rule {
         return Rule::Keep;
     }
     Rule::Change(vec![(words.rest_range(), list)])
+}
+
+fn is_port(port: &str, protocol: &str) -> bool {
+    let known = ["", "/tcp", "/udp", "/sctp"];
+    port.parse::<u16>().is_ok() && known.contains(&protocol.to_ascii_lowercase().as_str())
 }
 
 /// Nobody lists more by hand.
@@ -307,6 +325,10 @@ mod tests {
         assert_eq!(of("EXPOSE 80  $PORT"), Rule::Keep);
         assert_eq!(of("EXPOSE ${PORT:-80} ${A:-${B:-1}}/udp"), Rule::Keep);
         assert!(refusal("EXPOSE ${A:-1}-${B:-2}").contains("-${B"));
+        assert_eq!(of("EXPOSE 53/UDP 0 80/tcp"), Rule::Keep);
+        for port in ["99999", "-", "/", "80/", "8080:80", "http", "80/icmp", "-1"] {
+            assert!(refusal(&format!("EXPOSE 80 {port}")).contains(port), "{port}");
+        }
         assert!(refusal("EXPOSE 9-1").contains("9-1"));
         assert!(refusal("EXPOSE 1-65535").contains("1-65535"));
         assert!(refusal("EXPOSE $A-$B").contains("$A-$B"));
@@ -338,6 +360,9 @@ mod tests {
         }
         assert!(refusal("ADD https://example.com/a.git.tar.gz /git@x").contains("an address"));
         assert_eq!(of("ADD a https://example.com/"), Rule::Keep);
+        for line in ["ARG", "ARG =a", "ENV =a", "LABEL = a"] {
+            assert!(refusal(line).contains("without a name"), "{line}");
+        }
         assert!(refusal("INSTALL all").contains("INSTALL"));
         assert!(refusal("ENV a=${b?c}").contains("${b?"));
     }

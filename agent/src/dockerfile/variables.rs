@@ -16,7 +16,10 @@ pub fn unsupported(text: &str) -> Option<&str> {
         let name =
             bytes[from..].iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_').count();
         let after = &bytes[from + name..];
-        let known = matches!(after, [] | [b'}' | b'#' | b'%' | b'/', ..] | [b':', b'-' | b'+', ..]);
+        // A name that does not end is the engine's to refuse; one that is not there it takes for empty.
+        let named = name > 0 || after.is_empty();
+        let known = named
+            && matches!(after, [] | [b'}' | b'#' | b'%' | b'/', ..] | [b':', b'-' | b'+', ..]);
         if !known {
             let end = text[start..].find('}').map_or(text.len(), |end| start + end + 1);
             return Some(&text[start..end]);
@@ -59,6 +62,8 @@ mod tests {
         assert_eq!(unsupported("${a+b"), Some("${a+b"));
         assert_eq!(unsupported(r"\\${a!}"), Some("${a!}"));
         assert_eq!(unsupported("${é}"), Some("${é}"));
+        assert_eq!(unsupported("a${}b"), Some("${}"));
+        assert_eq!(unsupported("${:-a}"), Some("${:-a}"));
     }
 
     #[test]

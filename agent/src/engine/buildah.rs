@@ -215,7 +215,12 @@ impl Run<'_> {
     }
 
     fn build_failure(&self, status: ExitStatus, steps: &[StepRecord]) -> Failure {
-        failure::of_build(status, steps, &self.last.stderr(), self.last.text())
+        failure::of_build(status, steps, self.oom_kills(), &self.last.stderr(), self.last.text())
+    }
+
+    /// Of the engine's own processes, since the VM's start.
+    fn oom_kills(&self) -> u32 {
+        self.buildah.engine_cgroup().usage().oom_kills
     }
 
     async fn push(&self, files: &Files) -> Ended<Built> {
@@ -230,7 +235,7 @@ impl Run<'_> {
         let status = status.map_err(could_not("wait for the push"))?;
         if !status.success() {
             let (stderr, text) = (self.last.stderr(), self.last.text());
-            return Err(Box::new(failure::of_push(status, &stderr, text)));
+            return Err(Box::new(failure::of_push(status, self.oom_kills(), &stderr, text)));
         }
         let digest = tokio::fs::read_to_string(&digest_file)
             .await

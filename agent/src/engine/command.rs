@@ -18,6 +18,8 @@ pub fn environment(buildah: &Buildah, files: &Files) -> Vec<(&'static str, OsStr
         ("CONTAINERS_CONF", files.containers().into()),
         ("CONTAINERS_STORAGE_CONF", files.storage().into()),
         ("CONTAINERS_REGISTRIES_CONF", files.registries().into()),
+        // A crash is one line of why. Where in buildah it was helps no user, and is a screen or two.
+        ("GOTRACEBACK", "none".into()),
         (crate::runtime::SOCKET_VARIABLE, buildah.socket.clone().into()),
         (crate::runtime::PROGRAM_VARIABLE, buildah.runtime.clone().into()),
     ]

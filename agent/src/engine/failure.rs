@@ -12,10 +12,12 @@ use crate::runtime::{StepRecord, Usage};
 /// blocks of a disk go to nobody.
 const NEARLY_FULL: u64 = 4 * 1024 * 1024;
 
-/// The failure of a build whose engine ended with `status`.
+/// The failure of a build whose engine ended with `status`, after the kernel had killed this many of its
+/// own processes for want of memory.
 pub fn of_build(
     status: ExitStatus,
     steps: &[StepRecord],
+    oom_kills: u32,
     stderr: &[String],
     detail: String,
 ) -> Failure {
@@ -23,15 +25,21 @@ pub fn of_build(
     if let Some(step) = steps.last().filter(|step| step.exit_code != 0) {
         return of_step(step, detail);
     }
-    let cause = engine_killed(status)
+    let cause = (oom_kills > 0)
+        .then(|| parse::out_of_memory(stderr))
+        .or_else(|| engine_killed(status))
         .or_else(|| parse::build_failure(stderr))
         .unwrap_or_else(|| without_words(status));
     failure(cause, detail)
 }
 
-/// The failure of a push that ended with `status`.
-pub fn of_push(status: ExitStatus, stderr: &[String], detail: String) -> Failure {
-    failure(engine_killed(status).unwrap_or_else(|| parse::push_failure(stderr)), detail)
+/// The failure of a push that ended with `status`; `oom_kills` as of a build.
+pub fn of_push(status: ExitStatus, oom_kills: u32, stderr: &[String], detail: String) -> Failure {
+    let cause = (oom_kills > 0)
+        .then(|| parse::out_of_memory(stderr))
+        .or_else(|| engine_killed(status))
+        .unwrap_or_else(|| parse::push_failure(stderr));
+    failure(cause, detail)
 }
 
 /// A failure of the agent itself: what it could not do.
@@ -81,11 +89,7 @@ fn of_step(step: &StepRecord, detail: String) -> Failure {
 
 fn engine_killed(status: ExitStatus) -> Option<Cause> {
     let signal = status.signal()?;
-    let mut message = format!("the build engine was killed by signal {signal}");
-    // Nobody in the VM sends it this one but the kernel.
-    if signal == 9 {
-        message.push_str(", most likely for want of memory: ask for more with memory_mb");
-    }
+    let message = format!("the build engine was killed by signal {signal}");
     Some(Cause { kind: FailureKind::EngineCrashed, message })
 }
 
@@ -128,7 +132,7 @@ mod tests {
 
     #[test]
     fn the_step_that_failed_is_named() {
-        let failure = of_build(exited(7), &[step()], &["Error: whatever".into()], "tail".into());
+        let failure = of_build(exited(7), &[step()], 0, &["Error: whatever".into()], "tail".into());
         assert_eq!(failure.kind, FailureKind::StepFailed);
         assert_eq!(failure.message, "step 2 failed with exit code 7: RUN make");
         assert_eq!((failure.step, failure.exit_code), (Some(2), Some(7)));
@@ -140,7 +144,7 @@ mod tests {
         let kind = |change: fn(&mut StepRecord)| {
             let mut step = step();
             change(&mut step);
-            of_build(exited(1), &[step], &[], String::new()).kind
+            of_build(exited(1), &[step], 1, &[], String::new()).kind
         };
         assert_eq!(kind(|step| step.usage.oom_kills = 1), FailureKind::OutOfMemory);
         assert_eq!(kind(|step| step.usage.forks_refused = 1), FailureKind::ProcessLimit);
@@ -154,11 +158,13 @@ mod tests {
         let mut done = step();
         done.exit_code = 0;
         done.usage.oom_kills = 1;
-        let lost = of_build(exited(125), &[done.clone()], &[], String::new());
+        let lost = of_build(exited(125), &[done.clone()], 0, &[], String::new());
         assert_eq!((lost.kind, lost.step), (FailureKind::EngineCrashed, None));
-        let killed = of_build(ExitStatus::from_raw(9), &[done], &[], String::new());
-        assert!(killed.message.starts_with("the build engine was killed by signal 9, "));
-        let crashed = of_build(ExitStatus::from_raw(11), &[], &[], String::new());
+        let killed = of_build(ExitStatus::from_raw(9), &[done.clone()], 0, &[], String::new());
+        assert_eq!(killed.message, "the build engine was killed by signal 9");
+        let starved = of_build(ExitStatus::from_raw(9), &[done], 1, &[], String::new());
+        assert_eq!((starved.kind, starved.step), (FailureKind::OutOfMemory, None));
+        let crashed = of_build(ExitStatus::from_raw(11), &[], 0, &[], String::new());
         assert_eq!(crashed.message, "the build engine was killed by signal 11");
     }
 
@@ -170,7 +176,7 @@ mod tests {
             last_words: "executable file `nosuch` not found".into(),
             ..step()
         };
-        let failure = of_build(exited(1), &[not_started], &[], String::new());
+        let failure = of_build(exited(1), &[not_started], 0, &[], String::new());
         assert_eq!(
             failure.message,
             "step 2 could not be started: RUN make: executable file `nosuch` not found"
@@ -183,7 +189,7 @@ mod tests {
         let mut long = step();
         long.name = "n".repeat(MAX_REPORT_TEXT);
         let detail = format!("{}end", "é".repeat(MAX_REPORT_TEXT));
-        let failure = of_build(exited(1), &[long], &[], detail);
+        let failure = of_build(exited(1), &[long], 0, &[], detail);
         assert!(failure.detail.clone().unwrap().ends_with("end"));
         assert_eq!(Outcome::Failed(failure).check(), Ok(()));
     }

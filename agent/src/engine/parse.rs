@@ -142,10 +142,29 @@ fn pull(image: &str, problem: &str) -> Cause {
     Cause::new(FailureKind::PullFailed, format!("the image {image} could not be pulled: {problem}"))
 }
 
+/// The engine, or a process of it whose last words it repeats.
 fn crash(stderr: &[String]) -> Option<Cause> {
-    const MARKS: [&str; 4] = ["panic: ", "fatal error: ", "SIGSEGV", "runtime: out of memory"];
-    let line = stderr.iter().find(|line| MARKS.iter().any(|mark| line.starts_with(mark)))?;
-    Some(Cause::new(FailureKind::EngineCrashed, format!("the build engine crashed: {line}")))
+    const MARKS: [&str; 4] = ["panic: ", "fatal error: ", "SIGSEGV", "signal: "];
+    const WITHOUT_MEMORY: [&str; 2] = ["out of memory", "cannot allocate memory"];
+    let words = stderr.iter().find_map(|line| {
+        let own = line.split_once("copier subprocess: ").map_or(line.as_str(), |(_, own)| own);
+        MARKS.iter().any(|mark| own.starts_with(mark)).then_some(own)
+    })?;
+    if WITHOUT_MEMORY.iter().any(|text| words.ends_with(text)) {
+        return Some(out_of_memory(stderr));
+    }
+    Some(Cause::new(FailureKind::EngineCrashed, format!("the build engine crashed: {words}")))
+}
+
+/// What to say when the engine, not a step, had not enough memory.
+pub fn out_of_memory(stderr: &[String]) -> Cause {
+    let error = error_text(stderr).unwrap_or_default();
+    let at = at_step(&error).map(|(instruction, _)| format!(" at {instruction}"));
+    let message = format!(
+        "the build engine ran out of memory{}: ask for more with memory_mb",
+        at.unwrap_or_default()
+    );
+    Cause::new(FailureKind::OutOfMemory, message)
 }
 
 fn disk_full(stderr: &[String]) -> Option<Cause> {
@@ -161,7 +180,7 @@ pub const DISK_FULL: &str = "the build's disk is full: ask for more with disk_gb
 mod tests {
     use super::*;
     use FailureKind::{
-        DiskFull, DockerfileInvalid, EngineCrashed, Internal, PullFailed, PushFailed,
+        DiskFull, DockerfileInvalid, EngineCrashed, Internal, OutOfMemory, PullFailed, PushFailed,
     };
 
     fn lines(text: &str) -> Vec<String> {
@@ -304,9 +323,25 @@ mod tests {
         let text =
             "panic: runtime error: index out of range [0] with length 0\n\ngoroutine 1 [running]:";
         assert_eq!(build(text).0, EngineCrashed);
+        let text = r#"Error: building at STEP "ADD a /": checking on sources under "/s": error in copier subprocess: panic: oh"#;
+        assert_eq!(build(text), (EngineCrashed, "the build engine crashed: panic: oh".to_owned()));
         let text = "Error: building at STEP \"COPY a /b\": write /b: no space left on device";
         assert_eq!(build(text), (DiskFull, DISK_FULL.to_owned()));
         assert_eq!(push_failure(&lines("Error: write: no space left on device")).kind, DiskFull);
+    }
+
+    #[test]
+    fn want_of_memory_is_named_with_the_instruction() {
+        let text = r#"Error: building at STEP "ADD a.xz /": checking on sources under "/s": error in copier subprocess: fatal error: runtime: out of memory"#;
+        let message =
+            "the build engine ran out of memory at ADD a.xz /: ask for more with memory_mb";
+        assert_eq!(build(text), (OutOfMemory, message.to_owned()));
+        assert_eq!(build("fatal error: runtime: cannot allocate memory").0, OutOfMemory);
+        let cause = out_of_memory(&[]);
+        assert_eq!(
+            cause.message,
+            "the build engine ran out of memory: ask for more with memory_mb"
+        );
     }
 
     #[test]

@@ -1,0 +1,65 @@
+//! References to earlier stages by number. Pure.
+//!
+//! Docker says that there is no such stage; the engine breaks down.
+
+use super::words::{Flag, Words};
+
+/// Why an instruction of stage `stage` (from 0) is refused: what it takes files from is a number, and not that
+/// of an earlier stage.
+pub fn refused(words: &Words<'_>, stage: usize) -> Option<String> {
+    words.flags.iter().find_map(|flag| {
+        let from = from(&words.keyword, flag)?;
+        let number: i64 = from.parse().ok()?;
+        let earlier = usize::try_from(number).is_ok_and(|number| number < stage);
+        (!earlier).then(|| {
+            format!(
+                "{} --{}: there is no stage {number} before this one, whose number is {stage}",
+                words.keyword, flag.name
+            )
+        })
+    })
+}
+
+/// `COPY --from=X`, `RUN --mount=…,from=X`
+fn from<'a>(keyword: &str, flag: &'a Flag) -> Option<&'a str> {
+    let value = flag.value.as_deref()?;
+    match (keyword, flag.name.as_str()) {
+        ("COPY", "from") => Some(value),
+        ("RUN", "mount") => value.split(',').find_map(|part| part.strip_prefix("from=")),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::scan::scan;
+    use super::*;
+
+    fn of(line: &str, stage: usize) -> Option<String> {
+        refused(&Words::of(&scan(line).unwrap().instructions.remove(0)), stage)
+    }
+
+    #[test]
+    fn only_earlier_stages_have_a_number() {
+        for (line, stage) in [
+            ("COPY --from=0 a /b", 1),
+            ("COPY --from=1 a /b", 2),
+            ("COPY --from=debian:12 a /b", 0),
+            ("COPY --from=a 1 2", 0),
+            ("RUN --mount=type=bind,from=0,target=/x true", 1),
+            ("RUN --mount=type=bind,from=a --mount=type=cache,target=/9 true", 1),
+            ("RUN from=7", 0),
+        ] {
+            assert_eq!(of(line, stage), None, "{line}");
+        }
+        for (line, stage) in [
+            ("COPY --from=0 a /b", 0),
+            ("COPY --from=-1 a /b", 3),
+            ("COPY --chown=1 --from=2 a /b", 1),
+            ("RUN --mount=type=bind,from=1,target=/x true", 1),
+        ] {
+            assert!(of(line, stage).unwrap().contains("there is no stage"), "{line}");
+        }
+    }
+}
