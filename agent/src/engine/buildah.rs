@@ -114,6 +114,7 @@ impl Buildah {
         std::fs::create_dir_all(&self.storage)?;
         self.files().write(&self.storage, &self.run_root)?;
         self.engine_cgroup().make()?;
+        self.whole_cgroup().count_memory_below()?;
         let server = Server::bind(&self.socket)?;
         Ok(Prepared { buildah: self, server })
     }

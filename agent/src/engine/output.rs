@@ -18,32 +18,51 @@ const LINE_BYTES: usize = 1024;
 /// the build arguments included. What follows this is left out.
 const DUMP: &[u8] = b"&imagebuilder.Step{";
 
+/// How buildah begins to say why it ends.
+const ERROR: &str = "Error: ";
+
 /// The engine's last lines, of stdout and stderr together.
 #[derive(Clone, Debug, Default)]
 pub struct LastLines {
-    lines: Arc<Mutex<VecDeque<(LogStream, String)>>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// An error that more lines follow than are kept: where a process of the engine breaks down, it quotes
+    /// that one's stack.
+    error: Option<(LogStream, String)>,
+    lines: VecDeque<(LogStream, String)>,
+}
+
+impl Kept {
+    fn all(&self) -> impl Iterator<Item = &(LogStream, String)> {
+        self.error.iter().chain(&self.lines)
+    }
 }
 
 impl LastLines {
     /// The last lines of stderr, oldest first.
     pub fn stderr(&self) -> Vec<String> {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let stderr = lines.iter().filter(|(stream, _)| *stream == LogStream::Stderr);
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let stderr = kept.all().filter(|(stream, _)| *stream == LogStream::Stderr);
         stderr.map(|(_, line)| line.clone()).collect()
     }
 
     /// All the last lines as text, oldest first.
     pub fn text(&self) -> String {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.all().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
     fn push(&self, stream: LogStream, line: String) {
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() == LAST_LINES {
-            lines.pop_front();
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.lines.len() == LAST_LINES {
+            let oldest = kept.lines.pop_front();
+            let error = oldest.filter(|(_, line)| line.starts_with(ERROR));
+            kept.error = error.or_else(|| kept.error.take());
         }
-        lines.push_back((stream, line));
+        kept.lines.push_back((stream, line));
     }
 }
 
@@ -152,6 +171,11 @@ mod tests {
         assert_eq!(logs.len(), 25);
         let kept: Vec<String> = (5..25).map(|n| n.to_string()).collect();
         assert_eq!(last.stderr(), kept);
+        // What an error quotes does not drown it.
+        let text = format!("first\nError: a\nError: b\n{}", "frame\n".repeat(30));
+        let (_, last) = events(text.into_bytes()).await;
+        assert_eq!(last.stderr().len(), LAST_LINES + 1);
+        assert!(last.text().starts_with("Error: b\nframe\n"), "{}", last.text());
         let (_, last) = events("z".repeat(3 * MAX_LOG_BYTES).into_bytes()).await;
         assert_eq!(last.text().len(), LINE_BYTES);
     }

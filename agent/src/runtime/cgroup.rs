@@ -44,6 +44,11 @@ impl Cgroup {
         fs::create_dir_all(&self.directory)
     }
 
+    /// Has the kernel count memory, and who is killed for want of it, for each cgroup below.
+    pub fn count_memory_below(&self) -> io::Result<()> {
+        fs::write(self.directory.join("cgroup.subtree_control"), "+memory")
+    }
+
     /// Moves a process into it.
     pub fn adopt(&self, pid: u32) -> io::Result<()> {
         fs::write(self.directory.join("cgroup.procs"), pid.to_string())
