@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::MAX_DIGEST;
 use crate::run::RunJob;
+use crate::secret::SecretSpec;
 
 /// Longest list of certificates of a job, in bytes.
 pub const MAX_EGRESS_CA: usize = 128 * 1024;
@@ -96,6 +97,8 @@ pub struct BuildJob {
     /// Certificates, as PEM, that steps trust besides the public ones: those of the operator's egress.
     #[serde(with = "serde_bytes")]
     pub egress_ca: Vec<u8>,
+    /// The secrets that the build declares; their values are asked for.
+    pub secrets: Vec<SecretSpec>,
 }
 
 /// Where a Dockerfile is.
@@ -169,6 +172,7 @@ impl BuildJob {
             at_most("base_digest", digest.len(), MAX_DIGEST)?;
         }
         at_most("egress_ca", self.egress_ca.len(), MAX_EGRESS_CA)?;
+        SecretSpec::check_all(&self.secrets)?;
         at_most("build_args count", self.build_args.len(), MAX_BUILD_ARGS)?;
         let mut total = 0;
         for (key, value) in &self.build_args {
@@ -186,6 +190,7 @@ pub(crate) fn at_most(field: &'static str, actual: usize, limit: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret::{MAX_SECRET_ID, MAX_SECRET_VARIABLE, MAX_SECRETS, SecretId};
 
     fn job(build: BuildJob) -> Job {
         Job {
@@ -210,6 +215,7 @@ mod tests {
             network: StepNetwork::None,
             base_digest: None,
             egress_ca: vec![],
+            secrets: vec![],
         }
     }
 
@@ -254,6 +260,17 @@ mod tests {
         assert_eq!(check(ca(MAX_EGRESS_CA)), None);
         assert_eq!(check(ca(MAX_EGRESS_CA + 1)), Some("egress_ca"));
 
+        let secret = |length| SecretSpec {
+            id: SecretId::new("a").unwrap(),
+            variable: Some("v".repeat(length)),
+        };
+        let secrets = |n| BuildJob { secrets: vec![secret(1); n], ..build() };
+        assert_eq!(check(secrets(MAX_SECRETS)), None);
+        assert_eq!(check(secrets(MAX_SECRETS + 1)), Some("secrets count"));
+        let variable = |n| BuildJob { secrets: vec![secret(n)], ..build() };
+        assert_eq!(check(variable(MAX_SECRET_VARIABLE)), None);
+        assert_eq!(check(variable(MAX_SECRET_VARIABLE + 1)), Some("secret's variable"));
+
         let args = |n| BuildJob { build_args: vec![("k".into(), "v".into()); n], ..build() };
         assert_eq!(check(args(MAX_BUILD_ARGS)), None);
         assert_eq!(check(args(MAX_BUILD_ARGS + 1)), Some("build_args count"));
@@ -274,6 +291,11 @@ mod tests {
         let mut largest = build();
         largest.dockerfile = Dockerfile::Inline(vec![b'x'; MAX_DOCKERFILE]);
         largest.egress_ca = vec![b'x'; MAX_EGRESS_CA];
+        let secret = SecretSpec {
+            id: SecretId::new("a".repeat(MAX_SECRET_ID)).unwrap(),
+            variable: Some("v".repeat(MAX_SECRET_VARIABLE)),
+        };
+        largest.secrets = vec![secret; MAX_SECRETS];
         largest.target = Some("t".repeat(MAX_JOB_TEXT));
         largest.build_args = vec![("k".repeat(1024), String::new()); MAX_BUILD_ARGS];
         let largest = job(largest);

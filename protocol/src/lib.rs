@@ -36,6 +36,7 @@ pub mod job;
 pub mod message;
 pub mod preamble;
 pub mod run;
+pub mod secret;
 pub mod version;
 
 /// The vsock ports that both sides know.

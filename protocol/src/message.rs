@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{NumberedEvent, Outcome};
 use crate::job::Job;
+use crate::secret::{SecretAnswer, SecretId};
 
 /// Most source bytes of one [`HostToAgent::Source`].
 pub const MAX_SOURCE_CHUNK: usize = 256 * 1024;
@@ -35,6 +36,13 @@ pub enum HostToAgent {
     Cancel,
     /// The outcome is stored: power off.
     Finish,
+    /// What was asked for by [`AgentToHost::SecretRequest`].
+    Secret {
+        /// Which one.
+        id: SecretId,
+        /// It, or why not.
+        answer: SecretAnswer,
+    },
 }
 
 /// Guest → host.
@@ -53,6 +61,11 @@ pub enum AgentToHost {
     Outcome(Outcome),
     /// What the agent itself cost, before each [`AgentToHost::Outcome`].
     Usage(AgentUsage),
+    /// The build needs this secret. One at a time; repeated after a resume until it is answered.
+    SecretRequest {
+        /// Which one.
+        id: SecretId,
+    },
 }
 
 /// What a build cost beside its steps.

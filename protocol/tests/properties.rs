@@ -15,6 +15,7 @@ use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepN
 use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
 use kiln_protocol::preamble::{self, Preamble};
 use kiln_protocol::run::RunJob;
+use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, Version, VersionRange};
 use proptest::prelude::*;
 use support::{Kind, Message, REASONS, every_message};
@@ -64,6 +65,10 @@ fn reply() -> impl Strategy<Value = HelloReply> {
     prop_oneof![welcome, reject]
 }
 
+fn secret_id() -> impl Strategy<Value = SecretId> {
+    "[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}".prop_map(|id| SecretId::new(id).unwrap())
+}
+
 fn job() -> impl Strategy<Value = Job> {
     let dockerfile = prop_oneof![
         any::<String>().prop_map(Dockerfile::InSource),
@@ -71,15 +76,20 @@ fn job() -> impl Strategy<Value = Job> {
     ];
     let network = prop_oneof![Just(StepNetwork::None), Just(StepNetwork::Proxy)];
     let args = proptest::collection::vec(any::<(String, String)>(), 0..4);
-    let build = (dockerfile, any::<Option<String>>(), args, network, any::<Option<String>>())
-        .prop_map(|(dockerfile, target, build_args, network, base_digest)| BuildJob {
-            dockerfile,
-            target,
-            build_args,
-            network,
-            base_digest,
-            egress_ca: vec![],
-        });
+    let secret = (secret_id(), any::<Option<String>>())
+        .prop_map(|(id, variable)| SecretSpec { id, variable });
+    let secrets = proptest::collection::vec(secret, 0..4);
+    let build =
+        (dockerfile, any::<Option<String>>(), args, network, any::<Option<String>>(), secrets)
+            .prop_map(|(dockerfile, target, build_args, network, base_digest, secrets)| BuildJob {
+                dockerfile,
+                target,
+                build_args,
+                network,
+                base_digest,
+                egress_ca: vec![],
+                secrets,
+            });
     let run = (
         any::<(String, String, String, u8)>(),
         proptest::collection::vec(any::<String>(), 0..4),
@@ -119,6 +129,15 @@ fn host_message() -> impl Strategy<Value = HostToAgent> {
         any::<u64>().prop_map(|seq| HostToAgent::Acknowledge { seq }),
         Just(HostToAgent::Cancel),
         Just(HostToAgent::Finish),
+        (secret_id(), answer()).prop_map(|(id, answer)| HostToAgent::Secret { id, answer }),
+    ]
+}
+
+fn answer() -> impl Strategy<Value = SecretAnswer> {
+    prop_oneof![
+        bytes().prop_map(|value| SecretAnswer::Value(SecretValue::new(value))),
+        Just(SecretAnswer::Missing),
+        Just(SecretAnswer::Denied),
     ]
 }
 
@@ -173,6 +192,7 @@ fn agent_message() -> impl Strategy<Value = AgentToHost> {
         }),
         any::<u64>().prop_map(|total| AgentToHost::SourceTaken { total }),
         Just(AgentToHost::EngineStarted),
+        secret_id().prop_map(|id| AgentToHost::SecretRequest { id }),
         outcome().prop_map(AgentToHost::Outcome),
         any::<(u64, Option<u64>)>().prop_map(|(memory_peak_bytes, engine_spawn_us)| {
             AgentToHost::Usage(AgentUsage { memory_peak_bytes, engine_spawn_us })

@@ -14,6 +14,7 @@ use kiln_protocol::hello::{
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent};
 use kiln_protocol::run::RunJob;
+use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, Version, VersionRange};
 
 /// Any frame's value of the control connection.
@@ -124,7 +125,14 @@ fn host_messages() -> Vec<HostToAgent> {
         HostToAgent::Acknowledge { seq: 129 },
         HostToAgent::Cancel,
         HostToAgent::Finish,
+        secret(SecretAnswer::Value(SecretValue::new(b"hunter2\n".to_vec()))),
+        secret(SecretAnswer::Missing),
+        secret(SecretAnswer::Denied),
     ]
+}
+
+fn secret(answer: SecretAnswer) -> HostToAgent {
+    HostToAgent::Secret { id: SecretId::new("npm.token").unwrap(), answer }
 }
 
 fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
@@ -138,9 +146,15 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             network,
             base_digest: inline.then(|| "sha256:ef".into()),
             egress_ca: if inline { b"PEM".to_vec() } else { vec![] },
+            secrets: inline.then(secrets).unwrap_or_default(),
         }),
         limits: limits(),
     }))
+}
+
+fn secrets() -> Vec<SecretSpec> {
+    let spec = |id: &str, variable| SecretSpec { id: SecretId::new(id).unwrap(), variable };
+    vec![spec("npm.token", None), spec("pip", Some("PIP_TOKEN".into()))]
 }
 
 fn run_job() -> HostToAgent {
@@ -193,6 +207,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         event(Event::Phase(Phase::Running)),
         AgentToHost::SourceTaken { total: 262_144 },
         AgentToHost::EngineStarted,
+        AgentToHost::SecretRequest { id: SecretId::new("npm.token").unwrap() },
         AgentToHost::Outcome(Outcome::Built(Built {
             digest: "sha256:abcd".into(),
             engine: "buildah 1.39.3".into(),
@@ -247,6 +262,9 @@ fn host_name(message: &HostToAgent) -> String {
         HostToAgent::Acknowledge { .. } => "acknowledge",
         HostToAgent::Cancel => "cancel",
         HostToAgent::Finish => "finish",
+        HostToAgent::Secret { answer: SecretAnswer::Value(_), .. } => "secret-value",
+        HostToAgent::Secret { answer: SecretAnswer::Missing, .. } => "secret-missing",
+        HostToAgent::Secret { answer: SecretAnswer::Denied, .. } => "secret-denied",
     };
     format!("host-{name}")
 }
@@ -270,6 +288,7 @@ fn agent_name(message: &AgentToHost) -> String {
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",
+        AgentToHost::SecretRequest { .. } => "secret-request",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: Some(_), .. }) => "usage",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: None, .. }) => "usage-without-engine",
         AgentToHost::Outcome(Outcome::Built(_)) => "outcome-built",
