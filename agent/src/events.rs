@@ -13,7 +13,8 @@ use std::time::Duration;
 use kiln_protocol::event::{Event, MAX_LOG_BYTES, NumberedEvent, cut_text};
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::message::AgentToHost;
-use tokio::sync::mpsc;
+use kiln_protocol::secret::{SecretAnswer, SecretId};
+use tokio::sync::{mpsc, oneshot};
 
 /// Reports that wait between the parts of the agent and the session. Enough to fill one write to
 /// the host with lines; with the longest lines it is 1 MiB.
@@ -37,6 +38,13 @@ pub enum Report {
         /// How long the kernel took to start it.
         spawn: Duration,
     },
+    /// A secret is needed. One at a time.
+    Ask {
+        /// Which one.
+        id: SecretId,
+        /// Where the host's answer goes.
+        answer: oneshot::Sender<SecretAnswer>,
+    },
 }
 
 /// Takes reports from any part of the agent. A full buffer makes the reporter wait, so that a
@@ -51,6 +59,13 @@ impl Reporter {
     pub async fn report(&self, report: Report) {
         // The session ended: nobody is left to tell.
         let _ = self.reports.send(report).await;
+    }
+
+    /// Asks the host for a secret; `None` when the session is over. The asker has a deadline of its own.
+    pub async fn ask(&self, id: SecretId) -> Option<SecretAnswer> {
+        let (answer, answered) = oneshot::channel();
+        self.report(Report::Ask { id, answer }).await;
+        answered.await.ok()
     }
 }
 

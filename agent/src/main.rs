@@ -8,6 +8,7 @@
 //! | [`source`] | unpacks the source |
 //! | [`engine`] | runs the Dockerfile |
 //! | [`runtime`] | sees and confines every step |
+//! | [`secrets`] | asks for a build's secrets, keeps and wipes them |
 //! | [`run`] | the role of an instance: an image's program in a container |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
 
@@ -17,6 +18,7 @@ mod events;
 mod init;
 mod run;
 mod runtime;
+mod secrets;
 mod session;
 mod source;
 mod tunnel;
@@ -97,6 +99,7 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
         source: "/var/lib/kiln/source".into(),
         dockerfile: "/var/lib/kiln/Dockerfile".into(),
         certificates: "/var/lib/kiln/certificates.pem".into(),
+        secrets: "/run/kiln/secrets".into(),
         instance: run::Places::default(),
     };
     // Without the networks' sockets, an instance has every port of its loopback.

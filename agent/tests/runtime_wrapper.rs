@@ -129,7 +129,7 @@ impl Agent {
 
     fn give_policy(&mut self) {
         let policy = json!({
-            "network": "Proxy", "netns": "/run/netns/steps", "cgroup": "/kiln/steps/4",
+            "secrets": [], "mounted_secrets": "/run/kiln/secrets/mounted", "network": "Proxy", "netns": "/run/netns/steps", "cgroup": "/kiln/steps/4",
             "processes": 99, "memory": 1_000_000,
         });
         writeln!(self.stream.get_ref(), "{policy}").unwrap();

@@ -77,7 +77,7 @@ bare_archive() {
     echo 'mkdir -p /var/lib/containers/tmp'
     sed -n 's/^[A-Z_]*=/export &/p' "$golden" | grep -v KILN_RUNTIME
     echo -n 'exec buildah'
-    sed -n '/^build$/,/^\/build\/source$/p' "$golden" | grep -vE '^--(ignorefile|target|build-arg)=' | while read -r word; do
+    sed -n '/^build$/,/^\/build\/source$/p' "$golden" | grep -vE '^--(ignorefile|target|build-arg|secret)=' | while read -r word; do
       echo -n " '$word'"
     done
   } | sed -e 's!FILES!/var/lib/kiln!g' -e 's!/build/source!/var/lib/kiln/source!g' \

@@ -15,6 +15,7 @@ mod pattern;
 mod pin;
 mod rules;
 mod scan;
+mod secret_mount;
 mod stages;
 mod variables;
 mod words;

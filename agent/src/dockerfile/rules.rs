@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use super::variables;
 use super::words::{Flag, Words};
+use super::{secret_mount, variables};
 
 /// What to do about an instruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,6 +135,10 @@ fn edit(flag: &Flag) -> Option<Edit> {
     }
     // What Docker calls the size of a tmpfs, buildah does by another name.
     let value = flag.value.as_deref().filter(|_| flag.name == "mount")?;
+    let is_secret = value.split(',').any(|part| part.eq_ignore_ascii_case("type=secret"));
+    if is_secret && let Ok(Some(flags)) = secret_mount::rewrite(value) {
+        return Some((flag.range.clone(), flags));
+    }
     let parts: Vec<_> = value.split(',').collect();
     if !parts.contains(&"type=tmpfs") || !parts.iter().any(|part| part.starts_with("size=")) {
         return None;
@@ -223,20 +227,16 @@ fn refused(keyword: &str, flag: &Flag) -> Option<String> {
 /// `type=secret,id=…`
 fn mount(value: &str) -> Option<String> {
     let mut kind = "bind";
-    let mut keys = Vec::new();
     for part in value.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         if key.eq_ignore_ascii_case("type") {
             kind = value;
         }
-        keys.push(key.to_ascii_lowercase());
     }
     match kind {
         "ssh" => Some("RUN --mount=type=ssh is not supported: use a secret".to_owned()),
-        "secret" if keys.iter().any(|key| key == "env") => Some(
-            "RUN --mount=type=secret with env= is not supported: read it from the file".to_owned(),
-        ),
-        "bind" | "cache" | "tmpfs" | "secret" => None,
+        "secret" => secret_mount::rewrite(value).err(),
+        "bind" | "cache" | "tmpfs" => None,
         other => Some(format!("RUN --mount=type={other} is not known")),
     }
 }
@@ -347,7 +347,7 @@ mod tests {
             "RUN --network=bridge id",
             "RUN --device=gpu id",
             "RUN --mount=type=ssh id",
-            "RUN --mount=type=secret,id=a,env=A id",
+            "RUN --mount=type=secret,env=A id",
             "RUN --mount=type=nosuch id",
         ] {
             let flag = line.split([' ', '=']).find(|word| word.starts_with("--")).unwrap();

@@ -22,7 +22,8 @@ use super::parse::Cause;
 use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
-use crate::runtime::{self, Cgroup, Server, Settings, StepRecord};
+use crate::runtime::{self, Cgroup, Server, Settings, StepRecord, StepSecret};
+use crate::secrets::Secret;
 
 /// Memory that is the agent's and the engine's own. A step may have the rest, but never less than
 /// half of a small VM.
@@ -53,6 +54,8 @@ pub struct Buildah {
     pub cgroup_mount: PathBuf,
     /// The cgroup of the engine and its steps, from the hierarchy's root.
     pub cgroup: PathBuf,
+    /// Copies of secrets that steps mount, in memory.
+    pub mounted_secrets: PathBuf,
     /// What the built image is called in the storage.
     pub image: String,
     /// Where the built image goes, with its transport.
@@ -74,6 +77,7 @@ impl Default for Buildah {
             netns: "/run/netns/steps".into(),
             cgroup_mount: "/sys/fs/cgroup".into(),
             cgroup: "/kiln".into(),
+            mounted_secrets: "/run/kiln/secrets/mounted".into(),
             image: format!("{}/{staging}", name::REGISTRY),
             destination: format!("docker://{GATEWAY}/{staging}"),
         }
@@ -135,6 +139,8 @@ impl Buildah {
         Settings {
             network: work.network,
             certificates: work.certificates.clone(),
+            secrets: work.secrets.iter().map(step_secret).collect(),
+            mounted_secrets: self.mounted_secrets.clone(),
             netns: self.netns.clone(),
             processes: work.processes,
             memory: std::fs::read_to_string("/proc/meminfo").ok().and_then(|m| step_memory(&m)),
@@ -255,6 +261,11 @@ fn read_ahead(program: &Path) {
     });
 }
 
+fn step_secret(secret: &Secret) -> StepSecret {
+    let Secret { id, file, variable } = secret.clone();
+    StepSecret { id: id.into(), file, variable }
+}
+
 fn missing_dockerfile(work: &Work) -> Failure {
     // Outside, the path is known relative to the source.
     let path = work.dockerfile.strip_prefix(&work.context).unwrap_or(&work.dockerfile);
@@ -347,6 +358,7 @@ mod tests {
                 build_args: vec![("TOKEN".into(), "hunter2".into())],
                 network: StepNetwork::None,
                 processes: 9,
+                secrets: vec![],
             }
         }
 

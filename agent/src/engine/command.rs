@@ -62,6 +62,11 @@ pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
     for (key, value) in &work.build_args {
         args.push(format!("--build-arg={key}={value}").into());
     }
+    // The runtime's wrapper puts the value in its place: buildah would copy it to the scratch disk.
+    for secret in &work.secrets {
+        let prefix = format!("--secret=id={},type=file,src=", secret.id);
+        args.push(flag(&prefix, &files.no_secret()));
+    }
     // A source that was unpacked somewhere beginning with a dash is still no flag.
     args.push("--".into());
     args.push(work.context.clone().into());
@@ -100,7 +105,9 @@ fn flag(name: &str, path: &Path) -> OsString {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::secrets::Secret;
     use kiln_protocol::job::StepNetwork;
+    use kiln_protocol::secret::SecretId;
 
     #[test]
     fn golden() {
@@ -116,6 +123,11 @@ mod tests {
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],
             network: StepNetwork::Proxy,
             processes: 512,
+            secrets: vec![Secret {
+                id: SecretId::new("npm.token").unwrap(),
+                file: "/s/npm.token".into(),
+                variable: None,
+            }],
         };
         let mut text = String::new();
         for (key, value) in environment(&buildah, &files) {

@@ -34,7 +34,8 @@ impl Files {
         fs::write(self.registries(), registries())?;
         fs::write(self.policy(), POLICY)?;
         fs::write(self.storage(), storage_conf(storage, run_root))?;
-        fs::write(self.containers(), CONTAINERS)
+        fs::write(self.containers(), CONTAINERS)?;
+        fs::write(self.no_secret(), "")
     }
 
     /// `registries.conf`
@@ -50,6 +51,11 @@ impl Files {
     /// `storage.conf`
     pub fn storage(&self) -> PathBuf {
         self.directory.join("storage.conf")
+    }
+
+    /// What the engine is given in place of every secret: nothing.
+    pub fn no_secret(&self) -> PathBuf {
+        self.directory.join("no-secret")
     }
 
     /// `containers.conf`

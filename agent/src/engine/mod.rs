@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 pub use buildah::{Buildah, Prepared, step_memory};
 
 use crate::events::Reporter;
+use crate::secrets::Secret;
 
 /// What an engine is to do.
 #[derive(Clone)]
@@ -41,6 +42,8 @@ pub struct Work {
     pub network: StepNetwork,
     /// The most processes of one step.
     pub processes: u32,
+    /// What steps may mount, or have as a variable.
+    pub secrets: Vec<Secret>,
 }
 
 impl std::fmt::Debug for Work {
@@ -54,6 +57,7 @@ impl std::fmt::Debug for Work {
             .field("build_args", &format_args!("{} of them", self.build_args.len()))
             .field("network", &self.network)
             .field("processes", &self.processes)
+            .field("secrets", &self.secrets)
             .finish()
     }
 }
@@ -85,6 +89,7 @@ mod tests {
             build_args: vec![("KEY".into(), "hunter2".into())],
             network: StepNetwork::None,
             processes: 1,
+            secrets: vec![],
         };
         let shown = format!("{work:?}");
         assert!(

@@ -13,6 +13,7 @@ use oci_spec::runtime::{
 use serde::{Deserialize, Serialize};
 
 use super::seccomp::{self, ProfileError};
+use super::secrets::StepSecret;
 
 /// Where a step's proxy listens, in the steps' network namespace.
 const PROXY_URL: &str = "http://127.0.0.1:3128";
@@ -41,6 +42,10 @@ pub struct StepPolicy {
     pub network: StepNetwork,
     /// Certificates that it trusts, where they are not its image's own: a file of the VM.
     pub certificates: Option<PathBuf>,
+    /// What it may mount, or has as a variable.
+    pub secrets: Vec<StepSecret>,
+    /// Where copies of what it mounts go: memory.
+    pub mounted_secrets: PathBuf,
     /// The network namespace that it runs in, whatever the Dockerfile says.
     pub netns: PathBuf,
     /// Its cgroup, from the root of the hierarchy.
@@ -219,6 +224,8 @@ mod tests {
     fn policy() -> StepPolicy {
         StepPolicy {
             certificates: None,
+            secrets: vec![],
+            mounted_secrets: "/run/kiln/secrets/mounted".into(),
             network: StepNetwork::Proxy,
             netns: "/run/netns/steps".into(),
             cgroup: "/kiln/steps/1".into(),

@@ -1,8 +1,10 @@
 //! `create`: the verb at which a step begins.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::io::{self, BufRead as _, BufReader, PipeReader, Read as _, Write as _, pipe};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +13,7 @@ use oci_spec::runtime::Spec;
 use super::config::{ConfigError, StepPolicy, rewrite};
 use super::monitor::{self, Monitor};
 use super::name::step_name;
+use super::secrets;
 use super::sys::{self, Forked};
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 
@@ -81,7 +84,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             return Err(CreateError::Refused(refusal));
         }
     };
-    spec.save(&path).map_err(unusable)?;
+    let bundle = place_secrets(spec, &policy, &call)?;
 
     let (ready, ready_writer) = pipe().map_err(system("make a pipe"))?;
     match sys::fork_single_threaded().map_err(system("fork"))? {
@@ -93,7 +96,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             drop(ready);
             let monitor = Monitor {
                 program: program.to_owned(),
-                args: call.runtime_args(),
+                args: call.runtime_args(&bundle),
                 id: call.id.clone(),
                 locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),
@@ -102,6 +105,29 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             monitor::run(&monitor, agent, stdout_writer, stderr_writer, ready_writer)
         }
     }
+}
+
+/// Writes the step's config, with its secrets. Gives the bundle for the runtime: the engine's, or one in memory
+/// where the config itself holds a value, for the engine's is on the scratch disk.
+fn place_secrets(mut spec: Spec, policy: &StepPolicy, call: &Call) -> Result<PathBuf, CreateError> {
+    let directory = &policy.mounted_secrets;
+    if !policy.secrets.is_empty() {
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .recursive(true)
+            .create(directory)
+            .map_err(system("make the directory of a step's secrets"))?;
+    }
+    let holds_values = secrets::place(&mut spec, &policy.secrets, directory, &call.id)
+        .map_err(system("give a step its secrets"))?;
+    let mut bundle = call.bundle.clone();
+    if holds_values {
+        bundle = directory.join(&call.id);
+        fs::create_dir(&bundle).map_err(system("make a bundle in memory"))?;
+    }
+    let path = bundle.join(CONFIG);
+    spec.save(&path).map_err(|source| CreateError::Config { path, source })?;
+    Ok(bundle)
 }
 
 /// The monitor says by one byte how `crun create` went; if it died, nothing comes.
@@ -186,14 +212,14 @@ impl Call {
         })
     }
 
-    fn runtime_args(&self) -> Vec<OsString> {
+    fn runtime_args(&self, bundle: &Path) -> Vec<OsString> {
         let os = |text: &str| OsStr::new(text).to_owned();
         let mut args = vec![
             // The VM has no systemd; the cgroup is ours to name.
             os("--cgroup-manager=cgroupfs"),
             os("create"),
             os("--bundle"),
-            self.bundle.clone().into(),
+            bundle.into(),
             os("--pid-file"),
             self.bundle.join(INIT_PID).into(),
         ];
@@ -221,9 +247,9 @@ mod tests {
         .unwrap();
         assert_eq!(call.pid_file, Path::new("/var/tmp/buildah1/pid"));
         assert_eq!(
-            call.runtime_args(),
+            call.runtime_args(Path::new("/run/b")),
             words(
-                "--cgroup-manager=cgroupfs create --bundle /var/tmp/buildah1 \
+                "--cgroup-manager=cgroupfs create --bundle /run/b \
                  --pid-file /var/tmp/buildah1/kiln-init.pid --no-new-keyring buildah-buildah1"
             )
         );

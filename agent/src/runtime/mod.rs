@@ -20,6 +20,7 @@ mod lines;
 mod monitor;
 mod name;
 mod seccomp;
+mod secrets;
 mod server;
 mod sys;
 mod watch;
@@ -34,6 +35,7 @@ use std::process::{Command, ExitCode};
 pub use cgroup::{Cgroup, Usage};
 pub use lines::{Part, report_bytes, report_lines};
 pub use seccomp::tighten;
+pub use secrets::{StepSecret, VARIABLE_MOUNTS};
 pub use server::{Server, Settings, StepRecord};
 
 /// The name that makes the agent's binary the wrapper.

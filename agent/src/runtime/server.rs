@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::cgroup::{Cgroup, Usage};
 use super::config::StepPolicy;
 use super::lines::{Part, report_lines};
+use super::secrets::StepSecret;
 use super::sys;
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 use crate::events::{Report, Reporter};
@@ -41,6 +42,10 @@ pub struct Settings {
     pub network: StepNetwork,
     /// Certificates that they trust, where they are not their image's own.
     pub certificates: Option<PathBuf>,
+    /// What they may mount, or have as a variable.
+    pub secrets: Vec<StepSecret>,
+    /// Where copies of what they mount go: memory.
+    pub mounted_secrets: PathBuf,
     /// Their network namespace.
     pub netns: PathBuf,
     /// The most processes of a step.
@@ -188,6 +193,8 @@ impl Announced {
 
         let policy = StepPolicy {
             certificates: settings.certificates.clone(),
+            secrets: settings.secrets.clone(),
+            mounted_secrets: settings.mounted_secrets.clone(),
             network: settings.network,
             netns: settings.netns.clone(),
             cgroup: cgroup_path,
@@ -314,6 +321,8 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let settings = Settings {
                 certificates: None,
+                secrets: vec![],
+                mounted_secrets: directory.path().join("secrets"),
                 network: StepNetwork::Proxy,
                 netns: "/run/netns/steps".into(),
                 processes: 9,

@@ -32,7 +32,7 @@ use tokio::time::Instant;
 pub use self::link::Identity;
 use self::link::{DialError, Link, dial};
 use self::running::Running;
-pub use self::work::Places;
+pub use self::work::{Places, fail};
 use crate::engine::Engine;
 use crate::events::BadAcknowledgement;
 use crate::source::FeedError;

@@ -10,8 +10,9 @@ use kiln_protocol::frame::FrameError;
 use kiln_protocol::hello::{Resume, TOKEN_LEN, Welcome};
 use kiln_protocol::job::{Job, Role};
 use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::secret::{SecretAnswer, SecretId};
 use kiln_protocol::version::Features;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,7 @@ pub struct Running<C: Connector, E, P> {
     logged: u64,
     engine_started: Unsent,
     engine_spawn: Option<Duration>,
+    asking: Option<Asking>,
     taken_sent: u64,
     /// After a resume nothing is said about the source until all that arrived has been taken.
     taken_resync: bool,
@@ -66,6 +68,14 @@ struct Working {
     task: JoinHandle<Outcome>,
     reports: mpsc::Receiver<Report>,
     cancel: CancellationToken,
+}
+
+/// A secret that was asked for and has not come.
+struct Asking {
+    id: SecretId,
+    answer: oneshot::Sender<SecretAnswer>,
+    /// Whether this connection was told.
+    sent: bool,
 }
 
 /// Whether something has happened, and whether this connection was told.
@@ -117,6 +127,7 @@ where
             logged: 0,
             engine_started: Unsent::default(),
             engine_spawn: None,
+            asking: None,
             taken_sent: 0,
             taken_resync: false,
             outcome: None,
@@ -178,6 +189,10 @@ where
                 self.taken_sent = total;
                 self.taken_resync = false;
                 link.send(&AgentToHost::SourceTaken { total }).map_err(SessionError::Frame)?;
+            } else if let Some(asking) = self.asking.as_mut().filter(|asking| !asking.sent) {
+                asking.sent = true;
+                let id = asking.id.clone();
+                link.send(&AgentToHost::SecretRequest { id }).map_err(SessionError::Frame)?;
             } else if let Some(frame) = self.outbox.next_frame() {
                 link.send_frame(frame);
             } else if let Some(outcome) = self.outcome.as_ref().filter(|_| !self.outcome_sent) {
@@ -211,6 +226,13 @@ where
                 self.stop(Stop::Cancelled);
                 if self.working.is_none() && self.outcome.is_none() {
                     return self.conclude(Outcome::Cancelled);
+                }
+            }
+            HostToAgent::Secret { id, answer } => {
+                // After a resume it may come twice.
+                if let Some(asking) = self.asking.take_if(|asking| asking.id == id) {
+                    // Who asked may have given up.
+                    let _ = asking.answer.send(answer);
                 }
             }
             HostToAgent::Finish => return Ok(Then::Finish),
@@ -276,6 +298,10 @@ where
             Report::EngineStarted { spawn } => {
                 self.engine_spawn = Some(spawn);
                 self.engine_started.happened = true;
+                return Ok(());
+            }
+            Report::Ask { id, answer } => {
+                self.asking = Some(Asking { id, answer, sent: false });
                 return Ok(());
             }
         };
@@ -378,6 +404,9 @@ where
         self.outbox.acknowledge(welcome.acknowledged)?;
         self.outbox.rewind();
         self.engine_started.sent = false;
+        if let Some(asking) = &mut self.asking {
+            asking.sent = false;
+        }
         self.taken_resync = self.feeder.is_some();
         self.outcome_sent = false;
         if self.outcome.is_some() {

@@ -13,6 +13,7 @@ use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason, TOKEN_LEN};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Limits, Role, StepNetwork};
 use kiln_protocol::message::{AgentToHost, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW};
+use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, SUPPORTED, Version};
 use tokio::io::{AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
@@ -158,6 +159,7 @@ where
     let dir = tempfile::tempdir().unwrap();
     let places = Places {
         certificates: "/nonexistent/certificates".into(),
+        secrets: dir.path().join("secrets"),
         source: dir.path().join("source"),
         dockerfile: dir.path().join("Dockerfile"),
         instance: crate::run::Places {
@@ -186,6 +188,7 @@ fn job() -> Job {
             network: StepNetwork::Proxy,
             base_digest: None,
             egress_ca: vec![],
+            secrets: vec![],
         }),
         limits: Limits {
             timeout_ms: 600_000,
@@ -261,6 +264,7 @@ async fn a_build_goes_from_hello_to_finish() {
             AgentToHost::EngineStarted => started = true,
             AgentToHost::Usage(agent) => usage = Some(agent),
             AgentToHost::Outcome(outcome) => break outcome,
+            AgentToHost::SecretRequest { id } => panic!("{id}"),
         }
     };
     assert_eq!(outcome, built());
@@ -405,12 +409,80 @@ async fn a_missing_dockerfile_fails_by_its_path() {
     peer.finish(fixture).await;
 }
 
+/// A job with the secrets `npm` and `pip`.
+fn secret_job() -> Job {
+    let mut job = job();
+    if let Role::Build(build) = &mut job.role {
+        let spec = |id| SecretSpec { id: SecretId::new(id).unwrap(), variable: None };
+        build.secrets = vec![spec("npm"), spec("pip")];
+    }
+    job
+}
+
+fn answer(id: &str, answer: SecretAnswer) -> HostToAgent {
+    HostToAgent::Secret { id: SecretId::new(id).unwrap(), answer }
+}
+
+impl Peer {
+    /// The next thing that the build asks for, whatever else comes before it.
+    async fn asked(&mut self) -> String {
+        loop {
+            if let AgentToHost::SecretRequest { id } = self.next().await {
+                return id.into();
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn secrets_are_asked_for_one_by_one_and_again_after_a_resume() {
+    let mut fixture = start(async |work: Work, _, _| {
+        let values = work.secrets.iter().map(|secret| std::fs::read(&secret.file).unwrap());
+        assert_eq!(values.collect::<Vec<_>>(), [b"hunter2\n".to_vec(), b"\0".to_vec()]);
+        built()
+    });
+    let mut peer = fixture.with_job(secret_job()).await;
+    peer.send_source(&archive()).await;
+    assert_eq!(peer.asked().await, "npm");
+    // Nobody answers any more.
+    drop(peer);
+    let mut peer = fixture.welcome(2, 0).await;
+    assert_eq!(peer.asked().await, "npm");
+    let value = |bytes: &[u8]| SecretAnswer::Value(SecretValue::new(bytes.to_vec()));
+    // What was not asked for is not taken.
+    peer.send(answer("pip", value(b"wrong"))).await;
+    peer.send(answer("npm", value(b"hunter2\n"))).await;
+    assert_eq!(peer.asked().await, "pip");
+    peer.send(answer("npm", value(b"again"))).await;
+    peer.send(answer("pip", value(b"\0"))).await;
+    let (outcome, events) = peer.outcome().await;
+    assert_eq!(outcome, built());
+    assert_eq!(events.last().unwrap().event, Event::Phase(Phase::Building));
+    assert!(!fixture.dir.path().join("secrets").exists(), "they are wiped");
+    peer.finish(fixture).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_secret_that_is_missing_fails_the_build_before_the_engine_runs() {
+    let mut fixture = start(async |_, _, _| panic!("the engine runs"));
+    let mut peer = fixture.with_job(secret_job()).await;
+    peer.send_source(&archive()).await;
+    assert_eq!(peer.asked().await, "npm");
+    peer.send(answer("npm", SecretAnswer::Missing)).await;
+    let (outcome, _) = peer.outcome().await;
+    let failure = failure(outcome);
+    assert_eq!(failure.kind, FailureKind::SecretMissing);
+    assert!(failure.message.contains("\"npm\""), "{}", failure.message);
+    peer.finish(fixture).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_the_machine_cannot_prepare_fails_the_build() {
     let (to_test, dials) = mpsc::unbounded_channel();
     let dir = tempfile::tempdir().unwrap();
     let places = Places {
         certificates: "/nonexistent/certificates".into(),
+        secrets: dir.path().join("secrets"),
         source: dir.path().join("s"),
         dockerfile: dir.path().join("d"),
         instance: crate::run::Places::default(),

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::dockerfile::{self, Adapted, Pin};
 use crate::engine::{Engine, Work};
 use crate::events::{Report, Reporter};
+use crate::secrets::Secrets;
 use crate::source::{self, Feed, SourceLimits};
 
 /// Where a job's files are. A build's lie on the scratch disk, neither inside the other.
@@ -26,6 +27,8 @@ pub struct Places {
     pub dockerfile: PathBuf,
     /// Where certificates for the steps go.
     pub certificates: PathBuf,
+    /// Where secrets go while the build runs: memory, in a directory that is not there.
+    pub secrets: PathBuf,
     /// An instance's.
     pub instance: crate::run::Places,
 }
@@ -61,13 +64,18 @@ pub async fn build<E: Engine>(
     for note in notes {
         reporter.report(Report::Event(Event::Log(own_line(&note)))).await;
     }
+    let BuildJob { target, build_args, network, egress_ca, secrets, dockerfile: _, base_digest: _ } =
+        build;
+    // They live as long as this.
+    let secrets = match Secrets::fetch(secrets, &files.secrets, &reporter).await {
+        Ok(secrets) => secrets,
+        Err(failure) => return Outcome::Failed(failure),
+    };
     reporter.report(Report::Event(Event::Phase(Phase::Building))).await;
-    let certificates = match certificates(&build.egress_ca, &files) {
+    let certificates = match certificates(&egress_ca, &files) {
         Ok(certificates) => certificates,
         Err(failure) => return Outcome::Failed(failure),
     };
-    let BuildJob { target, build_args, network, dockerfile: _, base_digest: _, egress_ca: _ } =
-        build;
     let processes = job.limits.processes;
     let work = Work {
         context,
@@ -78,6 +86,7 @@ pub async fn build<E: Engine>(
         certificates,
         network,
         processes,
+        secrets: secrets.list().to_vec(),
     };
     let mut outcome = engine.run(work, reporter, cancel).await;
     if let Outcome::Built(built) = &mut outcome {

@@ -1,0 +1,185 @@
+//! The secrets of a step, as its wrapper gives them: in place of the empty files that the engine has, and as
+//! variables.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+/// Where a secret that a step wants as a variable is mounted, by the Dockerfile as the agent rewrote it. The
+/// mount is taken away again: only the variable's name counts.
+pub const VARIABLE_MOUNTS: &str = "/dev/kiln-secret-variables";
+
+/// A secret that a step may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepSecret {
+    /// What the Dockerfile calls it.
+    pub id: String,
+    /// Holds the value.
+    pub file: PathBuf,
+    /// A variable of every step that is to hold it.
+    pub variable: Option<String>,
+}
+
+/// Puts the values into a step's config. Copies for its mounts go below `directory`, which is memory, with the mode
+/// and the owner that the engine gave to its own. Tells whether the config now holds a value itself.
+pub fn place(
+    spec: &mut Spec,
+    secrets: &[StepSecret],
+    directory: &Path,
+    container: &OsStr,
+) -> io::Result<bool> {
+    let mut variables = Vec::new();
+    for secret in secrets {
+        if let Some(name) = &secret.variable {
+            variables.push((name.clone(), secret));
+        }
+    }
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    let mut kept = Vec::with_capacity(mounts.len());
+    for (index, mut mount) in mounts.drain(..).enumerate() {
+        let Some((secret, given)) = mount
+            .source()
+            .as_ref()
+            .and_then(|source| Some((of_source(secrets, source)?, source.clone())))
+        else {
+            kept.push(mount);
+            continue;
+        };
+        if let Ok(name) = mount.destination().strip_prefix(VARIABLE_MOUNTS) {
+            variables.push((name.display().to_string(), secret));
+            continue;
+        }
+        let mut name = container.to_owned();
+        name.push(format!("-{index}"));
+        let copy = directory.join(name);
+        copy_like(&secret.file, &given, &copy)?;
+        mount.set_source(Some(copy));
+        kept.push(mount);
+    }
+    spec.set_mounts(Some(kept));
+    let holds_values = !variables.is_empty();
+    if let Some(mut process) = spec.process().clone() {
+        let env = process.env_mut().get_or_insert_default();
+        for (name, secret) in variables {
+            let value = fs::read_to_string(&secret.file)?;
+            // The secret wins: the image's own would hide it.
+            env.retain(|entry| entry.split_once('=').is_none_or(|(key, _)| key != name));
+            env.push(format!("{name}={value}"));
+        }
+        spec.set_process(Some(process));
+    }
+    Ok(holds_values)
+}
+
+/// buildah keeps its copy of a secret at `…/secrets/` and the first 16 digits of the id's SHA-256.
+fn of_source<'a>(secrets: &'a [StepSecret], source: &Path) -> Option<&'a StepSecret> {
+    if source.parent()?.file_name()? != "secrets" {
+        return None;
+    }
+    let name = source.file_name()?.to_str()?;
+    secrets.iter().find(|secret| name == engine_name(&secret.id))
+}
+
+fn engine_name(id: &str) -> String {
+    let digest = Sha256::digest(id.as_bytes());
+    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn copy_like(from: &Path, like: &Path, to: &Path) -> io::Result<()> {
+    let like = fs::symlink_metadata(like)?;
+    let mut copy = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+    io::copy(&mut File::open(from)?, &mut copy)?;
+    fchown(&copy, Some(like.uid()), Some(like.gid()))?;
+    copy.set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    struct Step {
+        dir: tempfile::TempDir,
+        secrets: Vec<StepSecret>,
+    }
+
+    impl Step {
+        /// A step of a build that has the secrets `npm` and `pip`, the second of them as a variable too.
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir_all(dir.path().join("userdata/secrets")).unwrap();
+            let secrets = [("npm", None), ("pip", Some("PIP"))].map(|(id, variable)| {
+                let file = dir.path().join(id);
+                fs::write(&file, format!("{id} value\n")).unwrap();
+                // As the engine has it: empty.
+                fs::write(dir.path().join("userdata/secrets").join(engine_name(id)), "").unwrap();
+                StepSecret { id: id.into(), file, variable: variable.map(str::to_owned) }
+            });
+            Self { dir, secrets: secrets.to_vec() }
+        }
+
+        fn source(&self, id: &str) -> PathBuf {
+            self.dir.path().join("userdata/secrets").join(engine_name(id))
+        }
+
+        fn place(&self, mounts: &Value) -> (Value, bool) {
+            let spec = json!({
+                "ociVersion": "1.0.0",
+                "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["A=1", "PIP=image"]},
+                "mounts": mounts,
+            });
+            let mut spec: Spec = serde_json::from_value(spec).unwrap();
+            let held =
+                place(&mut spec, &self.secrets, self.dir.path(), OsStr::new("container")).unwrap();
+            (serde_json::to_value(spec).unwrap(), held)
+        }
+    }
+
+    #[test]
+    fn a_mounts_file_is_replaced_by_the_value_with_its_mode() {
+        let step = Step::new();
+        fs::set_permissions(step.source("npm"), fs::Permissions::from_mode(0o440)).unwrap();
+        let other = json!({"destination": "/b", "type": "bind", "source": "/other/secrets/file"});
+        let mount = json!({"destination": "/run/secrets/npm", "source": step.source("npm")});
+        let (config, held) = step.place(&json!([other, mount]));
+        assert!(held, "the variable of every step");
+        assert_eq!(config["mounts"][0]["source"], "/other/secrets/file");
+        let copy = step.dir.path().join("container-1");
+        assert_eq!(config["mounts"][1]["source"], copy.to_str().unwrap());
+        assert_eq!(fs::read_to_string(&copy).unwrap(), "npm value\n");
+        assert_eq!(fs::metadata(&copy).unwrap().mode() & 0o7777, 0o440);
+        assert_eq!(fs::read_to_string(step.source("npm")).unwrap(), "");
+    }
+
+    #[test]
+    fn variables_hold_the_bytes_as_they_are_and_win() {
+        let mut step = Step::new();
+        let wanted = format!("{VARIABLE_MOUNTS}/NPM_TOKEN");
+        let (config, held) =
+            step.place(&json!([{"destination": wanted, "source": step.source("npm")}]));
+        assert!(held);
+        assert_eq!(config["mounts"], json!([]));
+        assert_eq!(
+            config["process"]["env"],
+            json!(["A=1", "PIP=pip value\n", "NPM_TOKEN=npm value\n"])
+        );
+        step.secrets[1].variable = None;
+        let (config, held) = step.place(&json!([]));
+        assert!(!held);
+        assert_eq!(config["process"]["env"], json!(["A=1", "PIP=image"]));
+    }
+
+    #[test]
+    fn the_engines_names_are_buildahs() {
+        // digest.FromString("mysecret").Encoded()[:16]
+        assert_eq!(engine_name("mysecret"), "652c7dc687d98c98");
+    }
+}
