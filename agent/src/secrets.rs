@@ -1,11 +1,11 @@
 //! A build's secrets inside the VM: asked for before the first step, in files of memory that only root reads,
 //! overwritten when the build ends.
 //!
-//! The engine never has a value: it is given an empty file for each secret, and the runtime's wrapper puts the
-//! value in its place ([`crate::runtime`]), for buildah would copy it to the scratch disk.
+//! The engine never has a value, for buildah would copy it to the scratch disk: it is given a placeholder for each
+//! secret, by whose content the runtime's wrapper knows where the value belongs ([`crate::runtime`]).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +16,9 @@ use tokio::time::timeout;
 
 use crate::events::Reporter;
 use crate::session::fail;
+
+const VALUES: &str = "values";
+const PLACEHOLDERS: &str = "placeholders";
 
 /// How long the host may take for one of them.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -34,6 +37,10 @@ pub struct Secret {
     pub id: SecretId,
     /// Holds the value.
     pub file: PathBuf,
+    /// What the engine is given in its place.
+    pub placeholder: PathBuf,
+    /// What the placeholder holds: nobody's file but ours.
+    pub marker: String,
     /// A variable of every step that is to hold it.
     pub variable: Option<String>,
 }
@@ -49,15 +56,19 @@ impl Secrets {
         if specs.is_empty() {
             return Ok(secrets);
         }
-        secrets.make_directories().map_err(|error| cannot_keep(directory, &error))?;
+        let nonce = secrets.begin().map_err(|error| cannot_keep(directory, &error))?;
         for SecretSpec { id, variable } in specs {
             let value = ask(&id, reporter).await?;
             if variable.is_some() {
                 check_variable(&id, &value)?;
             }
-            let file = directory.join(id.as_str());
-            write(&file, &value).map_err(|error| cannot_keep(&file, &error))?;
-            secrets.list.push(Secret { id, file, variable });
+            let file = directory.join(VALUES).join(id.as_str());
+            write(&file, value.expose()).map_err(|error| cannot_keep(&file, &error))?;
+            let marker = format!("kiln-secret {nonce} {id}");
+            let placeholder = directory.join(PLACEHOLDERS).join(id.as_str());
+            write(&placeholder, marker.as_bytes())
+                .map_err(|error| cannot_keep(&placeholder, &error))?;
+            secrets.list.push(Secret { id, file, placeholder, marker, variable });
         }
         Ok(secrets)
     }
@@ -67,8 +78,14 @@ impl Secrets {
         &self.list
     }
 
-    fn make_directories(&self) -> io::Result<()> {
-        DirBuilder::new().mode(0o700).recursive(true).create(&self.directory)
+    /// Makes the directories; gives what nobody else's file holds.
+    fn begin(&self) -> io::Result<String> {
+        for name in [VALUES, PLACEHOLDERS] {
+            DirBuilder::new().mode(0o700).recursive(true).create(self.directory.join(name))?;
+        }
+        let mut nonce = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+        Ok(nonce.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
@@ -111,9 +128,9 @@ fn check_variable(id: &SecretId, value: &SecretValue) -> Result<(), Failure> {
     Err(fail(FailureKind::SecretMissing, message))
 }
 
-fn write(path: &Path, value: &SecretValue) -> io::Result<()> {
+fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(path)?;
-    file.write_all(value.expose())
+    file.write_all(content)
 }
 
 fn cannot_keep(path: &Path, error: &io::Error) -> Failure {
@@ -194,6 +211,8 @@ mod tests {
         let secrets = fetched(specs, vec![value(bytes), value(b"")], &directory).await.unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
         let [a, b] = secrets.list() else { panic!() };
+        assert_eq!(fs::read_to_string(&a.placeholder).unwrap(), a.marker);
+        assert!(a.marker != b.marker && a.marker.ends_with(" a"), "{}", a.marker);
         assert_eq!(fs::read(&a.file).unwrap(), bytes);
         assert_eq!((fs::read(&b.file).unwrap().len(), b.variable.as_deref()), (0, Some("B")));
         assert_eq!((mode(&a.file), mode(&directory)), (0o400, 0o700));
@@ -201,7 +220,7 @@ mod tests {
         let mut open = File::open(&a.file).unwrap();
         drop(secrets);
         let mut left = Vec::new();
-        io::Read::read_to_end(&mut open, &mut left).unwrap();
+        open.read_to_end(&mut left).unwrap();
         assert_eq!(left, vec![0; bytes.len()]);
         assert!(!directory.exists());
     }

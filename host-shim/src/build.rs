@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 pub use kiln_protocol::event::FailureKind;
 pub use kiln_protocol::job::BuildId;
+use kiln_protocol::secret::SecretSpec;
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since the Unix epoch, by the host's clock.
@@ -172,6 +173,9 @@ pub struct Request {
     /// `sha256:…` that the base of the built stage has to have.
     #[serde(default)]
     pub base_image_digest: Option<String>,
+    /// The secrets that the Dockerfile may ask for, without values.
+    #[serde(default)]
+    pub secrets: Vec<SecretSpec>,
     /// What steps may reach.
     pub network: NetworkMode,
     /// Domains for [`NetworkMode::Allowlist`].

@@ -22,6 +22,7 @@ pub mod instances;
 pub mod publish;
 pub mod queue;
 pub mod random;
+pub mod secrets;
 pub mod serve;
 pub mod session;
 pub mod staging;

@@ -84,6 +84,7 @@ async fn serve(
     let _lock = parts::lock(&config.data_dir)?;
     let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
+    let vault = Arc::new(crate::secrets::load_or_make(&config.data_dir)?);
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -101,6 +102,7 @@ async fn serve(
         events: events.clone(),
         vmm,
         backing: backing.clone(),
+        vault: Arc::clone(&vault),
         builds_dir: builds_dir.clone(),
         builder_digest: bundle.digest.to_string(),
         kernel_digest: bundle.manifest.files.kernel.digest.to_string(),
@@ -135,6 +137,7 @@ async fn serve(
         clock: api::system_clock(),
         instances: instances.clone(),
         backing: backing.clone(),
+        vault,
     });
     let router = router.merge(clients::router(GatewayState {
         backing,

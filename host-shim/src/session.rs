@@ -22,6 +22,7 @@ use kiln_protocol::event::{NumberedEvent, Outcome};
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::Job;
 use kiln_protocol::message::AgentUsage;
+use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -38,6 +39,9 @@ const RESUME_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a build's agent has to end by itself after a cancel, before its VM is destroyed. Long enough
 /// for the last log lines, and well within the two seconds that a cancel may take.
 pub const CANCEL_GRACE: Duration = Duration::from_millis(500);
+
+/// How often a guest may ask for a secret: every one that it can declare, over many resumes.
+const MAX_SECRET_REQUESTS: u32 = 1000;
 
 /// A byte stream to the guest.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -64,6 +68,11 @@ pub trait Sink: Send {
     fn engine_started(&mut self) -> impl Future<Output = ()> + Send;
     /// What the agent cost, as it says.
     fn agent_usage(&mut self, usage: AgentUsage) -> impl Future<Output = ()> + Send;
+    /// The guest asks for a secret.
+    fn secret(
+        &mut self,
+        id: &SecretId,
+    ) -> impl Future<Output = anyhow::Result<SecretAnswer>> + Send;
 }
 
 /// What a session needs to know.
@@ -110,8 +119,15 @@ pub async fn run<C: Connections, S: Sink>(
     let handshake = Handshake::new(params.nonce);
     let boot_deadline = params.boot_deadline;
     let cancel_grace = params.cancel_grace;
-    let mut session =
-        Session { handshake, boot_deadline, cancel_grace, stored: 0, outcome: None, sink };
+    let mut session = Session {
+        handshake,
+        boot_deadline,
+        cancel_grace,
+        stored: 0,
+        asked: 0,
+        outcome: None,
+        sink,
+    };
     let booted = Instant::now() + params.boot_deadline;
     let opened = tokio::select! {
         biased;
@@ -144,6 +160,8 @@ struct Session<'s, S> {
     cancel_grace: Duration,
     /// The highest event number that is stored.
     stored: u64,
+    /// How often it asked for a secret.
+    asked: u32,
     outcome: Option<Outcome>,
     sink: &'s mut S,
 }
@@ -243,6 +261,15 @@ impl<S: Sink> Session<'_, S> {
                 }
                 Heard::EngineStarted => self.sink.engine_started().await,
                 Heard::Usage(usage) => self.sink.agent_usage(usage).await,
+                Heard::SecretRequest(id) => {
+                    self.asked += 1;
+                    if self.asked > MAX_SECRET_REQUESTS {
+                        let end = format!("it asked for secrets {MAX_SECRET_REQUESTS} times");
+                        return Err(End::Protocol(end));
+                    }
+                    let answer = self.sink.secret(&id).await.map_err(End::Store)?;
+                    connection.answer(id, answer);
+                }
                 Heard::Outcome(outcome) => {
                     outcome.check().map_err(|e| End::Protocol(e.to_string()))?;
                     self.outcome = Some(outcome);

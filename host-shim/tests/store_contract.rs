@@ -52,6 +52,7 @@ fn build(name: &str, owner: &str, at: i64) -> Build {
         base_image_digest: None,
         network: NetworkMode::Open,
         allowed_domains: vec![],
+        secrets: vec![],
         timeout_seconds: 600,
         memory_mb: 2048,
         cpus: 2,
@@ -75,7 +76,7 @@ fn status(status: Status) -> NewEvent {
 }
 
 async fn put(store: &dyn Store, build: &Build) {
-    store.insert_build(build, &[status(Status::Queued)], None).await.unwrap();
+    store.insert_build(build, &[status(Status::Queued)], None, &[]).await.unwrap();
 }
 
 async fn claim(store: &dyn Store) -> Claimed {
@@ -103,7 +104,7 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
     let (claimed, pushed);
     {
         let store = place.open().await;
-        store.insert_build(&first, &[status(Status::Queued)], Some(&key)).await.unwrap();
+        store.insert_build(&first, &[status(Status::Queued)], Some(&key), &[]).await.unwrap();
         assert_eq!(store.build(&first.id).await.unwrap(), Some(first.clone()));
         claimed = claim(&*store).await;
         let mut annotated = claimed.build.clone();
@@ -444,14 +445,15 @@ async fn ids_and_keys_are_taken_once() {
     let place = Place::new();
     let store = place.open().await;
     let key = |digest: &str| IdempotencyKey { key: "k".into(), digest: digest.into() };
-    store.insert_build(&build("b1", "acme", 1), &[], Some(&key("d1"))).await.unwrap();
-    let again = store.insert_build(&build("b1", "other", 1), &[], None).await;
+    store.insert_build(&build("b1", "acme", 1), &[], Some(&key("d1")), &[]).await.unwrap();
+    let again = store.insert_build(&build("b1", "other", 1), &[], None, &[]).await;
     assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
-    let again = store.insert_build(&build("b2", "acme", 1), &[event(1)], Some(&key("d2"))).await;
+    let again =
+        store.insert_build(&build("b2", "acme", 1), &[event(1)], Some(&key("d2")), &[]).await;
     assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
     assert_eq!(store.build(&id("b2")).await.unwrap(), None, "nothing of it is left");
     // Another tenant's key is another key.
-    store.insert_build(&build("b3", "other", 1), &[], Some(&key("d3"))).await.unwrap();
+    store.insert_build(&build("b3", "other", 1), &[], Some(&key("d3")), &[]).await.unwrap();
     let found = async |owner| store.build_by_key(&tenant(owner), "k").await.unwrap();
     assert_eq!(found("acme").await, Some((id("b1"), "d1".into())));
     assert_eq!(found("other").await, Some((id("b3"), "d3".into())));
@@ -549,7 +551,7 @@ async fn the_file_is_its_owners_alone() {
     let place = Place::new();
     let dir = place.dir.path().join("data");
     let store = SqliteStore::open(&dir).await.unwrap();
-    store.insert_build(&build("b1", "acme", 1), &[], None).await.unwrap();
+    store.insert_build(&build("b1", "acme", 1), &[], None, &[]).await.unwrap();
     let mode = |path: &std::path::Path| path.metadata().unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&dir), 0o700);
     let files: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).collect();

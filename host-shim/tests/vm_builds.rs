@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::{BASE, Server, source, text};
+use support::{BASE, Server, sha256, source, text};
 
 /// Prints "up"; with an argument it then waits for ever. Static, so that a build FROM scratch can run
 /// it: under emulation a build that pulls no base takes a fifth of the time.
@@ -458,10 +458,6 @@ fn vm_an_engine_that_crashes_is_named() {
 
 fn logs(server: &Server, id: &str) -> String {
     text(server.run(&["logs", id]).stdout)
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    hex::encode(<sha2::Sha256 as sha2::Digest>::digest(bytes))
 }
 
 fn newest(server: &Server) -> String {

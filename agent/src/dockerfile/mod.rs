@@ -16,6 +16,7 @@ mod pin;
 mod rules;
 mod scan;
 mod secret_mount;
+mod shell;
 mod stages;
 mod variables;
 mod words;
@@ -76,6 +77,9 @@ pub fn adapt<'a>(
         let what = format!("the syntax {syntax} is not supported, only docker/dockerfile");
         return Err(refused(*line, what));
     }
+    if let Some((line, what)) = scanned.doubtful {
+        return Err(refused(line, what.to_owned()));
+    }
     if let Some(line) = scanned.backtick {
         let what = "`escape` is not supported: it is for Windows' paths. Use backslashes";
         return Err(refused(line, what.to_owned()));
@@ -83,15 +87,24 @@ pub fn adapt<'a>(
     let expand = |pattern: &str| pattern::names(source, pattern);
     let mut rewritten = Rewritten::default();
     let mut froms = 0_usize;
+    let mut names = stages::Names::default();
+    let mut shells = shell::Shells::default();
     for instruction in &scanned.instructions {
         let refused = |what| refused(instruction.line, what);
         let outer = Words::of(instruction);
         let onbuild = outer.keyword == "ONBUILD";
         let words = if onbuild { outer.inner(instruction) } else { outer };
-        froms += usize::from(words.keyword == "FROM");
+        if words.keyword == "FROM" {
+            froms += 1;
+            names.add(words.rest).map_err(refused)?;
+        }
         // The stages of an ONBUILD are those of another Dockerfile.
         if !onbuild && let Some(what) = stages::refused(&words, froms.saturating_sub(1)) {
             return Err(refused(what));
+        }
+        if !onbuild && let Some(with) = shells.see(&words) {
+            rewritten.replace(instruction, with);
+            continue;
         }
         match rules::rule(&words, onbuild) {
             Rule::Keep => {}
@@ -200,6 +213,48 @@ mod tests {
         adapt(text, source.path(), None)
             .map(|adapted| (adapted.text.into_owned(), adapted.notes))
             .map_err(|refused| refused.to_string())
+    }
+
+    #[test]
+    fn commands_get_the_shell_of_their_stage() {
+        let text = "FROM x AS a\nCMD before\nSHELL [\"/bin/bash\", \"-c\"]\nCMD echo \"$A\" \\\n  && b\nFROM a\n\
+                    ENTRYPOINT exec it\nCMD [\"as\", \"is\"]\nFROM y\nCMD other\n";
+        let (out, notes) = adapted(text).unwrap();
+        let expected = "FROM x AS a\nCMD before\nSHELL [\"/bin/bash\", \"-c\"]\n\
+                        CMD [\"/bin/bash\",\"-c\",\"echo \\\"$A\\\"   && b\"]\nFROM a\n\
+                        ENTRYPOINT [\"/bin/bash\",\"-c\",\"exec it\"]\nCMD [\"as\", \"is\"]\nFROM y\nCMD other\n";
+        assert_eq!((out.as_str(), notes.len()), (expected, 0));
+    }
+
+    #[test]
+    fn what_the_engine_takes_apart_in_another_way_is_refused() {
+        for (text, line) in [
+            ("FROM evil\nRUN : \\\\\nFROM x\n", 2),
+            ("FROM evil\nRUN : \\\\ \t\nFROM x\n", 2),
+            ("FROM x\nRUN : <<EOF # it's\nFROM evil\nRUN : \\\nEOF\n", 2),
+            ("FROM x\nRUN : <<E\\OF\nFROM evil\nEOF\n", 2),
+            ("FROM x\nRUN [\"true\"] <<EOF\nFROM evil\nEOF\n", 2),
+            ("FROM x\nONBUILD RUN : <<EOF ${a\nFROM evil\nEOF\n", 2),
+            ("FROM x AS registry/y\nFROM z\n", 1),
+            ("FROM x AS y@sha256:z\nFROM y\n", 1),
+            ("FROM x AS a\nFROM y AS A\n", 2),
+            ("FROM x AS a\nFROM A\n", 2),
+            ("FROM x\u{a0}AS a\nFROM a\n", 1),
+            ("FROM x AS $a\n", 1),
+            ("FROM x\nRUN --mount=$M true\n", 2),
+            ("FROM x\nCOPY --chown=à--exclude=* a /b\n", 2),
+        ] {
+            let refusal = adapted(text).unwrap_err();
+            assert!(refusal.starts_with(&format!("Dockerfile line {line}: ")), "{text}: {refusal}");
+        }
+        for text in [
+            "FROM x AS Build_1.2-a\nFROM Build_1.2-a\nCOPY --from=Build_1.2-a a /b\n",
+            "FROM x\nRUN echo \"a << b\" 'c' <<EOF\n\\\\\nit's\nEOF\r\nRUN cat <<<'a'\n",
+            "FROM --platform=$BUILDPLATFORM x:${V} AS a\n",
+            "FROM x\n# a \\\\\nRUN echo a\\\\b\n",
+        ] {
+            adapted(text).unwrap();
+        }
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub fn rule(words: &Words<'_>, onbuild: bool) -> Rule {
         return Rule::Refuse(format!("{keyword} --{} is not known", flag.name));
     }
     for flag in &words.flags {
+        if !flag.value.as_deref().unwrap_or_default().is_ascii() {
+            return Rule::Refuse(format!("{keyword} --{}: only ASCII characters", flag.name));
+        }
         if let Some(why) = refused(keyword, flag) {
             return Rule::Refuse(why);
         }
@@ -229,6 +232,9 @@ fn mount(value: &str) -> Option<String> {
     let mut kind = "bind";
     for part in value.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        if key.contains('$') {
+            return Some(format!("RUN --mount={part}: write out what it is"));
+        }
         if key.eq_ignore_ascii_case("type") {
             kind = value;
         }

@@ -10,6 +10,8 @@ use std::ops::Range;
 pub struct Scanned {
     /// `# syntax=`, when it is there, and its line.
     pub syntax: Option<(usize, String)>,
+    /// The first line that the engine takes apart in another way than this, and why.
+    pub doubtful: Option<(usize, &'static str)>,
     /// The line of an `# escape=` that makes it a backtick.
     pub backtick: Option<usize>,
     /// In their order.
@@ -29,6 +31,8 @@ pub struct Instruction {
     pub at: Vec<usize>,
     /// How many here-documents follow.
     pub heredocs: usize,
+    /// Whether one of its lines ends in more than one escape character.
+    pub doubled: bool,
 }
 
 /// A here-document that does not end.
@@ -47,6 +51,7 @@ pub fn scan(text: &str) -> Result<Scanned, Unclosed> {
     let (mut syntax, mut backtick) = (None, None);
     let mut instructions = Vec::new();
     let mut heading = true;
+    let mut doubtful = None;
     while let Some(line) = lines.next() {
         let content = line.content.trim_start_matches('\u{feff}').trim_start();
         if heading {
@@ -68,6 +73,8 @@ pub fn scan(text: &str) -> Result<Scanned, Unclosed> {
             continue;
         }
         let mut instruction = instruction(&line, &mut lines, escape);
+        let why = doubt(&instruction, escape).map(|why| (instruction.line, why));
+        doubtful = doubtful.or(why);
         for here in heredocs(&instruction.joined, escape) {
             instruction.heredocs += 1;
             if !lines.any(|line| here.ends(line.content)) {
@@ -76,7 +83,7 @@ pub fn scan(text: &str) -> Result<Scanned, Unclosed> {
         }
         instructions.push(instruction);
     }
-    Ok(Scanned { syntax, backtick, instructions })
+    Ok(Scanned { syntax, doubtful, backtick, instructions })
 }
 
 struct Line<'a> {
@@ -126,6 +133,7 @@ fn instruction(first: &Line<'_>, lines: &mut Lines<'_>, escape: char) -> Instruc
         joined: String::new(),
         at: Vec::new(),
         heredocs: 0,
+        doubled: false,
     };
     let mut continues = instruction.append(start, content, escape);
     while continues {
@@ -147,6 +155,7 @@ impl Instruction {
         let before = trimmed.strip_suffix(escape);
         // Two of them are one that was written as itself.
         let continues = before.is_some_and(|before| !before.ends_with(escape));
+        self.doubled |= before.is_some() && !continues;
         let kept = before.filter(|_| continues).unwrap_or(line);
         self.joined.push_str(kept);
         self.at.extend(start..start + kept.len());
@@ -164,18 +173,59 @@ struct Heredoc {
 impl Heredoc {
     fn ends(&self, line: &str) -> bool {
         let line = if self.tabs { line.trim_start_matches('\t') } else { line };
-        line == self.word
+        // As BuildKit's, whatever the ends of lines are.
+        line.trim_end_matches('\r') == self.word
     }
 }
 
+/// Why the engine may read an instruction otherwise: then a stranger could hide others in it.
+fn doubt(instruction: &Instruction, escape: char) -> Option<&'static str> {
+    if instruction.doubled {
+        return Some(
+            "a line ends in two backslashes, which the engine takes for a continuation: write it in another way",
+        );
+    }
+    let line = instruction.joined.as_str();
+    let (words, open) = split(line, escape);
+    let mut words = words.into_iter().skip_while(|word| word.eq_ignore_ascii_case("ONBUILD"));
+    let keyword = words.next().unwrap_or_default().to_ascii_uppercase();
+    if !HEREDOCS.contains(&keyword.as_str()) || !line.contains("<<") {
+        return None;
+    }
+    if open {
+        return Some(
+            "a quote does not end on the line of a here-document, which the engine takes for none",
+        );
+    }
+    let rest: Vec<&str> = words.collect();
+    let heres = rest.iter().filter(|word| heredoc(word).is_some());
+    let arguments = || rest.iter().find(|word| !word.starts_with("--"));
+    let (mut any, mut escaped) = (false, false);
+    for word in heres {
+        any = true;
+        escaped |= word.contains(escape);
+    }
+    if any
+        && (escaped || line.contains("${") || arguments().is_some_and(|word| word.starts_with('[')))
+    {
+        return Some(
+            "a here-document on a line with a JSON list, `${…}` or a backslash in its word: the engine reads it in another way",
+        );
+    }
+    None
+}
+
+/// The instructions that may have here-documents.
+const HEREDOCS: [&str; 3] = ["RUN", "COPY", "ADD"];
+
 /// The here-documents of a line: words like `<<EOF`, `<<-EOF`, `3<<"EOF"`.
 fn heredocs(joined: &str, escape: char) -> Vec<Heredoc> {
-    let mut words = split(joined, escape).into_iter();
+    let mut words = split(joined, escape).0.into_iter();
     let mut keyword = words.next().unwrap_or_default().to_ascii_uppercase();
     if keyword == "ONBUILD" {
         keyword = words.next().unwrap_or_default().to_ascii_uppercase();
     }
-    if !["RUN", "COPY", "ADD"].contains(&keyword.as_str()) {
+    if !HEREDOCS.contains(&keyword.as_str()) {
         return Vec::new();
     }
     words.filter_map(heredoc).collect()
@@ -191,8 +241,8 @@ fn heredoc(word: &str) -> Option<Heredoc> {
     (!word.is_empty() && !name.contains('<')).then_some(Heredoc { word, tabs })
 }
 
-/// A line's words as a shell sees them: quotes keep words together and stay.
-fn split(line: &str, escape: char) -> Vec<&str> {
+/// A line's words as a shell sees them: quotes keep words together and stay. Tells whether one does not end.
+fn split(line: &str, escape: char) -> (Vec<&str>, bool) {
     let mut words = Vec::new();
     let mut begun = None;
     let mut quote = None;
@@ -212,7 +262,7 @@ fn split(line: &str, escape: char) -> Vec<&str> {
         }
     }
     words.extend(begun.map(|start| &line[start..]));
-    words
+    (words, quote.is_some())
 }
 
 #[cfg(test)]

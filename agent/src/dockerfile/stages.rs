@@ -1,8 +1,45 @@
-//! References to earlier stages by number. Pure.
+//! Stages: their names, and references to earlier ones by number. Pure.
 //!
-//! Docker says that there is no such stage; the engine breaks down.
+//! Docker takes names without regard to case and the engine does not; of two with one name one takes the first and
+//! the other the last. Where a number is no earlier stage's, Docker says so and the engine breaks down.
 
 use super::words::{Flag, Words};
+
+/// The names of the stages so far.
+#[derive(Default)]
+pub struct Names(Vec<String>);
+
+impl Names {
+    /// Takes the arguments of a `FROM`; or tells why they could be read in two ways.
+    pub fn add(&mut self, arguments: &str) -> Result<(), String> {
+        let odd = |c: char| !c.is_ascii() && c.is_whitespace() || c.is_control() && c != '\t';
+        if arguments.contains(odd) {
+            return Err("FROM: a blank or a control character that is no space".to_owned());
+        }
+        let mut words = arguments.split_ascii_whitespace();
+        let image = words.next().unwrap_or_default();
+        if let Some(name) = self.0.iter().find(|name| name.eq_ignore_ascii_case(image))
+            && name != image
+        {
+            return Err(format!("FROM {image}: the stage's name is {name}, in these letters"));
+        }
+        if words.next().is_none_or(|word| !word.eq_ignore_ascii_case("as")) {
+            return Ok(());
+        }
+        let name = words.next().unwrap_or_default();
+        let plain = |c: char| c.is_ascii_alphanumeric() || ['_', '.', '-'].contains(&c);
+        if !name.starts_with(|c: char| c.is_ascii_alphabetic()) || !name.chars().all(plain) {
+            return Err(format!(
+                "FROM … AS {name}: a stage's name is of letters, digits, `_`, `.` and `-`, the first a letter"
+            ));
+        }
+        if self.0.iter().any(|known| known.eq_ignore_ascii_case(name)) {
+            return Err(format!("FROM … AS {name}: an earlier stage has that name"));
+        }
+        self.0.push(name.to_owned());
+        Ok(())
+    }
+}
 
 /// Why an instruction of stage `stage` (from 0) is refused: what it takes files from is a number, and not that
 /// of an earlier stage.

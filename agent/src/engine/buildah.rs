@@ -262,8 +262,8 @@ fn read_ahead(program: &Path) {
 }
 
 fn step_secret(secret: &Secret) -> StepSecret {
-    let Secret { id, file, variable } = secret.clone();
-    StepSecret { id: id.into(), file, variable }
+    let Secret { id: _, file, placeholder: _, marker, variable } = secret.clone();
+    StepSecret { marker, file, variable }
 }
 
 fn missing_dockerfile(work: &Work) -> Failure {

@@ -65,7 +65,7 @@ pub fn build(buildah: &Buildah, files: &Files, work: &Work) -> Vec<OsString> {
     // The runtime's wrapper puts the value in its place: buildah would copy it to the scratch disk.
     for secret in &work.secrets {
         let prefix = format!("--secret=id={},type=file,src=", secret.id);
-        args.push(flag(&prefix, &files.no_secret()));
+        args.push(flag(&prefix, &secret.placeholder));
     }
     // A source that was unpacked somewhere beginning with a dash is still no flag.
     args.push("--".into());
@@ -125,7 +125,9 @@ mod tests {
             processes: 512,
             secrets: vec![Secret {
                 id: SecretId::new("npm.token").unwrap(),
-                file: "/s/npm.token".into(),
+                file: "/s/values/npm.token".into(),
+                placeholder: "/s/placeholders/npm.token".into(),
+                marker: "m".into(),
                 variable: None,
             }],
         };

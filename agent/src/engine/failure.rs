@@ -84,6 +84,8 @@ fn of_step(step: &StepRecord, detail: String) -> Failure {
         )
     };
     let cause = Cause { kind, message };
+    // What the step printed tells more than what the engine says of it.
+    let detail = if step.tail.is_empty() { detail } else { step.tail.clone() };
     Failure { step: Some(*index), exit_code: Some(*exit_code), ..failure(cause, detail) }
 }
 
@@ -123,6 +125,7 @@ mod tests {
             usage: Usage::default(),
             disk_free: Some(1 << 30),
             last_words: "make: *** [all] Error 7".into(),
+            tail: String::new(),
         }
     }
 
@@ -137,6 +140,13 @@ mod tests {
         assert_eq!(failure.message, "step 2 failed with exit code 7: RUN make");
         assert_eq!((failure.step, failure.exit_code), (Some(2), Some(7)));
         assert_eq!(failure.detail.as_deref(), Some("tail"));
+    }
+
+    #[test]
+    fn the_steps_last_lines_are_the_detail() {
+        let printed = StepRecord { tail: "cc: no such file\nmake: *** [all]".into(), ..step() };
+        let failure = of_build(exited(7), &[printed], 0, &[], "STEP 1/9".into());
+        assert_eq!(failure.detail.as_deref(), Some("cc: no such file\nmake: *** [all]"));
     }
 
     #[test]

@@ -34,8 +34,7 @@ impl Files {
         fs::write(self.registries(), registries())?;
         fs::write(self.policy(), POLICY)?;
         fs::write(self.storage(), storage_conf(storage, run_root))?;
-        fs::write(self.containers(), CONTAINERS)?;
-        fs::write(self.no_secret(), "")
+        fs::write(self.containers(), CONTAINERS)
     }
 
     /// `registries.conf`
@@ -51,11 +50,6 @@ impl Files {
     /// `storage.conf`
     pub fn storage(&self) -> PathBuf {
         self.directory.join("storage.conf")
-    }
-
-    /// What the engine is given in place of every secret: nothing.
-    pub fn no_secret(&self) -> PathBuf {
-        self.directory.join("no-secret")
     }
 
     /// `containers.conf`

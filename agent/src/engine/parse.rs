@@ -58,6 +58,11 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
         if let Some((_, unknown)) = problem.split_once("Unknown instruction: ") {
             return invalid(&format!("unknown instruction {}", unknown.trim()));
         }
+        if instruction.to_ascii_uppercase().starts_with("ADD ") && problem.contains("dial tcp") {
+            return invalid(&format!(
+                "{instruction}: ADD of an address is not supported yet: fetch it in a RUN, which has the proxy"
+            ));
+        }
         // A RUN that fails is known by its step; here it is the engine's own trouble with it.
         if !instruction.to_ascii_uppercase().starts_with("RUN ") {
             return invalid(&format!("{instruction}: {problem}"));

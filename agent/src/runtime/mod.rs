@@ -23,6 +23,7 @@ mod seccomp;
 mod secrets;
 mod server;
 mod sys;
+mod tail;
 mod watch;
 mod wire;
 

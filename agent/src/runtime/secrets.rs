@@ -1,5 +1,8 @@
-//! The secrets of a step, as its wrapper gives them: in place of the empty files that the engine has, and as
+//! The secrets of a step, as its wrapper gives them: in place of the placeholders that the engine has, and as
 //! variables.
+//!
+//! buildah copies a secret's file and mounts the copy, by way of a mount namespace in between: neither path nor inode
+//! tell what it is, but the content does.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -9,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 /// Where a secret that a step wants as a variable is mounted, by the Dockerfile as the agent rewrote it. The
 /// mount is taken away again: only the variable's name counts.
@@ -18,8 +20,8 @@ pub const VARIABLE_MOUNTS: &str = "/dev/kiln-secret-variables";
 /// A secret that a step may have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepSecret {
-    /// What the Dockerfile calls it.
-    pub id: String,
+    /// What its placeholder holds.
+    pub marker: String,
     /// Holds the value.
     pub file: PathBuf,
     /// A variable of every step that is to hold it.
@@ -77,18 +79,14 @@ pub fn place(
     Ok(holds_values)
 }
 
-/// buildah keeps its copy of a secret at `…/secrets/` and the first 16 digits of the id's SHA-256.
+/// The secret whose placeholder, or a copy of it, is at `source`.
 fn of_source<'a>(secrets: &'a [StepSecret], source: &Path) -> Option<&'a StepSecret> {
-    if source.parent()?.file_name()? != "secrets" {
-        return None;
-    }
-    let name = source.file_name()?.to_str()?;
-    secrets.iter().find(|secret| name == engine_name(&secret.id))
-}
-
-fn engine_name(id: &str) -> String {
-    let digest = Sha256::digest(id.as_bytes());
-    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    let meta = fs::symlink_metadata(source).ok().filter(fs::Metadata::is_file)?;
+    let is_long_enough = |secret: &&StepSecret| secret.marker.len() as u64 == meta.len();
+    // Nearly every source is something else, and is not read.
+    secrets.iter().find(is_long_enough)?;
+    let content = fs::read(source).ok()?;
+    secrets.iter().find(|secret| secret.marker.as_bytes() == content)
 }
 
 fn copy_like(from: &Path, like: &Path, to: &Path) -> io::Result<()> {
@@ -115,19 +113,19 @@ mod tests {
         /// A step of a build that has the secrets `npm` and `pip`, the second of them as a variable too.
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            fs::create_dir_all(dir.path().join("userdata/secrets")).unwrap();
             let secrets = [("npm", None), ("pip", Some("PIP"))].map(|(id, variable)| {
                 let file = dir.path().join(id);
                 fs::write(&file, format!("{id} value\n")).unwrap();
-                // As the engine has it: empty.
-                fs::write(dir.path().join("userdata/secrets").join(engine_name(id)), "").unwrap();
-                StepSecret { id: id.into(), file, variable: variable.map(str::to_owned) }
+                let marker = format!("marker of {id}");
+                fs::write(dir.path().join(format!("copy of {id}")), &marker).unwrap();
+                StepSecret { marker, file, variable: variable.map(str::to_owned) }
             });
             Self { dir, secrets: secrets.to_vec() }
         }
 
+        /// The engine's copy of a placeholder.
         fn source(&self, id: &str) -> PathBuf {
-            self.dir.path().join("userdata/secrets").join(engine_name(id))
+            self.dir.path().join(format!("copy of {id}"))
         }
 
         fn place(&self, mounts: &Value) -> (Value, bool) {
@@ -147,16 +145,18 @@ mod tests {
     fn a_mounts_file_is_replaced_by_the_value_with_its_mode() {
         let step = Step::new();
         fs::set_permissions(step.source("npm"), fs::Permissions::from_mode(0o440)).unwrap();
-        let other = json!({"destination": "/b", "type": "bind", "source": "/other/secrets/file"});
+        // As long as a marker.
+        let file = step.dir.path().join("other");
+        fs::write(&file, "marker of xyz").unwrap();
+        let other = json!({"destination": "/b", "type": "bind", "source": file});
         let mount = json!({"destination": "/run/secrets/npm", "source": step.source("npm")});
         let (config, held) = step.place(&json!([other, mount]));
         assert!(held, "the variable of every step");
-        assert_eq!(config["mounts"][0]["source"], "/other/secrets/file");
+        assert_eq!(config["mounts"][0]["source"], file.to_str().unwrap());
         let copy = step.dir.path().join("container-1");
         assert_eq!(config["mounts"][1]["source"], copy.to_str().unwrap());
         assert_eq!(fs::read_to_string(&copy).unwrap(), "npm value\n");
         assert_eq!(fs::metadata(&copy).unwrap().mode() & 0o7777, 0o440);
-        assert_eq!(fs::read_to_string(step.source("npm")).unwrap(), "");
     }
 
     #[test]
@@ -175,11 +175,5 @@ mod tests {
         let (config, held) = step.place(&json!([]));
         assert!(!held);
         assert_eq!(config["process"]["env"], json!(["A=1", "PIP=image"]));
-    }
-
-    #[test]
-    fn the_engines_names_are_buildahs() {
-        // digest.FromString("mysecret").Encoded()[:16]
-        assert_eq!(engine_name("mysecret"), "652c7dc687d98c98");
     }
 }

@@ -26,6 +26,7 @@ use super::config::StepPolicy;
 use super::lines::{Part, report_lines};
 use super::secrets::StepSecret;
 use super::sys;
+use super::tail::{Begun, Tail};
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 use crate::events::{Report, Reporter};
 
@@ -77,6 +78,8 @@ pub struct StepRecord {
     pub disk_free: Option<u64>,
     /// The last line of its stderr.
     pub last_words: String,
+    /// Its last lines, of both streams.
+    pub tail: String,
 }
 
 /// Listens for wrappers.
@@ -202,6 +205,8 @@ impl Announced {
             memory: settings.memory,
         };
         let mut last_words = String::new();
+        let tail = Tail::default();
+        let (mut begun_out, mut begun_err) = (Begun::default(), Begun::default());
         let wrapper = &mut self.wrapper;
         let (ended, (), ()) = tokio::join!(
             async {
@@ -213,8 +218,11 @@ impl Announced {
                 }
                 ended
             },
-            report_lines(self.stdout, LogStream::Stdout, Some(index), reporter, |_| {}),
+            report_lines(self.stdout, LogStream::Stdout, Some(index), reporter, |part| {
+                tail.see(&mut begun_out, part);
+            }),
             report_lines(self.stderr, LogStream::Stderr, Some(index), reporter, |part| {
+                tail.see(&mut begun_err, part);
                 if !part.content.is_empty() {
                     last_words = words(part);
                 }
@@ -251,6 +259,7 @@ impl Announced {
             usage,
             disk_free: free_bytes(&settings.scratch),
             last_words,
+            tail: tail.text(),
         };
         // A monitor that is gone waits for nothing.
         let _ = self.wrapper.write_all(&[ACK]).await;

@@ -22,6 +22,7 @@ use super::error::{ApiError, log, shown};
 use super::fields::{self, Fields, SOURCE};
 use super::get_build::shape;
 use super::multipart::{self, Part, Parts};
+use super::own_secrets::{self, OwnSecrets};
 use super::source::{Received, SourceError, Upload};
 use super::uploads::Place;
 use super::{Api, Shared};
@@ -51,14 +52,16 @@ pub(super) async fn create_build(
     };
     let id = new_id()?;
     let mut parts = Parts::new(request).await?;
-    let (wanted, source) = match receive(&api, &caller.tenant, &id, &mut parts).await {
-        Ok(received) => received,
-        Err(refusal) => {
-            parts.drain().await;
-            return Err(refusal);
-        }
-    };
-    let task = accept(Arc::clone(&api), caller.tenant, id, wanted, source, in_flight);
+    let Submitted { wanted, source, secrets } =
+        match receive(&api, &caller.tenant, &id, &mut parts).await {
+            Ok(received) => received,
+            Err(refusal) => {
+                parts.drain().await;
+                return Err(refusal);
+            }
+        };
+    let submitted = Submitted { wanted, source, secrets };
+    let task = accept(Arc::clone(&api), caller.tenant, id, submitted, in_flight);
     let build = tokio::spawn(task).await.map_err(|error| ApiError::internal(&error))??;
     let location = format!("/builds/{}", build.id);
     let body = Json(shape(&api, &build).await?);
@@ -87,17 +90,31 @@ async fn admit(
     Ok((api.uploads.enter(tenant)?, in_flight))
 }
 
+/// What came with a request.
+struct Submitted {
+    wanted: build::Request,
+    source: Received,
+    /// For this build alone.
+    secrets: OwnSecrets,
+}
+
 /// Reads every part.
 async fn receive(
     api: &Api,
     tenant: &Tenant,
     id: &BuildId,
     parts: &mut Parts,
-) -> Result<(build::Request, Received), ApiError> {
+) -> Result<Submitted, ApiError> {
     let limits = &api.state.limits;
     let mut fields = Fields::default();
     let mut source = None;
+    let mut secrets = OwnSecrets::default();
     while let Some(part) = parts.next().await? {
+        if let Some(id) = part.name().strip_prefix(own_secrets::PREFIX) {
+            let id = id.to_owned();
+            secrets.insert(&id, part).await?;
+            continue;
+        }
         let name = fields::known(part.name())?;
         if name != SOURCE {
             fields.insert(name, part.text().await?)?;
@@ -118,7 +135,7 @@ async fn receive(
     })?;
     wanted.source_digest.clone_from(&source.digest);
     wanted.source_bytes = source.bytes;
-    Ok((wanted, source))
+    Ok(Submitted { wanted, source, secrets })
 }
 
 async fn receive_source(api: &Api, id: &BuildId, mut part: Part<'_>) -> Result<Received, ApiError> {
@@ -150,13 +167,16 @@ async fn accept(
     api: Arc<Api>,
     tenant: Tenant,
     id: BuildId,
-    wanted: build::Request,
-    source: Received,
+    submitted: Submitted,
     in_flight: Option<InFlight>,
 ) -> Result<Build, ApiError> {
-    let key = in_flight
-        .as_ref()
-        .map(|held| IdempotencyKey { key: held.key.clone(), digest: digest(&wanted) });
+    let Submitted { wanted, source, secrets } = submitted;
+    let vault = &api.state.vault;
+    let key = in_flight.as_ref().map(|held| IdempotencyKey {
+        key: held.key.clone(),
+        digest: digest(&wanted, secrets.fingerprint(vault)),
+    });
+    let secrets = secrets.seal(vault, &id, &wanted.secrets)?;
     if let Some(key) = &key
         && let Some(build) = made_before(&api, &tenant, key).await?
     {
@@ -167,7 +187,8 @@ async fn accept(
     let now = api.now();
     let build = Build::queued(id, tenant, wanted, now);
     let first = payload::of_host(now, payload::status(Status::Queued, None));
-    if let Err(error) = api.state.store.insert_build(&build, &[first], key.as_ref()).await {
+    if let Err(error) = api.state.store.insert_build(&build, &[first], key.as_ref(), &secrets).await
+    {
         // A commit that failed may have reached the disk all the same. Its source goes only when
         // it surely has not.
         if !matches!(error, StoreError::Taken(_))
@@ -203,11 +224,15 @@ async fn made_before(
     api.state.store.build(&id).await?.map(Some).ok_or_else(ApiError::no_such_build)
 }
 
-/// Of what was asked for: fields in a fixed order, the source by its digest. The bytes of the
-/// body would not do: every sending of it has another boundary.
-fn digest(wanted: &build::Request) -> String {
-    let text = serde_json::to_vec(wanted).unwrap_or_default();
-    hex::encode(Sha256::digest(text))
+/// Of what was asked for: fields in a fixed order, the source by its digest, secrets by the keyed one. The bytes
+/// of the body would not do: every sending of it has another boundary.
+fn digest(wanted: &build::Request, secrets: Option<[u8; 32]>) -> String {
+    let mut digest = Sha256::new();
+    digest.update(serde_json::to_vec(wanted).unwrap_or_default());
+    if let Some(secrets) = secrets {
+        digest.update(secrets);
+    }
+    hex::encode(digest.finalize())
 }
 
 /// A new id: sortable by time, a name for a directory and a repository. Nothing depends on its not

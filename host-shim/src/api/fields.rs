@@ -3,6 +3,8 @@
 //! A field that Kiln does not act on yet is refused unless it asks for nothing: to take it and do
 //! nothing would be worse.
 
+mod secrets;
+
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
@@ -16,8 +18,6 @@ use crate::build::{ImageName, NetworkMode, Request, Tenant};
 
 /// The part that is not text.
 pub(super) const SOURCE: &str = "source";
-/// A secret's value for one build comes in a part of this prefix and its id.
-const SECRET_PREFIX: &str = "secret.";
 /// Most tags of a build.
 pub(super) const MAX_TAGS: usize = 64;
 /// Longest key of a tag, in bytes.
@@ -62,9 +62,6 @@ pub(super) struct Fields(BTreeMap<&'static str, String>);
 
 /// The name of a part, as a constant; what is none is refused.
 pub(super) fn known(name: &str) -> Result<&'static str, ApiError> {
-    if name.starts_with(SECRET_PREFIX) {
-        return Err(ApiError::not_supported(&shown(name), "leave it out"));
-    }
     NAMES.into_iter().find(|known| *known == name).ok_or_else(|| {
         let message = format!("there is no field {}; there are {}", shown(name), NAMES.join(", "));
         ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "unknown_field", message)
@@ -97,6 +94,7 @@ impl Fields {
             build_args: self.build_args()?,
             tags: self.tags()?,
             base_image_digest: self.base_image_digest()?,
+            secrets: secrets::parse(self.text("secrets"))?,
             network: self.network(limits.network_default)?,
             allowed_domains: vec![],
             timeout_seconds: number("timeout_seconds", 600, 1..=limits.max_timeout_seconds)?,
@@ -143,8 +141,8 @@ impl Fields {
                 return Err(ApiError::invalid("is_admin_build", other, "empty or false"));
             }
         }
-        for name in ["secrets", "allowed_domains"] {
-            let Some(text) = self.text(name) else { continue };
+        let name = "allowed_domains";
+        if let Some(text) = self.text(name) {
             match serde_json::from_str::<Vec<Value>>(text) {
                 Ok(list) if list.is_empty() => {}
                 Ok(_) => return Err(ApiError::not_supported(name, "leave it out, or send []")),

@@ -21,6 +21,8 @@ pub mod instances;
 mod layers;
 mod list_builds;
 mod multipart;
+mod own_secrets;
+mod secrets;
 mod source;
 mod tokens;
 pub mod types;
@@ -33,7 +35,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 
 pub use self::source::{SOURCE_FILE, sweep};
 use self::uploads::Uploads;
@@ -41,6 +43,7 @@ use crate::build::{BuildId, Millis, NetworkMode, Tenant};
 use crate::events::EventLog;
 use crate::gateway::Backing;
 use crate::instances::Instances;
+use crate::secrets::Vault;
 use crate::store::Store;
 
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
@@ -51,6 +54,7 @@ pub fn router(state: ApiState) -> Router {
     let submit = post(create_build::create_build).layer(DefaultBodyLimit::disable());
     let create_instance =
         post(instances::create::create_instance).layer(DefaultBodyLimit::max(MAX_INSTANCE_BODY));
+    let put_secret = put(secrets::put_secret).layer(DefaultBodyLimit::max(secrets::MAX_BODY));
     let routes = Router::new()
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
@@ -63,6 +67,8 @@ pub fn router(state: ApiState) -> Router {
             get(instances::get::get_instance).delete(instances::delete::delete_instance),
         )
         .route("/instances/{id}/logs", get(instances::logs::instance_logs))
+        .route("/secrets", get(secrets::list_secrets))
+        .route("/secrets/{id}", put_secret.delete(secrets::delete_secret))
         .route("/tokens", post(tokens::create_token).get(tokens::list_tokens))
         .route("/tokens/{id}", delete(tokens::revoke_token))
         .fallback(error::no_such_route)
@@ -101,6 +107,8 @@ pub struct ApiState {
     pub instances: Instances,
     /// Where images are.
     pub backing: Backing,
+    /// Seals secrets.
+    pub vault: Arc<Vault>,
 }
 
 /// Tells the time.

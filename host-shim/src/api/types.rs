@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
-use crate::store::{Role, TokenRecord};
+use crate::store::{Role, SecretRecord, TokenRecord};
 
 /// A build.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -217,6 +217,28 @@ impl Token {
             expires_at: record.expires_at.map(rfc3339),
             revoked: record.revoked,
             token: None,
+        }
+    }
+}
+
+/// A tenant's secret, as GET `/secrets` lists it: never with its value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret {
+    /// What builds call it.
+    pub id: String,
+    /// RFC 3339: when it was first set.
+    pub created_at: String,
+    /// RFC 3339: when its value was set.
+    pub updated_at: String,
+}
+
+impl Secret {
+    /// The shape of a secret.
+    pub fn new(record: &SecretRecord) -> Self {
+        Self {
+            id: record.id.to_string(),
+            created_at: rfc3339(record.created_at),
+            updated_at: rfc3339(record.updated_at),
         }
     }
 }

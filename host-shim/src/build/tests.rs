@@ -16,6 +16,7 @@ fn request() -> Request {
         base_image_digest: None,
         network: NetworkMode::None,
         allowed_domains: vec![],
+        secrets: vec![],
         timeout_seconds: 600,
         memory_mb: 2048,
         cpus: 2,

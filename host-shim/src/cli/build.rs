@@ -14,6 +14,7 @@ use super::follow::{Follower, Seen, patiently};
 use super::interrupt::Interrupts;
 use super::pack::Source;
 use super::render::{Progress, Renderer};
+use super::secret_flag::SecretFlag;
 use super::submit::{Fields, submit};
 use super::view::BuildView;
 use crate::build::NetworkMode;
@@ -40,6 +41,10 @@ pub struct BuildArgs {
     /// A label of the build
     #[arg(long = "tag", value_name = "K=V", value_parser = fields::pair)]
     tags: Vec<Pair>,
+    /// A secret that the Dockerfile may ask for: its value from a file or a variable, else the one that `kiln secret
+    /// set` gave to the server; env_var makes it a variable of every step too
+    #[arg(long = "secret", value_name = "id=ID[,src=FILE|,env=VAR][,env_var=NAME]")]
+    secrets: Vec<SecretFlag>,
     /// What steps may reach [default: the server's]
     #[arg(long)]
     network: Option<NetworkMode>,
@@ -87,7 +92,10 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
         renderer.note(&format!("warning: {}", not_there(path)));
     }
     let fields = form_fields(&args);
-    let build = submit(client, fields, dockerfile, source, &renderer, &mut interrupts).await?;
+    let secrets = args.secrets.iter().map(SecretFlag::part);
+    let secrets = secrets.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
+    let build =
+        submit(client, fields, secrets, dockerfile, source, &renderer, &mut interrupts).await?;
     if args.detach {
         renderer.finish();
         return print_line(&escape(&build.id)).map(drop);
@@ -244,6 +252,8 @@ fn form_fields(args: &BuildArgs) -> Fields {
     field("network_mode", network.map(Into::into));
     let allow = serde_json::Value::from(args.allow.clone());
     field("allowed_domains", (!args.allow.is_empty()).then(|| allow.to_string()));
+    let secrets: Vec<_> = args.secrets.iter().map(SecretFlag::declared).collect();
+    field("secrets", (!secrets.is_empty()).then(|| serde_json::Value::from(secrets).to_string()));
     field("timeout_seconds", args.timeout.map(|n| n.to_string()));
     field("memory_mb", args.memory.map(|n| n.to_string()));
     field("cpus", args.cpus.map(|n| n.to_string()));

@@ -246,6 +246,11 @@ impl Client {
         self.call(self.request(Method::POST, path).json(body)).await
     }
 
+    /// `PUT` of bytes to a path below the server.
+    pub async fn put(&self, path: &[&str], body: Vec<u8>) -> Result<(), CallError> {
+        self.send(self.request(Method::PUT, path).body(body)).await.map(drop)
+    }
+
     /// `DELETE` of a path below the server.
     pub async fn delete(&self, path: &[&str]) -> Result<(), CallError> {
         self.send(self.request(Method::DELETE, path)).await.map(drop)

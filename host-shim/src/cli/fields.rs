@@ -67,6 +67,11 @@ impl FromStr for ImageTag {
         if tag.is_some_and(|tag| tag.contains('/')) {
             return Err("give NAME[:TAG] without a registry: the server has its own".into());
         }
+        if let Some(rest) = text.strip_prefix("registry.kiln/") {
+            return Err(format!(
+                "give NAME[:TAG] below your tenant, without registry.kiln and the tenant: {rest:?} without its first part"
+            ));
+        }
         if !is(NAME, name) || name.len() > MAX_NAME {
             return Err(
                 "a name is of a-z, 0-9 and separators . _ - between them, parts by /".into()
@@ -131,6 +136,7 @@ mod tests {
             "-a",
             "a b",
             "../a",
+            "registry.kiln/dev/app:1",
             &long_tag,
             &long_name,
         ];

@@ -29,6 +29,8 @@ pub mod ls;
 pub mod pack;
 pub mod render;
 pub mod run;
+pub mod secret;
+pub mod secret_flag;
 pub mod show;
 pub mod sse;
 pub mod submit;
@@ -49,6 +51,7 @@ pub enum ClientCommand {
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
     Run(run::RunArgs),
+    Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
 
@@ -93,6 +96,7 @@ impl ClientCommand {
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Secret(args) => secret::run(client, args).await,
             Self::Run(_) | Self::Token(_) => Ok(()),
         }
     }

@@ -11,6 +11,7 @@ use super::error::CliError;
 use super::interrupt::Interrupts;
 use super::pack::{self, Meter, Packing, Source, Summary};
 use super::render::Renderer;
+use super::secret_flag::SecretPart;
 use super::view::{BuildView, size};
 
 /// How long the server may take nothing of what waits for it, or leave a complete source unanswered.
@@ -30,13 +31,14 @@ pub type Fields = Vec<(&'static str, String)>;
 pub async fn submit(
     client: &Client,
     fields: Fields,
+    secrets: Vec<SecretPart>,
     dockerfile: Option<Vec<u8>>,
     source: Source,
     renderer: &Renderer,
     interrupts: &mut Interrupts,
 ) -> Result<BuildView, CliError> {
     let (stream, packing) = pack::start(source);
-    let form = form(fields, dockerfile, Body::wrap_stream(stream));
+    let form = form(fields, secrets, dockerfile, Body::wrap_stream(stream));
     let Packing { meter, task } = packing;
     let mut call = std::pin::pin!(client.submit(form));
     let answer = tokio::select! {
@@ -89,10 +91,18 @@ async fn why_cut_off(client: &Client, error: CallError) -> CliError {
     }
 }
 
-fn form(fields: Fields, dockerfile: Option<Vec<u8>>, source: Body) -> Form {
+fn form(
+    fields: Fields,
+    secrets: Vec<SecretPart>,
+    dockerfile: Option<Vec<u8>>,
+    source: Body,
+) -> Form {
     let mut form = Form::new();
     for (name, value) in fields {
         form = form.text(name, value);
+    }
+    for (name, value) in secrets {
+        form = form.part(name, Part::bytes(value.to_vec()));
     }
     if let Some(dockerfile) = dockerfile {
         form = form.part("dockerfile", Part::bytes(dockerfile).file_name("Dockerfile"));

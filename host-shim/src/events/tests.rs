@@ -29,6 +29,7 @@ async fn bench(quiet: Duration) -> Bench {
         base_image_digest: None,
         network: NetworkMode::None,
         allowed_domains: vec![],
+        secrets: vec![],
         timeout_seconds: 1,
         memory_mb: 256,
         cpus: 1,
@@ -38,7 +39,7 @@ async fn bench(quiet: Duration) -> Bench {
     };
     let build = Build::queued(id.clone(), Tenant::new("acme").unwrap(), request, 1);
     let first = payload::of_host(1, payload::status(Status::Queued, Some(1)));
-    store.insert_build(&build, &[first], None).await.unwrap();
+    store.insert_build(&build, &[first], None, &[]).await.unwrap();
     Bench { _dir: dir, log: EventLog::with_quiet(store.clone(), quiet), store, id }
 }
 

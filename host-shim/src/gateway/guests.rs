@@ -12,7 +12,7 @@ mod pull;
 mod push;
 mod room;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -65,7 +65,7 @@ const PHASE_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 struct Seen {
-    pulled: BTreeMap<String, Digest>,
+    pulled: BTreeSet<(String, Digest)>,
     blobs: HashMap<Digest, PulledBlob>,
 }
 
@@ -107,7 +107,8 @@ impl GuestContext {
         self.pushing.send_replace(pushing);
     }
 
-    /// Every manifest that was pulled, by the reference that it was last pulled with.
+    /// Every manifest that was pulled, by the references that it was pulled with. A tag that was moved meanwhile is
+    /// there with both.
     pub fn pulled(&self) -> Vec<Pulled> {
         let seen = self.seen();
         let pulled = seen.pulled.iter();
@@ -168,12 +169,13 @@ impl GuestContext {
             Reference::Digest(digest) => format!("{REGISTRY}/{name}@{digest}"),
         };
         let mut seen = self.seen();
-        if seen.pulled.len() >= MAX_PULLED && !seen.pulled.contains_key(&at) {
+        let pulled = (at, digest);
+        if seen.pulled.len() >= MAX_PULLED && !seen.pulled.contains(&pulled) {
             return Err(Refusal::denied(format!(
                 "the build pulled more than {MAX_PULLED} manifests"
             )));
         }
-        seen.pulled.insert(at, digest);
+        seen.pulled.insert(pulled);
         // An index has no blobs of its own; whatever does not parse has none that are known.
         let blobs = serde_json::from_slice::<Blobs>(manifest).unwrap_or_default();
         for blob in blobs.config.iter().chain(&blobs.layers) {

@@ -3,6 +3,8 @@
 //! The rules are those of other container tools: another entrypoint drops the image's command with the image's
 //! entrypoint; another command goes to the image's entrypoint; variables are replaced by name.
 
+use std::collections::HashMap;
+
 use kiln_protocol::job::JobTooLarge;
 use kiln_protocol::run::RunJob;
 use nix::sys::signal::Signal;
@@ -82,11 +84,16 @@ fn environment(image: &ImageConfig, wanted: &Wanted) -> Vec<(String, String)> {
     let given = image.env.iter().flatten().filter_map(|entry| entry.split_once('='));
     let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let mut env: Vec<(String, String)> = vec![];
-    for (name, value) in given.chain(wanted.env.iter().cloned()) {
-        match env.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, known)) => *known = value,
-            None if name.is_empty() => {}
-            None => env.push((name, value)),
+    let mut places = HashMap::new();
+    for (name, value) in
+        given.chain(wanted.env.iter().cloned()).filter(|(name, _)| !name.is_empty())
+    {
+        if let Some(place) = places.get(&name) {
+            let (_, known): &mut (String, String) = &mut env[*place];
+            *known = value;
+        } else {
+            places.insert(name.clone(), env.len());
+            env.push((name, value));
         }
     }
     env

@@ -12,6 +12,7 @@ use kiln_protocol::event::{Event, NumberedEvent, Outcome, Phase};
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::{Job, Limits, Role};
 use kiln_protocol::message::AgentUsage;
+use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -276,6 +277,10 @@ impl session::Sink for Sink<'_> {
     async fn engine_started(&mut self) {}
 
     async fn agent_usage(&mut self, _usage: AgentUsage) {}
+
+    async fn secret(&mut self, _id: &SecretId) -> anyhow::Result<SecretAnswer> {
+        Ok(SecretAnswer::Denied)
+    }
 }
 
 #[cfg(test)]

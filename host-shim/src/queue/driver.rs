@@ -24,6 +24,7 @@ use crate::events::{EventLog, payload};
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
 use crate::publish;
+use crate::secrets::Vault;
 use crate::session::{self, End};
 use crate::staging::{self, Staging};
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
@@ -69,6 +70,8 @@ pub struct Workshop {
     pub vmm: Vmm,
     /// The registry behind the gateway.
     pub backing: Backing,
+    /// Opens secrets.
+    pub vault: Arc<Vault>,
     /// One directory for each build: its source and its staging.
     pub builds_dir: PathBuf,
     /// What VMs run: the digest of the builder bundle.
@@ -441,6 +444,7 @@ impl Driver {
             },
             base_digest: request.base_image_digest.clone(),
             egress_ca: self.workshop.egress.ca.clone(),
+            secrets: request.secrets.clone(),
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,

@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use kiln_protocol::event::{Event, NumberedEvent, Phase, StepState};
 use kiln_protocol::message::AgentUsage;
+use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::time::Instant;
 
 use super::driver::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
 use crate::gateway::guests::GuestContext;
+use crate::secrets;
 use crate::session::Sink;
 use crate::store::{Fence, NewEvent};
 
@@ -161,5 +163,13 @@ impl Sink for BuildSink<'_> {
         let usage = &mut self.build.usage;
         usage.engine_spawn_ms = agent.engine_spawn_us.map(|us| us / 1000);
         usage.agent_memory_peak_bytes = Some(agent.memory_peak_bytes);
+    }
+
+    async fn secret(&mut self, id: &SecretId) -> anyhow::Result<SecretAnswer> {
+        let Workshop { store, vault, .. } = self.workshop;
+        let answer = secrets::answer(store.as_ref(), vault, self.build, id).await?;
+        let given = matches!(answer, SecretAnswer::Value(_));
+        tracing::info!(secret = %id, given, "the build asked for a secret");
+        Ok(answer)
     }
 }

@@ -10,6 +10,8 @@ use kiln_protocol::job::Job;
 use kiln_protocol::message::{
     AgentToHost, AgentUsage, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW,
 };
+use kiln_protocol::secret::{SecretAnswer, SecretId};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, ReadHalf, WriteHalf};
 use tokio::sync::watch;
@@ -29,6 +31,7 @@ pub(super) enum Event {
     Event(NumberedEvent),
     EngineStarted,
     Usage(AgentUsage),
+    SecretRequest(SecretId),
     Outcome(Outcome),
 }
 
@@ -61,10 +64,13 @@ impl From<FrameError> for Broken {
 }
 
 /// What the writer is to say, as the latest state of each thing rather than as a queue.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Orders {
     acknowledge: u64,
     source_taken: u64,
+    /// How many answers there were, and the last: a guest that asks again before it has one gets one.
+    answers: u64,
+    answer: Option<Arc<(SecretId, SecretAnswer)>>,
     cancel: bool,
     finish: bool,
 }
@@ -120,6 +126,9 @@ impl<T: Stream> Connection<T> {
                 Some(Ok(AgentToHost::Event(event))) => heard.push(Event::Event(event)),
                 Some(Ok(AgentToHost::EngineStarted)) => heard.push(Event::EngineStarted),
                 Some(Ok(AgentToHost::Usage(usage))) => heard.push(Event::Usage(usage)),
+                Some(Ok(AgentToHost::SecretRequest { id })) => {
+                    heard.push(Event::SecretRequest(id));
+                }
                 Some(Ok(AgentToHost::Outcome(outcome))) => {
                     heard.push(Event::Outcome(outcome));
                     break;
@@ -145,6 +154,14 @@ impl<T: Stream> Connection<T> {
     /// Tells the guest that every event up to `seq` is stored.
     pub(super) fn acknowledge(&self, seq: u64) {
         self.orders.send_modify(|o| o.acknowledge = o.acknowledge.max(seq));
+    }
+
+    /// Gives the guest what it asked for.
+    pub(super) fn answer(&self, id: SecretId, answer: SecretAnswer) {
+        self.orders.send_modify(|o| {
+            o.answers += 1;
+            o.answer = Some(Arc::new((id, answer)));
+        });
     }
 
     /// Tells the guest to stop.
@@ -183,7 +200,7 @@ impl<T: Stream> Writer<T> {
             }
         }
         loop {
-            let orders = *self.orders.borrow_and_update();
+            let orders = self.orders.borrow_and_update().clone();
             if orders.cancel && !told.cancel {
                 told.cancel = true;
                 source = None;
@@ -193,6 +210,11 @@ impl<T: Stream> Writer<T> {
                 told.acknowledge = orders.acknowledge;
                 let seq = orders.acknowledge;
                 frame::write(&mut self.writer, &HostToAgent::Acknowledge { seq }).await?;
+            }
+            if let Some(answer) = orders.answer.filter(|_| orders.answers > told.answers) {
+                told.answers = orders.answers;
+                let (id, answer) = (*answer).clone();
+                frame::write(&mut self.writer, &HostToAgent::Secret { id, answer }).await?;
             }
             if orders.finish {
                 return frame::write(&mut self.writer, &HostToAgent::Finish).await;

@@ -10,6 +10,7 @@ use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, MAGIC, RejectReason, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Limits, Role, StepNetwork};
 use kiln_protocol::message::{AgentToHost, AgentUsage, HostToAgent, SOURCE_WINDOW};
+use kiln_protocol::secret::{SecretAnswer, SecretId, SecretValue};
 use kiln_protocol::version::{Features, SUPPORTED, Version, VersionRange};
 use tokio::io::{DuplexStream, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -36,6 +37,7 @@ struct Stored {
     events: Vec<NumberedEvent>,
     engine_started: bool,
     usage: Option<AgentUsage>,
+    asked: Vec<String>,
 }
 
 impl Sink for Stored {
@@ -51,6 +53,10 @@ impl Sink for Stored {
     }
     async fn agent_usage(&mut self, usage: AgentUsage) {
         self.usage = Some(usage);
+    }
+    async fn secret(&mut self, id: &SecretId) -> anyhow::Result<SecretAnswer> {
+        self.asked.push(id.to_string());
+        Ok(SecretAnswer::Value(SecretValue::new(format!("value of {id}").into_bytes())))
     }
 }
 
@@ -72,6 +78,7 @@ fn host(source: usize) -> Host {
         network: StepNetwork::None,
         base_digest: None,
         egress_ca: vec![],
+        secrets: vec![],
     };
     let limits = Limits {
         timeout_ms: 1000,
@@ -421,4 +428,31 @@ async fn a_first_word_that_is_no_hello_ends_the_session() {
     let mut agent = Agent::dial(&host).await;
     frame::write(&mut agent.writer, &Hello { magic: *b"HTTP", ..hello(None) }).await.unwrap();
     assert!(matches!(host.session.await.unwrap().0, End::Protocol(_)));
+}
+
+#[tokio::test]
+async fn a_secret_that_is_asked_for_is_given_and_a_flood_of_requests_ends_the_session() {
+    let host = host(10);
+    let (mut agent, _) = Agent::welcomed(&host).await;
+    agent.take_source().await;
+    let id = SecretId::new("npm").unwrap();
+    agent.say(AgentToHost::SecretRequest { id: id.clone() }).await;
+    let HostToAgent::Secret { id: given, answer: SecretAnswer::Value(value) } = agent.hear().await
+    else {
+        panic!("no secret");
+    };
+    assert_eq!((given, value.expose()), (id.clone(), &b"value of npm"[..]));
+    // Somebody else has to read what is said, or the guest waits for ever.
+    let Agent { mut reader, mut writer } = agent;
+    let read = tokio::spawn(async move { while reader.read::<HostToAgent>().await.is_ok() {} });
+    for _ in 0..2000 {
+        let request = AgentToHost::SecretRequest { id: id.clone() };
+        if frame::write(&mut writer, &request).await.is_err() {
+            break;
+        }
+    }
+    let (end, stored) = host.session.await.unwrap();
+    assert!(matches!(end, End::Protocol(_)), "{end:?}");
+    assert_eq!(stored.asked.len(), 1000);
+    read.await.unwrap();
 }

@@ -11,9 +11,11 @@ pub mod sqlite;
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
+use kiln_protocol::secret::SecretId;
 
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
 use crate::instances::instance::{self, Instance, InstanceId};
+use crate::secrets::Sealed;
 
 /// A claim on a build. A write with an old fence is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +78,17 @@ pub struct StoredEvent {
     pub at: Millis,
     /// `type` and what follows it.
     pub payload: serde_json::Value,
+}
+
+/// A tenant's secret, without its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretRecord {
+    /// Unique in its tenant.
+    pub id: SecretId,
+    /// When it was first set.
+    pub created_at: Millis,
+    /// When its value was set.
+    pub updated_at: Millis,
 }
 
 /// What a token may do.
@@ -167,12 +180,14 @@ pub enum StoreError {
 /// The store. Small on purpose.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Stores a queued build together with its first events, and the key that asked for it.
+    /// Stores a queued build together with its first events, the key that asked for it, and the secrets that
+    /// are its own: they are forgotten in the transaction that ends it.
     async fn insert_build(
         &self,
         build: &Build,
         events: &[NewEvent],
         key: Option<&IdempotencyKey>,
+        secrets: &[(SecretId, Sealed)],
     ) -> Result<(), StoreError>;
     /// The build that the tenant's idempotency key made, and the digest of what was asked for.
     async fn build_by_key(
@@ -230,6 +245,29 @@ pub trait Store: Send + Sync + 'static {
         after: u64,
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError>;
+
+    /// Stores a tenant's secret, in place of its older value.
+    async fn put_secret(
+        &self,
+        tenant: &Tenant,
+        id: &SecretId,
+        sealed: &Sealed,
+        now: Millis,
+    ) -> Result<(), StoreError>;
+    /// A tenant's secret.
+    async fn secret(&self, tenant: &Tenant, id: &SecretId) -> Result<Option<Sealed>, StoreError>;
+    /// How many secrets a tenant has.
+    async fn secret_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
+    /// A tenant's secrets, by id.
+    async fn secrets(&self, tenant: &Tenant) -> Result<Vec<SecretRecord>, StoreError>;
+    /// Removes a tenant's secret.
+    async fn delete_secret(&self, tenant: &Tenant, id: &SecretId) -> Result<(), StoreError>;
+    /// A secret that is a build's own, while the build has not ended.
+    async fn build_secret(
+        &self,
+        build: &BuildId,
+        id: &SecretId,
+    ) -> Result<Option<Sealed>, StoreError>;
 
     /// Stores an instance. Its name is its tenant's only one.
     async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError>;

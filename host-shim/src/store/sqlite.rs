@@ -4,18 +4,21 @@
 //! writer. One writing connection, so that writers queue in the process and not in SQLite; another
 //! process (`kiln token create`) may still write between two of its transactions.
 //!
-//! One file per table: `builds` (and `claims`, which changes them), `events`, `instances`, `tokens`.
+//! One file per table: `builds` (and `claims`, which changes them), `events`, `instances`,
+//! `secrets`, `tokens`.
 
 mod builds;
 mod claims;
 mod events;
 mod instances;
+mod secrets;
 mod tokens;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use kiln_protocol::secret::SecretId;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
@@ -23,10 +26,12 @@ use sqlx::sqlite::{
 use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Store, StoreError, StoredEvent, TokenRecord,
+    Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, Store, StoreError, StoredEvent,
+    TokenRecord,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
 use crate::instances::instance::{self, Instance, InstanceId};
+use crate::secrets::Sealed;
 
 /// The store's file in the data directory.
 pub const FILE_NAME: &str = "kiln.db";
@@ -113,6 +118,7 @@ fn migrator() -> Migrator {
         ("active builds", include_str!("../../migrations/sqlite/0002_active_builds.sql")),
         ("provenance", include_str!("../../migrations/sqlite/0003_provenance.sql")),
         ("instances", include_str!("../../migrations/sqlite/0004_instances.sql")),
+        ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -167,12 +173,14 @@ impl Store for SqliteStore {
         build: &Build,
         events: &[NewEvent],
         key: Option<&IdempotencyKey>,
+        own: &[(SecretId, Sealed)],
     ) -> Result<(), StoreError> {
         let mut tx = self.write("store a build").await?;
         builds::insert(&mut tx, build).await?;
         if let Some(key) = key {
             builds::insert_key(&mut tx, build, key).await?;
         }
+        secrets::insert_own(&mut tx, &build.id, own).await?;
         events::append(&mut tx, &build.id, build.attempt, events).await?;
         tx.commit().await.map_err(failed("store a build"))
     }
@@ -228,6 +236,7 @@ impl Store for SqliteStore {
         let next = before.apply(change, now)?;
         claims::save(&mut tx, &next, fence).await?;
         events::append(&mut tx, id, next.attempt, events).await?;
+        secrets::forget_own(&mut tx, &next).await?;
         tx.commit().await.map_err(failed("change a build"))?;
         Ok(next)
     }
@@ -260,6 +269,7 @@ impl Store for SqliteStore {
         }
         claims::save(&mut tx, &next, fence).await?;
         events::append(&mut tx, id, next.attempt, events).await?;
+        secrets::forget_own(&mut tx, &next).await?;
         tx.commit().await.map_err(failed("cancel a build"))?;
         Ok(next)
     }
@@ -289,6 +299,40 @@ impl Store for SqliteStore {
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError> {
         events::after(&self.readers, id, after, limit).await
+    }
+
+    async fn put_secret(
+        &self,
+        tenant: &Tenant,
+        id: &SecretId,
+        sealed: &Sealed,
+        now: Millis,
+    ) -> Result<(), StoreError> {
+        secrets::put(&self.writer, tenant, id, sealed, now).await
+    }
+
+    async fn secret(&self, tenant: &Tenant, id: &SecretId) -> Result<Option<Sealed>, StoreError> {
+        secrets::one(&self.readers, tenant, id).await
+    }
+
+    async fn secret_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
+        secrets::count(&self.readers, tenant).await
+    }
+
+    async fn secrets(&self, tenant: &Tenant) -> Result<Vec<SecretRecord>, StoreError> {
+        secrets::all(&self.readers, tenant).await
+    }
+
+    async fn delete_secret(&self, tenant: &Tenant, id: &SecretId) -> Result<(), StoreError> {
+        secrets::delete(&self.writer, tenant, id).await
+    }
+
+    async fn build_secret(
+        &self,
+        build: &BuildId,
+        id: &SecretId,
+    ) -> Result<Option<Sealed>, StoreError> {
+        secrets::own(&self.readers, build, id).await
     }
 
     async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError> {

@@ -8,5 +8,6 @@ mod instances;
 mod limits;
 mod refusals;
 mod registry;
+mod secrets;
 mod support;
 mod tokens;

@@ -155,9 +155,6 @@ async fn fields_are_refused_by_name_value_and_what_is_allowed() {
     for twice in [form().text("cpus", "1").text("cpus", "1"), form().part("source", source())] {
         refusal(client.post(twice).await, 422, "duplicate_field").await;
     }
-    refusal(client.post(form().text("secrets", r#"[{"id":"npm"}]"#)).await, 422, "not_supported")
-        .await;
-    refusal(client.post(form().text("secret.npm", "hunter2")).await, 422, "not_supported").await;
     refusal(client.post(Form::new().text("cpus", "1")).await, 400, "missing_source").await;
     let part = reqwest::multipart::Part::bytes(vec![0xff, 0xfe]);
     refusal(client.post(form().part("dockerfile", part)).await, 422, "invalid_field").await;

@@ -27,6 +27,9 @@ pub struct Server {
     pub sources: PathBuf,
     pub http: reqwest::Client,
     pub runner: Arc<Puppet>,
+    pub vault: Arc<kiln::secrets::Vault>,
+    /// Where the database is.
+    pub data: PathBuf,
     pub instances: Instances,
     pub instances_dir: PathBuf,
     task: tokio::task::JoinHandle<()>,
@@ -60,6 +63,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let instances_dir = dir.path().join("instances");
     let instances = Instances::new(store.clone(), runner.clone(), instances_dir.clone());
     let registry = crate::registry::start().await;
+    let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -71,6 +75,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         clock: system_clock(),
         instances: instances.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
+        vault: vault.clone(),
     });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -84,6 +89,8 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         sources,
         http,
         runner,
+        vault,
+        data: dir.path().to_owned(),
         instances,
         instances_dir,
         task,

@@ -55,6 +55,20 @@ impl Image {
         text
     }
 
+    /// Whether these bytes are anywhere in it: manifest, configuration, history, or a layer as it is unpacked.
+    pub fn holds(&self, bytes: &[u8]) -> bool {
+        let within = |content: &[u8]| content.windows(bytes.len()).any(|window| window == bytes);
+        std::fs::read_dir(self.dir.path()).unwrap().any(|entry| {
+            let content = std::fs::read(entry.unwrap().path()).unwrap();
+            let mut unpacked = vec![];
+            let is_layer = content.starts_with(&[0x1f, 0x8b]);
+            if is_layer {
+                flate2::read::MultiGzDecoder::new(&content[..]).read_to_end(&mut unpacked).unwrap();
+            }
+            within(&content) || within(&unpacked)
+        })
+    }
+
     /// The configuration without what differs from build to build, and without what says nothing.
     fn run_config(&self) -> Value {
         let mut config = self.config["config"].clone();

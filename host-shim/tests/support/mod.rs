@@ -296,6 +296,10 @@ pub fn source(files: &[(&str, &[u8])]) -> tempfile::TempDir {
     dir
 }
 
+pub fn sha256(bytes: &[u8]) -> String {
+    hex::encode(<sha2::Sha256 as sha2::Digest>::digest(bytes))
+}
+
 pub fn text(bytes: Vec<u8>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -193,7 +193,6 @@ fn what_comes_later_is_refused_and_not_ignored() {
         ("global_cache_key", "", "node"),
         ("is_admin_build", "false", "true"),
         ("keep_failed_seconds", "0", "60"),
-        ("secrets", "[]", "[{\"id\":\"npm\"}]"),
         ("allowed_domains", "[]", "[\"a.example\"]"),
     ] {
         assert_eq!(code(&[(name, nothing)]), "fine", "{name}");
@@ -213,7 +212,6 @@ fn what_comes_later_is_refused_and_not_ignored() {
 fn unknown_and_repeated_fields_are_refused() {
     assert_eq!(known("volume_size").unwrap_err().code(), "unknown_field");
     assert_eq!(known("").unwrap_err().code(), "unknown_field");
-    assert_eq!(known("secret.npm").unwrap_err().code(), "not_supported");
     let mut fields = Fields::default();
     fields.insert("cpus", "1".into()).unwrap();
     assert_eq!(fields.insert("cpus", "1".into()).unwrap_err().code(), "duplicate_field");
@@ -228,4 +226,34 @@ fn a_base_is_pinned_by_a_whole_digest() {
     for bad in ["sha256:00", &digest.to_uppercase(), &digest[7..], &format!("{digest}0")] {
         assert_eq!(code(&[("base_image_digest", bad)]), "invalid_field", "{bad}");
     }
+}
+
+#[test]
+fn secrets_are_declared_by_id_and_variable() {
+    let declared =
+        r#"[{"id":"npm.token"},{"id":"pip","env_var":"PIP_TOKEN"},{"id":"x","env_var":""}]"#;
+    let secrets = request(&[("secrets", declared)]).unwrap().secrets;
+    let shown: Vec<_> =
+        secrets.iter().map(|spec| (spec.id.as_str(), spec.variable.as_deref())).collect();
+    assert_eq!(shown, [("npm.token", None), ("pip", Some("PIP_TOKEN")), ("x", None)]);
+    assert!(request(&[("secrets", "[]")]).unwrap().secrets.is_empty());
+    for bad in [
+        "{}",
+        "[1]",
+        "hunter2",
+        "[{}]",
+        r#"[{"id":"a/b"}]"#,
+        r#"[{"id":".a"}]"#,
+        r#"[{"id":"a"},{"id":"a"}]"#,
+        r#"[{"id":"a","env_var":"1A"}]"#,
+        r#"[{"id":"a","env_var":"A=B"}]"#,
+        r#"[{"id":"a","env_var":"A"},{"id":"b","env_var":"A"}]"#,
+        r#"[{"id":"a","value":"hunter2"}]"#,
+    ] {
+        let refusal = request(&[("secrets", bad)]).unwrap_err();
+        assert_eq!(refusal.code(), "invalid_field", "{bad}");
+        assert!(!format!("{refusal:?}").contains("hunter2"), "{refusal:?}");
+    }
+    let many: Vec<_> = (0..65).map(|n| json!({"id": format!("s{n}")})).collect();
+    assert_eq!(code(&[("secrets", &json!(many).to_string())]), "too_large");
 }

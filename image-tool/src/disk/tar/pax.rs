@@ -1,5 +1,8 @@
 //! Extended headers (POSIX.1-2017 `pax`, "pax Extended Header"): `LENGTH KEY=VALUE\n`, again and again.
 
+/// Most extended attributes of an entry. ext4 has room for some dozens.
+const MAX_XATTRS: usize = 256;
+
 /// Why extended headers are refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PaxError {
@@ -15,6 +18,9 @@ pub enum PaxError {
     /// A header for all entries that follow changes what they are; readers disagree on those.
     #[error("a global extended header sets {0}")]
     Global(String),
+    /// More attributes than a file can sensibly have: each is looked for among the others.
+    #[error("an entry has more than {MAX_XATTRS} extended attributes")]
+    Attributes,
 }
 
 /// What an extended header says of the entry behind it.
@@ -56,6 +62,9 @@ impl Pax {
             _ => {
                 if let Some(attribute) = key.strip_prefix(XATTR) {
                     self.xattrs.retain(|(known, _)| known != attribute);
+                    if self.xattrs.len() == MAX_XATTRS {
+                        return Err(PaxError::Attributes);
+                    }
                     self.xattrs.push((attribute.to_vec(), value.to_vec()));
                 }
             }

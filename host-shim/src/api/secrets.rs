@@ -1,0 +1,92 @@
+//! `/secrets`: a tenant's secrets. Values go in and never come out.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{FromRequestParts, Path, State};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretId};
+
+use super::error::{ApiError, shown};
+use super::types::Secret;
+use super::{Api, Shared};
+use crate::secrets::Owner;
+use crate::store::Role;
+use crate::token::Caller;
+
+/// Of a request that sets one: a byte more than a value may have, so that this verb says so.
+pub(super) const MAX_BODY: usize = MAX_SECRET_VALUE + 1;
+/// Most secrets of a tenant.
+const MAX_SECRETS: u32 = 1000;
+
+/// PUT `/secrets/{id}`: the raw bytes, whatever they are.
+pub(super) async fn put_secret(
+    State(api): State<Shared>,
+    caller: Caller,
+    Named(id): Named,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Result<StatusCode, ApiError> {
+    caller.require(Role::Tenant)?;
+    let value = body.map_err(|_| too_large())?;
+    if value.len() > MAX_SECRET_VALUE {
+        return Err(too_large());
+    }
+    let Api { state, .. } = &*api;
+    let tenant = &caller.tenant;
+    let is_new = state.store.secret(tenant, &id).await?.is_none();
+    if is_new && state.store.secret_count(tenant).await? >= MAX_SECRETS {
+        let message = format!("{tenant} has {MAX_SECRETS} secrets, as many as it may; remove some");
+        return Err(ApiError::conflict("too_many_secrets", message));
+    }
+    let sealed = state.vault.seal(Owner::Tenant(tenant), id.as_str(), value.to_vec());
+    state.store.put_secret(tenant, &id, &sealed, api.now()).await?;
+    tracing::info!(secret = %id, %tenant, token = caller.token_id, "a secret was set");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// GET `/secrets`: names and times of the caller's tenant.
+pub(super) async fn list_secrets(
+    State(api): State<Shared>,
+    caller: Caller,
+) -> Result<Json<Vec<Secret>>, ApiError> {
+    caller.require(Role::Tenant)?;
+    let secrets = api.state.store.secrets(&caller.tenant).await?;
+    Ok(Json(secrets.iter().map(Secret::new).collect()))
+}
+
+/// DELETE `/secrets/{id}`.
+pub(super) async fn delete_secret(
+    State(api): State<Shared>,
+    caller: Caller,
+    Named(id): Named,
+) -> Result<StatusCode, ApiError> {
+    caller.require(Role::Tenant)?;
+    let tenant = &caller.tenant;
+    api.state.store.delete_secret(tenant, &id).await?;
+    tracing::info!(secret = %id, %tenant, token = caller.token_id, "a secret was removed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The id in the path.
+pub(super) struct Named(SecretId);
+
+impl FromRequestParts<Shared> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Shared) -> Result<Self, ApiError> {
+        let Path(text) = Path::<String>::from_request_parts(parts, api)
+            .await
+            .map_err(|_| bad_id("(not UTF-8)"))?;
+        SecretId::new(text.as_str()).map(Self).map_err(|_| bad_id(&text))
+    }
+}
+
+/// A text that cannot be a secret's id.
+pub(super) fn bad_id(text: &str) -> ApiError {
+    let message = format!("{} cannot be: {}", shown(text), kiln_protocol::secret::BadSecretId);
+    ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
+}
+
+fn too_large() -> ApiError {
+    ApiError::too_large(format!("a secret has at most {MAX_SECRET_VALUE} bytes"))
+}

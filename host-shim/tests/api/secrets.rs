@@ -1,0 +1,155 @@
+//! Secrets over the API: values go in, and come out for a build's VM alone.
+
+use kiln::build::{Build, Status};
+use kiln::secrets;
+use kiln::store::Role;
+use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretAnswer, SecretId};
+use reqwest::Method;
+use reqwest::multipart::{Form, Part};
+use serde_json::json;
+
+use crate::support::{Client, Server, form, id_of, refusal, server};
+
+const VALUE: &[u8] = b" hunter2\n\0\xff\n";
+
+async fn put(client: &Client<'_>, id: &str, value: &[u8]) -> reqwest::Response {
+    let path = format!("/secrets/{id}");
+    client.request(Method::PUT, &path).body(value.to_vec()).send().await.unwrap()
+}
+
+/// What the build's VM is given.
+async fn asked(server: &Server, build: &Build, id: &str) -> SecretAnswer {
+    let id = SecretId::new(id).unwrap();
+    secrets::answer(&*server.store, &server.vault, build, &id).await.unwrap()
+}
+
+fn value(answer: SecretAnswer) -> Vec<u8> {
+    match answer {
+        SecretAnswer::Value(value) => value.expose().to_vec(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_secret_is_set_listed_without_its_value_replaced_and_removed() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    assert_eq!(put(&acme, "npm.token", VALUE).await.status(), 204);
+    assert_eq!(put(&acme, "npm.token", b"another").await.status(), 204);
+    assert_eq!(put(&acme, "empty", b"").await.status(), 204);
+    let listed = acme.json("/secrets").await;
+    assert_eq!(listed[0]["id"], "empty");
+    assert_eq!(listed[1]["id"], "npm.token");
+    listed[1]["updated_at"].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 2);
+    assert!(!listed.to_string().contains("another"));
+    // There is no way to read one.
+    refusal(acme.get("/secrets/npm.token").await, 405, "method_not_allowed").await;
+
+    // Another tenant's are its own, and a reader has none.
+    let other = server.client("other", Role::Tenant).await;
+    assert_eq!(other.json("/secrets").await, json!([]));
+    refusal(other.delete("/secrets/npm.token").await, 404, "not_found").await;
+    let reader = server.client("acme", Role::Reader).await;
+    refusal(reader.get("/secrets").await, 403, "forbidden").await;
+    refusal(put(&reader, "x", b"x").await, 403, "forbidden").await;
+
+    assert_eq!(acme.delete("/secrets/npm.token").await.status(), 204);
+    refusal(acme.delete("/secrets/npm.token").await, 404, "not_found").await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_a_secret_is_refused() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    for id in [".hidden", "a%2Fb", "a%20b", "%C3%A9", &"a".repeat(129)] {
+        refusal(put(&acme, id, b"x").await, 422, "invalid_field").await;
+    }
+    assert_eq!(put(&acme, "most", &vec![7; MAX_SECRET_VALUE]).await.status(), 204);
+    refusal(put(&acme, "more", &vec![7; MAX_SECRET_VALUE + 1]).await, 413, "too_large").await;
+    refusal(put(&acme, "more", &vec![7; 4 << 20]).await, 413, "too_large").await;
+}
+
+#[tokio::test]
+async fn a_build_gets_its_own_value_else_its_tenants_and_only_what_it_declared() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    for id in ["npm", "pip", "undeclared"] {
+        put(&acme, id, format!("{id} of acme").as_bytes()).await;
+    }
+    let other = server.client("other", Role::Tenant).await;
+    put(&other, "late", b"of another").await;
+    let declared = r#"[{"id":"npm"},{"id":"pip","env_var":"PIP"},{"id":"late"}]"#;
+    let parts = || {
+        Form::new()
+            .part("secret.npm", Part::bytes(VALUE.to_vec()))
+            .text("secrets", declared)
+            .part("source", crate::support::source())
+    };
+    let made = acme.submit(parts()).await;
+    assert!(!made.to_string().contains("hunter2"));
+    let build = server.store.build(&id_of(&made)).await.unwrap().unwrap();
+    assert_eq!(value(asked(&server, &build, "npm").await), VALUE);
+    assert_eq!(value(asked(&server, &build, "pip").await), b"pip of acme");
+    assert_eq!(asked(&server, &build, "undeclared").await, SecretAnswer::Denied);
+    assert_eq!(asked(&server, &build, "late").await, SecretAnswer::Missing);
+    put(&acme, "late", b"just in time").await;
+    assert_eq!(value(asked(&server, &build, "late").await), b"just in time");
+
+    // On the disk there is none of them.
+    let database = std::fs::read(server.data.join("kiln.db")).unwrap();
+    let log = std::fs::read(server.data.join("kiln.db-wal")).unwrap();
+    for secret in [&VALUE[..8], b"of acme", b"just in time"] {
+        for file in [&database, &log] {
+            assert!(!file.windows(secret.len()).any(|window| window == secret));
+        }
+    }
+
+    // What was its own goes with it.
+    let claimed = server.scheduler.claim().await;
+    assert_eq!(value(asked(&server, &claimed.build, "npm").await), VALUE);
+    server.scheduler.fail(&claimed).await;
+    assert_eq!(value(asked(&server, &claimed.build, "npm").await), b"npm of acme");
+    let made = acme.submit(parts()).await;
+    let id = id_of(&made);
+    assert_eq!(acme.delete(&format!("/builds/{id}")).await.status(), 204);
+    let build = server.store.build(&id).await.unwrap().unwrap();
+    assert_eq!(build.status, Status::Cancelled);
+    assert_eq!(value(asked(&server, &build, "npm").await), b"npm of acme");
+}
+
+#[tokio::test]
+async fn values_that_do_not_belong_are_refused() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let with = |name: &'static str, value: Vec<u8>| form().part(name, Part::bytes(value));
+    let answer = acme.post(with("secret.npm", b"x".to_vec())).await;
+    let body = refusal(answer, 400, "undeclared_secret").await;
+    assert!(body["message"].as_str().unwrap().contains("npm"));
+    refusal(acme.post(with("secret..b", b"x".to_vec())).await, 422, "invalid_field").await;
+    let large = with("secret.npm", vec![1; MAX_SECRET_VALUE + 1]);
+    refusal(acme.post(large).await, 413, "too_large").await;
+    let twice = with("secret.npm", b"x".to_vec()).part("secret.npm", Part::bytes(b"y".to_vec()));
+    refusal(acme.post(twice).await, 422, "duplicate_field").await;
+    assert_eq!(server.source_dirs(), 0);
+}
+
+#[tokio::test]
+async fn another_value_is_another_request() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let post = async |value: &'static str| {
+        let form = Form::new()
+            .text("secrets", r#"[{"id":"npm"}]"#)
+            .text("secret.npm", value)
+            .part("source", crate::support::source());
+        let request = acme.request(Method::POST, "/builds").header("idempotency-key", "k");
+        request.multipart(form).send().await.unwrap()
+    };
+    let first = post("one").await;
+    assert_eq!(first.status(), 202);
+    let first: serde_json::Value = first.json().await.unwrap();
+    let again: serde_json::Value = post("one").await.json().await.unwrap();
+    assert_eq!(first["id"], again["id"]);
+    refusal(post("two").await, 422, "idempotency_key_reused").await;
+}

@@ -1,0 +1,114 @@
+//! Secrets in real VMs: what a step that asks for one sees, and what nobody else does.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod support;
+
+use std::process::Stdio;
+
+use support::image::Image;
+use support::{Server, sha256, text};
+
+/// Spaces, a NUL, bytes that are no UTF-8, and a newline at the end.
+const FILE: &[u8] = b" hunter2-file\0\xff \n";
+const TENANT: &str = "hunter2-of-the-tenant";
+const ENVIRONMENT: &str = "hunter2-of-the-environment\n";
+
+/// Values are compared by their sums, which are in the history.
+const DOCKERFILE: &str = r#"FROM scratch
+COPY --chmod=755 busybox /bin/busybox
+SHELL ["/bin/busybox", "sh", "-ec"]
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+RUN --mount=type=secret,id=file \
+    [ "$(sha256sum </run/secrets/file)" = "@FILE@  -" ] && [ "$(stat -c '%a %u:%g' /run/secrets/file)" = "400 0:0" ]
+RUN --mount=type=secret,id=file,target=/else/where,mode=0444,uid=7,gid=8 \
+    [ "$(sha256sum </else/where)" = "@FILE@  -" ] && [ "$(stat -c '%a %u:%g' /else/where)" = "444 7:8" ]
+RUN --mount=type=secret,id=tenant,env=TOKEN \
+    [ "$(printf %s "$TOKEN" | sha256sum)" = "@TENANT@  -" ] && [ ! -e /run/secrets/tenant ] && [ ! -e /dev/kiln-secret-variables ]
+RUN [ -z "$TOKEN" ] && [ ! -e /run/secrets/file ] && [ ! -s /else/where ]
+RUN [ "$(printf %s "$EVERY" | sha256sum)" = "@ENVIRONMENT@  -" ]
+RUN --mount=type=secret,id=other [ ! -e /run/secrets/other ]
+"#;
+
+#[test]
+fn vm_secrets_reach_the_steps_that_ask_and_nothing_else() {
+    let server = Server::start();
+    set(&server, "tenant", TENANT);
+    let busybox = std::fs::read("/bin/busybox").unwrap();
+    let dockerfile = DOCKERFILE
+        .replace("@FILE@", &sha256(FILE))
+        .replace("@TENANT@", &sha256(TENANT.as_bytes()))
+        .replace("@ENVIRONMENT@", &sha256(ENVIRONMENT.as_bytes()));
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("value"), FILE).unwrap();
+    let source = support::source(&[("Dockerfile", dockerfile.as_bytes()), ("busybox", &busybox)]);
+    let out = server
+        .kiln(&["build", source.path().to_str().unwrap(), "--progress", "plain", "--cpus", "1"])
+        .args(["--secret", &format!("id=file,src={}", dir.path().join("value").display())])
+        .args([
+            "--secret",
+            "id=tenant",
+            "--secret",
+            "id=environment,env=KILN_TEST_VALUE,env_var=EVERY",
+        ])
+        .env("KILN_TEST_VALUE", ENVIRONMENT)
+        .output()
+        .unwrap();
+    let log = text(out.stderr);
+    assert!(out.status.success(), "{log}\n{}", server.log());
+    assert!(!log.contains("hunter2-file"), "{log}");
+
+    // The image has none of it: no file, no variable, no trace in its history.
+    let image = Image::copy(&server, text(out.stdout).trim());
+    for secret in ["hunter2-file", TENANT, "hunter2-of-the-environment"] {
+        assert!(!image.holds(secret.as_bytes()), "{secret} is in the image");
+    }
+    // Nor has the server's disk.
+    for secret in ["hunter2-file", TENANT, "hunter2-of-the-environment"] {
+        let found = holders(&server.data(), secret.as_bytes());
+        assert!(found.is_empty(), "{secret} is in {found:?}");
+    }
+    server.stop();
+}
+
+#[test]
+fn vm_a_secret_that_nobody_gave_fails_before_the_first_step() {
+    let server = Server::start();
+    let dockerfile = b"FROM scratch\nCOPY Dockerfile /\nRUN [\"/never\"]\n";
+    let id = server.submit(&[("Dockerfile", dockerfile)], &["--secret", "id=nobodys"]);
+    let build = server.wait(&id);
+    assert_eq!(build["failure"]["kind"], "secret_missing", "{build}");
+    let message = build["failure"]["message"].as_str().unwrap();
+    assert!(message.contains("\"nobodys\"") && message.contains("kiln secret set"), "{message}");
+    assert!(!text(server.run(&["logs", &id]).stdout).contains("STEP"));
+    server.stop();
+}
+
+fn set(server: &Server, id: &str, value: &str) {
+    let mut child = server.kiln(&["secret", "set", id]).stdin(Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), value.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    let listed = text(server.run(&["secret", "ls"]).stdout);
+    assert!(listed.contains(id) && !listed.contains(value), "{listed}");
+}
+
+/// Files below a directory that hold these bytes.
+fn holders(dir: &std::path::Path, bytes: &[u8]) -> Vec<std::path::PathBuf> {
+    let mut found = vec![];
+    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        let kind = entry.file_type().unwrap();
+        // Empty disks of many GiB.
+        if path.ends_with("templates") {
+            continue;
+        }
+        if kind.is_dir() {
+            found.extend(holders(&path, bytes));
+        } else if kind.is_file()
+            && std::fs::read(&path).unwrap().windows(bytes.len()).any(|window| window == bytes)
+        {
+            found.push(path);
+        }
+    }
+    found
+}
