@@ -45,6 +45,8 @@ pub struct Resolved {
     pub digest: Digest,
     /// How its program is started.
     pub config: ImageConfig,
+    /// The digests of its layers as they are unpacked, the lowest first.
+    pub diff_ids: Vec<String>,
     media_type: String,
     manifest: Vec<u8>,
     /// Config and layers, each once, with their sizes.
@@ -125,6 +127,14 @@ struct ConfigFile {
     architecture: String,
     #[serde(default)]
     config: Option<ImageConfig>,
+    #[serde(default)]
+    rootfs: RootFs,
+}
+
+#[derive(Default, Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Vec<String>,
 }
 
 /// Finds out what an image is.
@@ -166,6 +176,7 @@ pub async fn resolve(backing: &Backing, image: &Image) -> Result<Resolved, PullE
         name: image.name.clone(),
         digest: Digest::of(&manifest),
         config: config.config.unwrap_or_default(),
+        diff_ids: config.rootfs.diff_ids,
         media_type,
         manifest,
         blobs,

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::base;
 use super::egress_log::LogEgress;
 use super::live::Entry;
 use super::outcome::{self, Next};
@@ -251,13 +252,34 @@ impl Driver {
         let (next, hung) = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
         let next = match &self.build.request.base_image_digest {
-            Some(pin) => outcome::pinned(next, pin, &self.build.pulled),
+            Some(pin) => {
+                let next = outcome::pinned(next, pin, &self.build.pulled);
+                self.check_base(next, pin, &context).await
+            }
             None => next,
         };
         if let Next::Publish { guest, .. } = &next {
             self.build.provenance.guest = Some(guest.clone());
         }
         Worked { next, context: Some(context), hung }
+    }
+
+    /// Holds an image that is to be published to the base that the build asks for.
+    async fn check_base(&self, next: Next, pin: &str, context: &GuestContext) -> Next {
+        let Next::Publish { digest, .. } = &next else { return next };
+        let pulled = &self.build.pulled;
+        match base::is_built_on(context, &self.workshop.backing, pulled, pin, digest).await {
+            Ok(true) => next,
+            Ok(false) => Next::Fail(Failure::new(
+                FailureKind::BaseDigestMismatch,
+                format!("the image is not built on {pin}, which the build asks for"),
+            )),
+            Err(error) => {
+                tracing::error!(error = %crate::causes::chain(&error), "cannot check a build's base");
+                let message = format!("the host could not check the image's base: {error}");
+                Next::Fail(Failure::new(FailureKind::Internal, message))
+            }
+        }
     }
 
     /// Serves a VM until its session ends, and destroys it. Tells besides whether it hung before it began.

@@ -8,6 +8,7 @@
 //! **Invariant**: only a build's driver changes it once it is claimed; everybody else asks the
 //! driver through [`live::Live`].
 
+mod base;
 mod dispatcher;
 mod driver;
 mod egress_log;
