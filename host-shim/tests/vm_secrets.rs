@@ -71,6 +71,52 @@ fn vm_secrets_reach_the_steps_that_ask_and_nothing_else() {
     server.stop();
 }
 
+/// What steps print of a secret, in the forms that docs/SECRETS.md lists, and in two writes.
+const PRINTS: &str = r#"FROM scratch
+COPY --chmod=755 busybox /bin/busybox
+SHELL ["/bin/busybox", "sh", "-c"]
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+RUN --mount=type=secret,id=key,env=KEY echo "raw <$KEY>"; echo "x$KEY" | base64; echo "xy$KEY" | base64; printf %s "$KEY" | od -An -tx1 | tr -d ' \n'; echo; \
+    printf %s "${KEY%canary+value}"; sleep 1; echo "${KEY#hunter2/}"; printf %s "$KEY" | sed "s|/|%2F|; s|+|%2B|"; echo
+RUN --mount=type=secret,id=key,env=KEY echo "last words: $KEY" >&2; exit 3
+"#;
+
+#[test]
+fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
+    let server = Server::start();
+    let canary = "hunter2/canary+value";
+    let busybox = std::fs::read("/bin/busybox").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let secret = |id: &str, value: &str| {
+        std::fs::write(dir.path().join(id), value).unwrap();
+        format!("id={id},src={}", dir.path().join(id).display())
+    };
+    let (key, short) = (secret("key", canary), secret("short", "1234"));
+    let id = server.submit(
+        &[("Dockerfile", PRINTS.as_bytes()), ("busybox", &busybox)],
+        &["--secret", &key, "--secret", &short],
+    );
+    let build = server.wait(&id);
+    let log = text(server.run(&["logs", &id]).stdout);
+    assert_eq!(build["failure"]["kind"], "step_failed", "{build}\n{log}");
+    assert_eq!(build["failure"]["detail"], "last words: ***", "{build}");
+    assert!(log.contains("raw <***>"), "{log}");
+    assert!(log.contains("the secret short is not masked"), "{log}");
+    for form in [
+        canary,
+        "hunter2%2Fcanary",
+        "68756e746572322f",
+        "aHVudGVyMi9j",
+        "h1bnRlcjIvY2Fu",
+        "odW50ZXIyL2Nh",
+    ] {
+        assert!(!log.contains(form), "{form}:\n{log}");
+        let found = holders(&server.data(), form.as_bytes());
+        assert!(found.is_empty(), "{form} is in {found:?}");
+    }
+    server.stop();
+}
+
 #[test]
 fn vm_a_secret_that_nobody_gave_fails_before_the_first_step() {
     let server = Server::start();

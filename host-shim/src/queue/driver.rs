@@ -25,7 +25,7 @@ use crate::events::{EventLog, payload};
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
 use crate::publish;
-use crate::secrets::Vault;
+use crate::secrets::{Masker, Vault};
 use crate::session::{self, End};
 use crate::staging::{self, Staging};
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
@@ -360,6 +360,7 @@ impl Driver {
             }
         };
         let begun = sink.begun();
+        let masker = sink.into_masker();
         let next = match next {
             Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
                 let console = vm.console_tail().await;
@@ -368,6 +369,10 @@ impl Driver {
                     _ => failure,
                 })
             }
+            next => next,
+        };
+        let next = match next {
+            Next::Fail(failure) => Next::Fail(masked(failure, &masker)),
             next => next,
         };
         gone.cancel();
@@ -478,6 +483,13 @@ impl Driver {
         };
         Job { build: self.build.id.clone(), role: Role::Build(build), limits }
     }
+}
+
+/// A failure without the build's secrets: it may quote what a step printed, or the step itself.
+fn masked(failure: Failure, masker: &Masker) -> Failure {
+    let Failure { kind, message, step, exit_code, detail } = failure;
+    let detail = detail.map(|detail| masker.text(&detail));
+    Failure { kind, message: masker.text(&message), step, exit_code, detail }
 }
 
 /// The failure of a build whose image was not published.

@@ -12,7 +12,7 @@ use super::driver::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
 use crate::gateway::guests::GuestContext;
-use crate::secrets;
+use crate::secrets::{self, Masker};
 use crate::session::Sink;
 use crate::store::{Fence, NewEvent};
 
@@ -29,6 +29,8 @@ pub(super) struct BuildSink<'d> {
     building_at: Option<u64>,
     /// What counts towards the log limit so far.
     charged: u64,
+    /// Knows the secrets that the guest was given.
+    masker: Masker,
 }
 
 /// The guest sent more log content than the build may have.
@@ -54,7 +56,13 @@ impl<'d> BuildSink<'d> {
             begun: false,
             building_at: None,
             charged: 0,
+            masker: Masker::default(),
         }
+    }
+
+    /// What else there is to mask of the build, once its session is over.
+    pub(super) fn into_masker(self) -> Masker {
+        self.masker
     }
 
     /// Whether the VM has reported anything of the build.
@@ -65,6 +73,20 @@ impl<'d> BuildSink<'d> {
     /// How long the build may run.
     pub(super) fn timeout(&self) -> Duration {
         Duration::from_secs(self.build.request.timeout_seconds.into())
+    }
+
+    /// Takes the guest's secrets out of what is shown.
+    fn mask(&mut self, event: &mut Event) {
+        if self.masker.is_empty() {
+            return;
+        }
+        match event {
+            Event::Log(log) => {
+                log.content = self.masker.part(log.stream, log.step, &log.content, log.partial);
+            }
+            Event::Step(step) => step.name = self.masker.text(&step.name),
+            Event::Phase(_) => {}
+        }
     }
 
     async fn store(&mut self, batch: &mut Vec<NewEvent>) -> anyhow::Result<()> {
@@ -133,8 +155,9 @@ impl Sink for BuildSink<'_> {
     async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
         self.begun = true;
         let mut batch = Vec::with_capacity(reported.len());
-        for event in reported {
+        for mut event in reported {
             self.note(&event)?;
+            self.mask(&mut event.event);
             if event.event == Event::Phase(Phase::Pushing) {
                 self.store(&mut batch).await?;
                 self.pushing(&event).await?;
@@ -170,6 +193,14 @@ impl Sink for BuildSink<'_> {
         let answer = secrets::answer(store.as_ref(), vault, self.build, id).await?;
         let given = matches!(answer, SecretAnswer::Value(_));
         tracing::info!(secret = %id, given, "the build asked for a secret");
+        // Before the guest has it, and can print it.
+        if let SecretAnswer::Value(value) = &answer
+            && let Err(why) = self.masker.add(value.expose())
+        {
+            let line = format!("warning: the secret {id} is not masked in the log: it {why}");
+            let warning = payload::of_host(crate::clock::now(), payload::kiln_log(&line));
+            self.store(&mut vec![warning]).await?;
+        }
         Ok(answer)
     }
 }

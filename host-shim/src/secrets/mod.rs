@@ -10,9 +10,12 @@
 //! open. No value is ever shown again by the API.
 
 mod answer;
+mod forms;
 mod key;
+mod mask;
 mod vault;
 
 pub use answer::{AnswerError, answer};
 pub use key::{KEY_FILE, KeyError, load_or_make};
+pub use mask::{Masker, Unmasked};
 pub use vault::{Owner, Sealed, Vault, VaultError};
