@@ -117,6 +117,51 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
     server.stop();
 }
 
+/// In a file, packed in base64; and in the image's configuration, by the build's own arguments.
+#[test]
+fn vm_an_image_that_holds_a_secret_is_not_published() {
+    let server = Server::start();
+    let busybox = std::fs::read("/bin/busybox").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let value = "hunter2/canary+value";
+    std::fs::write(dir.path().join("key"), value).unwrap();
+    let flag = format!("id=key,src={}", dir.path().join("key").display());
+    let submit = |lines: &str| {
+        let dockerfile = format!(
+            "FROM scratch\nCOPY --chmod=755 busybox /bin/busybox\nSHELL [\"/bin/busybox\", \"sh\", \"-ec\"]\n\
+             RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n{lines}\n"
+        );
+        let files: &[(&str, &[u8])] =
+            &[("Dockerfile", dockerfile.as_bytes()), ("busybox", &busybox)];
+        server.submit(
+            files,
+            &["--secret", &flag, "--build-arg", &format!("KEY={value}"), "-t", "leak"],
+        )
+    };
+    let copied = "RUN --mount=type=secret,id=key mkdir /etc; base64 </run/secrets/key >/etc/npmrc";
+    let configured = "ARG KEY\nENV TOKEN=$KEY";
+    for (lines, place) in [(copied, "file `etc/npmrc`"), (configured, "configuration")] {
+        let build = server.wait(&submit(lines));
+        let failure = &build["failure"];
+        assert_eq!(failure["kind"], "secret_leaked", "{build}");
+        let message = failure["message"].as_str().unwrap();
+        assert!(message.contains("\"key\"") && message.contains(place), "{message}");
+        assert!(!build.to_string().contains(value), "{build}");
+        assert_eq!(build["image_ref"], serde_json::Value::Null);
+    }
+    // The registry has nothing of it.
+    let creds = format!("any:{}", server.token);
+    let image = format!("docker://{}/dev/leak:latest", server.address);
+    let inspected = std::process::Command::new("skopeo")
+        .args(["inspect", "--tls-verify=false", "--creds", &creds, &image])
+        .output()
+        .unwrap();
+    assert!(!inspected.status.success());
+    let found = holders(&server.data().join("registry"), value.as_bytes());
+    assert!(found.is_empty(), "{found:?}");
+    server.stop();
+}
+
 #[test]
 fn vm_a_secret_that_nobody_gave_fails_before_the_first_step() {
     let server = Server::start();

@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use super::base;
 use super::egress_log::LogEgress;
+use super::leaks;
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
@@ -116,6 +117,8 @@ pub struct Driver {
 /// What is left of a VM's work once the VM is gone.
 struct Worked {
     next: Next,
+    /// Knows the secrets that the guest was given.
+    masker: Masker,
     context: Option<Arc<GuestContext>>,
     /// The VM hung before it reported anything of the build.
     hung: bool,
@@ -149,11 +152,11 @@ impl Driver {
 
     async fn drive(&mut self) -> Result<(), StoreError> {
         tracing::info!("building");
-        let Worked { mut next, context, hung: _ } = self.work().await;
+        let Worked { mut next, masker, context, hung: _ } = self.work().await;
         self.workshop.store.annotate(&self.build, self.fence).await?;
         if let Next::Publish { digest, guest: _ } = next {
             next = match context {
-                Some(context) => match self.publish(digest, context).await? {
+                Some(context) => match self.publish(digest, context, masker).await? {
                     None => return self.end(Change::Finish).await,
                     Some(instead) => instead,
                 },
@@ -196,6 +199,7 @@ impl Driver {
     async fn work_once(&mut self) -> Worked {
         let fail = |kind, message: String| Worked {
             next: Next::Fail(Failure::new(kind, message)),
+            masker: Masker::default(),
             context: None,
             hung: false,
         };
@@ -228,7 +232,10 @@ impl Driver {
         };
         let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
         let vm = match started {
-            None => return Worked { next: Next::Cancel, context: None, hung: false },
+            None => {
+                let masker = Masker::default();
+                return Worked { next: Next::Cancel, masker, context: None, hung: false };
+            }
             Some(Err(error)) => {
                 tracing::error!(error = %crate::causes::chain(&error), "cannot start a VM");
                 return fail(
@@ -249,7 +256,7 @@ impl Driver {
             staging,
             self.workshop.backing.clone(),
         ));
-        let (next, hung) = self.attend(vm, source, Arc::clone(&context)).await;
+        let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context)).await;
         self.build.pulled = context.pulled();
         let next = match &self.build.request.base_image_digest {
             Some(pin) => {
@@ -261,7 +268,7 @@ impl Driver {
         if let Next::Publish { guest, .. } = &next {
             self.build.provenance.guest = Some(guest.clone());
         }
-        Worked { next, context: Some(context), hung }
+        Worked { next, masker, context: Some(context), hung }
     }
 
     /// Holds an image that is to be published to the base that the build asks for.
@@ -288,7 +295,7 @@ impl Driver {
         vm: Vm,
         source: tokio::fs::File,
         context: Arc<GuestContext>,
-    ) -> (Next, bool) {
+    ) -> (Next, Masker, bool) {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
         let tunnels = TaskTracker::new();
@@ -381,7 +388,7 @@ impl Driver {
         if let Err(error) = vm.destroy().await {
             tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
         }
-        (next, !begun && !ended)
+        (next, masker, !begun && !ended)
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.
@@ -389,11 +396,16 @@ impl Driver {
         &mut self,
         digest: String,
         context: Arc<GuestContext>,
+        masker: Masker,
     ) -> Result<Option<Next>, StoreError> {
         let checked = match publish::check(&context, &digest).await {
             Ok(checked) => checked,
             Err(error) => return Ok(Some(Next::Fail(publish_failure(&error)))),
         };
+        let limit = u64::from(self.build.request.disk_gb) * GIB;
+        if let Some(failure) = leaks::failure(&context, &checked, masker, limit).await {
+            return Ok(Some(Next::Fail(failure)));
+        }
         if self.build.status != crate::build::Status::Pushing {
             self.change(Change::Push, &[]).await?;
         }

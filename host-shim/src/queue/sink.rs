@@ -195,7 +195,7 @@ impl Sink for BuildSink<'_> {
         tracing::info!(secret = %id, given, "the build asked for a secret");
         // Before the guest has it, and can print it.
         if let SecretAnswer::Value(value) = &answer
-            && let Err(why) = self.masker.add(value.expose())
+            && let Err(why) = self.masker.add(id.as_str(), value.expose())
         {
             let line = format!("warning: the secret {id} is not masked in the log: it {why}");
             let warning = payload::of_host(crate::clock::now(), payload::kiln_log(&line));

@@ -17,6 +17,8 @@ pub const MASK: &[u8] = b"***";
 const MAX_BYTES: usize = 64 * 1024;
 /// Longest piece that is searched for as a whole; a longer form is cut into such pieces.
 const PIECE: usize = 1024;
+/// How many bytes before a place a secret may begin that ends behind it.
+pub(super) const REACH: usize = PIECE + forms::LEAST;
 
 /// Why a secret is not masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +35,8 @@ pub enum Unmasked {
 #[derive(Default)]
 pub struct Masker {
     pieces: Vec<Vec<u8>>,
+    /// The id of each piece's secret.
+    owners: Vec<String>,
     bytes: usize,
     values: Vec<SecretValue>,
     search: Option<AhoCorasick>,
@@ -50,7 +54,7 @@ impl std::fmt::Debug for Masker {
 
 impl Masker {
     /// Masks a value from now on.
-    pub fn add(&mut self, value: &[u8]) -> Result<(), Unmasked> {
+    pub fn add(&mut self, id: &str, value: &[u8]) -> Result<(), Unmasked> {
         if self.values.iter().any(|known| known.expose() == value) {
             // Asked for again after a broken connection.
             return Ok(());
@@ -68,6 +72,7 @@ impl Masker {
             if !self.pieces.iter().any(|known| known == piece) {
                 self.beginning.entry(piece[0]).or_default().push(self.pieces.len());
                 self.pieces.push(piece.to_vec());
+                self.owners.push(id.to_owned());
             }
         }
         // Only a search over gigabytes does not build.
@@ -98,6 +103,12 @@ impl Masker {
             self.waiting.insert(key, text.split_off(end));
         }
         replaced(search, &text)
+    }
+
+    /// The id of the first secret in a text.
+    pub fn find(&self, text: &[u8]) -> Option<&str> {
+        let found = self.search.as_ref()?.find(text)?;
+        self.owners.get(found.pattern().as_usize()).map(String::as_str)
     }
 
     /// A whole text, masked.
@@ -165,7 +176,7 @@ mod tests {
     fn masker(values: &[&[u8]]) -> Masker {
         let mut masker = Masker::default();
         for value in values {
-            masker.add(value).unwrap();
+            masker.add("id", value).unwrap();
         }
         masker
     }
@@ -194,8 +205,8 @@ mod tests {
     #[test]
     fn what_cannot_be_masked_says_so() {
         let mut masker = Masker::default();
-        assert_eq!(masker.add(b"1234567\n"), Err(Unmasked::Short));
-        assert_eq!(masker.add(&vec![7; MAX_BYTES + 1]), Err(Unmasked::Long));
+        assert_eq!(masker.add("id", b"1234567\n"), Err(Unmasked::Short));
+        assert_eq!(masker.add("id", &vec![7; MAX_BYTES + 1]), Err(Unmasked::Long));
         assert!(masker.is_empty());
         assert_eq!(out(&mut masker, b"1234567", true), "1234567");
     }

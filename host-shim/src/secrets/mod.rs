@@ -12,6 +12,7 @@
 mod answer;
 mod forms;
 mod key;
+pub mod leak;
 mod mask;
 mod vault;
 
