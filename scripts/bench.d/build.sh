@@ -28,9 +28,9 @@ build_pairs() {
 
 # Steps that compute, read and write for seconds each, as those of a package manager or a compiler do.
 source_of_build() {
-  mkdir -p "$work/build"
-  cp /bin/busybox "$work/build/"
-  cat >"$work/build/Dockerfile" <<'END_OF_FILE'
+  mkdir -p "$work/source-build"
+  cp /bin/busybox "$work/source-build/"
+  cat >"$work/source-build/Dockerfile" <<'END_OF_FILE'
 FROM scratch
 COPY --chmod=755 busybox /bin/busybox
 SHELL ["/bin/busybox", "sh", "-c"]
@@ -46,17 +46,17 @@ END_OF_FILE
 
 # What a step costs by itself.
 source_of_steps() {
-  mkdir -p "$work/steps"
-  cp /bin/busybox "$work/steps/"
+  mkdir -p "$work/source-steps"
+  cp /bin/busybox "$work/source-steps/"
   {
     printf 'FROM scratch\nCOPY --chmod=755 busybox /bin/busybox\nSHELL ["/bin/busybox", "sh", "-c"]\n'
     printf 'RUN true\n%.0s' {1..10}
-  } >"$work/steps/Dockerfile"
+  } >"$work/source-steps/Dockerfile"
 }
 
 kiln_run() {
   local id
-  id=$(kiln build "$work/$1" --detach)
+  id=$(kiln build "$work/source-$1" --detach)
   kiln logs -f "$id" >/dev/null 2>&1
   kiln show "$id" --format json | jq -e .usage.engine_build_ms || fail "build $id has no time: $(kiln show "$id")"
 }
@@ -67,7 +67,7 @@ bare_archive() {
   local golden=$ROOT/agent/src/engine/snapshots/kiln_agent__engine__command__tests__golden.snap
   mkdir -p "$work/archive"
   rm -rf "$work/archive/source"
-  cp -r "$work/$1" "$work/archive/source"
+  cp -r "$work/source-$1" "$work/archive/source"
   printf '[storage]\ndriver = "overlay"\ngraphroot = "/var/lib/containers/storage"\nrunroot = "/run/containers/storage"\n' \
     >"$work/archive/storage.conf"
   printf '{"default":[{"type":"insecureAcceptAnything"}]}\n' >"$work/archive/policy.json"
