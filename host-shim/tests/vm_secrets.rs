@@ -138,7 +138,8 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
             &["--secret", &flag, "--build-arg", &format!("KEY={value}"), "-t", "leak"],
         )
     };
-    let copied = "RUN --mount=type=secret,id=key mkdir -p /etc; base64 </run/secrets/key >/etc/npmrc";
+    let copied =
+        "RUN --mount=type=secret,id=key mkdir -p /etc; base64 </run/secrets/key >/etc/npmrc";
     let configured = "ARG KEY\nENV TOKEN=$KEY";
     for (lines, place) in [(copied, "file `etc/npmrc`"), (configured, "configuration")] {
         let build = server.wait(&submit(lines));
