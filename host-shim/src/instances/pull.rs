@@ -131,10 +131,12 @@ struct ConfigFile {
     rootfs: RootFs,
 }
 
+/// What a config says of an image's layers.
 #[derive(Default, Deserialize)]
-struct RootFs {
+pub(crate) struct RootFs {
+    /// Their digests as they are unpacked, the lowest first.
     #[serde(default)]
-    diff_ids: Vec<String>,
+    pub(crate) diff_ids: Vec<String>,
 }
 
 /// Finds out what an image is.

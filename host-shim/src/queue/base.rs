@@ -14,7 +14,7 @@ use crate::build::Pulled;
 use crate::gateway::Backing;
 use crate::gateway::guests::GuestContext;
 use crate::gateway::path::{Name, Reference};
-use crate::instances::pull::{self, PullError};
+use crate::instances::pull::{self, PullError, RootFs};
 use crate::instances::reference::Image;
 use crate::staging::{Digest, StagingError};
 
@@ -39,12 +39,6 @@ pub(super) enum BaseError {
 struct Config {
     #[serde(default)]
     rootfs: RootFs,
-}
-
-#[derive(Default, Deserialize)]
-struct RootFs {
-    #[serde(default)]
-    diff_ids: Vec<String>,
 }
 
 /// Whether the staged image `digest` has the layers of the image `pin` as its first. One that the build has not

@@ -40,8 +40,13 @@ pub enum LeakError {
 /// The first secret in a layer's blob. It blocks.
 pub fn in_layer(masker: &Masker, blob: File, limit: u64) -> Result<Option<Leak>, LeakError> {
     let found = Rc::new(RefCell::new(None));
-    let tap =
-        Tap { inner: unpacked(blob)?, masker, found: Rc::clone(&found), tail: vec![], left: limit };
+    let tap = Tap {
+        inner: unpacked(blob)?,
+        masker,
+        found: Rc::clone(&found),
+        tail: vec![],
+        left: Some(limit),
+    };
     let mut archive = tar::Archive::new(tap);
     archive.set_ignore_zeros(true);
     let searched = entries(&mut archive, &found);
@@ -113,7 +118,8 @@ struct Tap<'m> {
     found: Rc<RefCell<Option<String>>>,
     /// The end of what passed, which a secret may have begun in.
     tail: Vec<u8>,
-    left: u64,
+    /// How much more may come; `None` for ever once more came.
+    left: Option<u64>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -128,8 +134,11 @@ fn too_large(error: io::Error, limit: u64) -> LeakError {
 impl Read for Tap<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = self.inner.read(buffer)?;
-        self.left =
-            self.left.checked_sub(length as u64).ok_or_else(|| io::Error::other(TooLarge))?;
+        // Nothing passes unsearched: from here on there is no end but this error.
+        self.left = self.left.and_then(|left| left.checked_sub(length as u64));
+        if self.left.is_none() {
+            return Err(io::Error::other(TooLarge));
+        }
         self.tail.extend_from_slice(&buffer[..length]);
         if self.found.borrow().is_none()
             && let Some(secret) = self.masker.find(&self.tail)
@@ -231,6 +240,12 @@ mod tests {
         let zeros = gzip(&vec![0; 5 << 20]);
         let searched = in_layer(&masker(), file(&zeros), 1 << 20);
         assert!(matches!(searched, Err(LeakError::TooLarge(1_048_576))), "{searched:?}");
+        // Whoever reads may hide the error, and the end may come right behind it.
+        let last = archive(&[("a", &[b'q'; 3000])]);
+        for limit in (0..last.len() as u64).step_by(100) {
+            let searched = in_layer(&masker(), file(&last), limit);
+            assert!(matches!(searched, Err(LeakError::TooLarge(_))), "{limit}: {searched:?}");
+        }
         let cut = &gzip(&archive(&[("a", &[b'q'; 5000])]))[..40];
         assert!(matches!(in_layer(&masker(), file(cut), 1 << 20), Err(LeakError::Damaged(_))));
     }
