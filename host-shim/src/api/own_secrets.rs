@@ -74,7 +74,7 @@ impl OwnSecrets {
                     return Err(ApiError::bad_request("undeclared_secret", message));
                 }
                 let sealed = vault.seal(Owner::Build(build), id.as_str(), value.to_vec());
-                Ok((id, sealed))
+                Ok((id, sealed.map_err(|error| ApiError::internal(&error))?))
             })
             .collect()
     }

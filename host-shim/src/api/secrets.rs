@@ -39,6 +39,7 @@ pub(super) async fn put_secret(
         return Err(ApiError::conflict("too_many_secrets", message));
     }
     let sealed = state.vault.seal(Owner::Tenant(tenant), id.as_str(), value.to_vec());
+    let sealed = sealed.map_err(|error| ApiError::internal(&error))?;
     state.store.put_secret(tenant, &id, &sealed, api.now()).await?;
     tracing::info!(secret = %id, %tenant, token = caller.token_id, "a secret was set");
     Ok(StatusCode::NO_CONTENT)

@@ -5,7 +5,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use super::Vault;
+use super::{Vault, VaultError};
 
 /// Its name in the data directory.
 pub const KEY_FILE: &str = "secrets.key";
@@ -23,6 +23,9 @@ pub enum KeyError {
         /// What happened.
         source: io::Error,
     },
+    /// It cannot be used.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
     /// It is not 32 bytes.
     #[error(
         "the key file {} has {found} bytes instead of {KEY_BYTES}: restore it, or remove it to make a new one, which \
@@ -62,9 +65,9 @@ pub fn load_or_make(data_dir: &Path) -> Result<Vault, KeyError> {
     let mut bytes = zeroize::Zeroizing::new(Vec::with_capacity(KEY_BYTES + 1));
     file.take(KEY_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     let found = bytes.len();
-    <&[u8; KEY_BYTES]>::try_from(bytes.as_slice())
-        .map(Vault::new)
-        .map_err(|_| KeyError::Length { path: path.clone(), found })
+    let raw = <&[u8; KEY_BYTES]>::try_from(bytes.as_slice())
+        .map_err(|_| KeyError::Length { path: path.clone(), found })?;
+    Ok(Vault::new(raw)?)
 }
 
 /// Under another name first: a server that is killed half-way leaves no short key.
@@ -95,7 +98,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tenant = Tenant::new("a").unwrap();
         let owner = Owner::Tenant(&tenant);
-        let sealed = load_or_make(dir.path()).unwrap().seal(owner, "id", b"value".to_vec());
+        let sealed =
+            load_or_make(dir.path()).unwrap().seal(owner, "id", b"value".to_vec()).unwrap();
         let again = load_or_make(dir.path()).unwrap();
         assert_eq!(again.open(owner, "id", &sealed).unwrap().expose(), b"value");
         let path = dir.path().join(KEY_FILE);

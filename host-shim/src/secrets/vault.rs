@@ -30,9 +30,12 @@ impl fmt::Debug for Sealed {
     }
 }
 
-/// A value that does not open.
+/// Why a value is not sealed, or does not open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VaultError {
+    /// The cryptography library refuses, or the system gives no random bytes.
+    #[error("secrets cannot be sealed on this host: its cryptography library refuses")]
+    Unusable,
     /// Another key, another owner, or damaged.
     #[error(
         "the secret {0} does not open: the host's key file is another one than when it was stored; set it again"
@@ -55,32 +58,24 @@ impl fmt::Debug for Vault {
 
 impl Vault {
     /// With a key of 256 bits.
-    ///
-    /// # Panics
-    /// Never: the algorithm takes every key of this length.
-    pub fn new(raw: &[u8; 32]) -> Self {
-        #[allow(clippy::expect_used, reason = "the length is the algorithm's")]
-        let key = RandomizedNonceKey::new(&AES_256_GCM, raw).expect("AES-256 has keys of 32 bytes");
+    pub fn new(raw: &[u8; 32]) -> Result<Self, VaultError> {
+        let key = RandomizedNonceKey::new(&AES_256_GCM, raw).map_err(|_| VaultError::Unusable)?;
         let derived = hmac::sign(&hmac::Key::new(HMAC_SHA256, raw), b"kiln secret fingerprints v1");
-        Self { key, mac: hmac::Key::new(HMAC_SHA256, derived.as_ref()) }
+        Ok(Self { key, mac: hmac::Key::new(HMAC_SHA256, derived.as_ref()) })
     }
 
     /// Seals a value.
-    ///
-    /// # Panics
-    /// When the system gives no random bytes; values are far below the algorithm's bound.
-    pub fn seal(&self, owner: Owner<'_>, id: &str, value: Vec<u8>) -> Sealed {
+    pub fn seal(&self, owner: Owner<'_>, id: &str, value: Vec<u8>) -> Result<Sealed, VaultError> {
         let mut text = value;
-        #[allow(clippy::expect_used, reason = "nothing is stored unsealed")]
         let nonce = self
             .key
             .seal_in_place_append_tag(Aad::from(bound_to(owner, id)), &mut text)
-            .expect("values of 512 KiB can be sealed");
+            .map_err(|_| VaultError::Unusable)?;
         let mut sealed = Vec::with_capacity(1 + NONCE_LEN + text.len());
         sealed.push(LAYOUT);
         sealed.extend_from_slice(nonce.as_ref());
         sealed.extend_from_slice(&text);
-        Sealed(sealed)
+        Ok(Sealed(sealed))
     }
 
     /// Tells values apart without telling anything about them to who has no key.
@@ -133,11 +128,11 @@ mod tests {
 
     #[test]
     fn what_is_sealed_opens_for_its_owner_and_id_alone() {
-        let vault = Vault::new(&[7; 32]);
+        let vault = Vault::new(&[7; 32]).unwrap();
         let (a, b) = (Tenant::new("a").unwrap(), Tenant::new("b").unwrap());
         let build = BuildId::new("a").unwrap();
         for value in [&b""[..], b" \n\0\xff", &vec![9; 512 * 1024]] {
-            let sealed = vault.seal(Owner::Tenant(&a), "npm", value.to_vec());
+            let sealed = vault.seal(Owner::Tenant(&a), "npm", value.to_vec()).unwrap();
             let open = |owner, id: &str| vault.open(owner, id, &sealed);
             assert_eq!(open(Owner::Tenant(&a), "npm").unwrap().expose(), value);
             open(Owner::Tenant(&b), "npm").unwrap_err();
@@ -148,14 +143,14 @@ mod tests {
 
     #[test]
     fn fingerprints_tell_values_ids_and_keys_apart() {
-        let vault = Vault::new(&[7; 32]);
+        let vault = Vault::new(&[7; 32]).unwrap();
         let of = |vault: &Vault, pairs: &[(&str, &[u8])]| vault.fingerprint(pairs.iter().copied());
         let one = of(&vault, &[("a", b"bc")]);
-        assert_eq!(one, of(&Vault::new(&[7; 32]), &[("a", b"bc")]));
+        assert_eq!(one, of(&Vault::new(&[7; 32]).unwrap(), &[("a", b"bc")]));
         for other in [
             of(&vault, &[("ab", b"c")]),
             of(&vault, &[("a", b"bd")]),
-            of(&Vault::new(&[8; 32]), &[("a", b"bc")]),
+            of(&Vault::new(&[8; 32]).unwrap(), &[("a", b"bc")]),
         ] {
             assert_ne!(one, other);
         }
@@ -163,11 +158,11 @@ mod tests {
 
     #[test]
     fn the_same_value_is_never_sealed_the_same_and_no_bit_may_change() {
-        let vault = Vault::new(&[7; 32]);
+        let vault = Vault::new(&[7; 32]).unwrap();
         let a = Tenant::new("a").unwrap();
         let owner = Owner::Tenant(&a);
-        let sealed = vault.seal(owner, "npm", b"hunter2hunter2".to_vec());
-        assert_ne!(sealed, vault.seal(owner, "npm", b"hunter2hunter2".to_vec()));
+        let sealed = vault.seal(owner, "npm", b"hunter2hunter2".to_vec()).unwrap();
+        assert_ne!(sealed, vault.seal(owner, "npm", b"hunter2hunter2".to_vec()).unwrap());
         assert!(!sealed.0.windows(7).any(|window| window == b"hunter2"));
         for at in 0..sealed.0.len() {
             let mut other = sealed.clone();
@@ -177,6 +172,6 @@ mod tests {
         for length in 0..sealed.0.len() {
             vault.open(owner, "npm", &Sealed(sealed.0[..length].to_vec())).unwrap_err();
         }
-        Vault::new(&[8; 32]).open(owner, "npm", &sealed).unwrap_err();
+        Vault::new(&[8; 32]).unwrap().open(owner, "npm", &sealed).unwrap_err();
     }
 }
