@@ -69,10 +69,15 @@ fn spec(id: &str) -> VmSpec {
 }
 
 async fn dialled(vm: &Vm) {
-    tokio::select! {
-        dial = timeout(BOOT_DEADLINE, vm.control.accept()) => drop(dial.expect("the guest dials in time").unwrap()),
-        exit = vm.exited() => panic!("the VM ended instead: {exit}\n{:?}\n{:?}", vm.console_tail().await, vm.complaints()),
-    }
+    let instead = tokio::select! {
+        dial = timeout(BOOT_DEADLINE, vm.control.accept()) => match dial {
+            Ok(dial) => return drop(dial.unwrap()),
+            Err(_) => "no dial came in time".to_owned(),
+        },
+        exit = vm.exited() => format!("the VM ended: {exit}"),
+    };
+    let console = vm.console_tail().await.unwrap_or_default();
+    panic!("{instead}\n{console}\n{:?}", vm.complaints());
 }
 
 fn running(id: ProcessId) -> bool {
