@@ -30,6 +30,7 @@
 //! [postcard]: https://postcard.jamesmunns.com/wire-format
 
 pub mod event;
+pub mod exec;
 pub mod frame;
 pub mod hello;
 pub mod job;
