@@ -162,6 +162,10 @@ fn output_and_exit_code_reach_the_agent_and_then_the_engine() {
     assert_eq!(text(&wrapper.wait_with_output().unwrap()), (Some(0), String::new()));
     bench.start();
     assert_eq!(agent.read_pipes(), ("out\n".into(), "err\n".into()));
+    let created = agent.line();
+    assert_eq!(created["Created"]["id"], "step", "{created}");
+    assert_eq!(created["Created"]["secrets"], false);
+    assert!(std::path::Path::new(created["Created"]["config"].as_str().unwrap()).is_file());
     assert_eq!(agent.line(), json!({"Ended": {"code": 7}}));
 
     let monitor = bench.monitor();
@@ -185,6 +189,7 @@ fn a_signal_reaches_the_engine_as_a_signal() {
     agent.give_policy();
     assert!(wrapper.wait_with_output().unwrap().status.success());
     bench.start();
+    assert!(agent.line()["Created"].is_object());
     assert_eq!(agent.line(), json!({"Ended": {"code": 137}}));
     agent.acknowledge();
     let monitor = bench.monitor();

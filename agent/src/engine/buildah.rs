@@ -22,6 +22,7 @@ use super::parse::Cause;
 use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
+use crate::exec::Enterable;
 use crate::runtime::{self, Cgroup, Server, Settings, StepRecord, StepSecret};
 use crate::secrets::Secret;
 
@@ -60,6 +61,8 @@ pub struct Buildah {
     pub image: String,
     /// Where the built image goes, with its transport.
     pub destination: String,
+    /// What sessions enter: the step that runs.
+    pub enterable: Enterable,
 }
 
 impl Default for Buildah {
@@ -80,6 +83,7 @@ impl Default for Buildah {
             mounted_secrets: "/run/kiln/secrets/mounted".into(),
             image: format!("{}/{staging}", name::REGISTRY),
             destination: format!("docker://{GATEWAY}/{staging}"),
+            enterable: Enterable::default(),
         }
     }
 }
@@ -146,6 +150,7 @@ impl Buildah {
             memory: std::fs::read_to_string("/proc/meminfo").ok().and_then(|m| step_memory(&m)),
             cgroup_mount: self.cgroup_mount.clone(),
             steps_cgroup: self.cgroup.join("steps"),
+            enterable: self.enterable.clone(),
             scratch: self.storage.clone(),
         }
     }

@@ -84,7 +84,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             return Err(CreateError::Refused(refusal));
         }
     };
-    let bundle = place_secrets(spec, &policy, &call)?;
+    let (bundle, secrets) = place_secrets(spec, &policy, &call)?;
 
     let (ready, ready_writer) = pipe().map_err(system("make a pipe"))?;
     match sys::fork_single_threaded().map_err(system("fork"))? {
@@ -98,6 +98,8 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
                 program: program.to_owned(),
                 args: call.runtime_args(&bundle),
                 id: call.id.clone(),
+                config: bundle.join(CONFIG),
+                secrets,
                 locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),
                 pid_file: call.pid_file.clone(),
@@ -108,8 +110,12 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
 }
 
 /// Writes the step's config, with its secrets. Gives the bundle for the runtime: the engine's, or one in memory
-/// where the config itself holds a value, for the engine's is on the scratch disk.
-fn place_secrets(mut spec: Spec, policy: &StepPolicy, call: &Call) -> Result<PathBuf, CreateError> {
+/// where the config itself holds a value, for the engine's is on the scratch disk; and whether the step sees secrets.
+fn place_secrets(
+    mut spec: Spec,
+    policy: &StepPolicy,
+    call: &Call,
+) -> Result<(PathBuf, bool), CreateError> {
     let directory = &policy.mounted_secrets;
     if !policy.secrets.is_empty() {
         fs::DirBuilder::new()
@@ -118,16 +124,16 @@ fn place_secrets(mut spec: Spec, policy: &StepPolicy, call: &Call) -> Result<Pat
             .create(directory)
             .map_err(system("make the directory of a step's secrets"))?;
     }
-    let holds_values = secrets::place(&mut spec, &policy.secrets, directory, &call.id)
+    let placed = secrets::place(&mut spec, &policy.secrets, directory, &call.id)
         .map_err(system("give a step its secrets"))?;
     let mut bundle = call.bundle.clone();
-    if holds_values {
+    if placed.in_config {
         bundle = directory.join(&call.id);
         fs::create_dir(&bundle).map_err(system("make a bundle in memory"))?;
     }
     let path = bundle.join(CONFIG);
     spec.save(&path).map_err(|source| CreateError::Config { path, source })?;
-    Ok(bundle)
+    Ok((bundle, placed.any()))
 }
 
 /// The monitor says by one byte how `crun create` went; if it died, nothing comes.

@@ -38,6 +38,7 @@ pub use lines::{Part, report_bytes, report_lines};
 pub use seccomp::tighten;
 pub use secrets::{StepSecret, VARIABLE_MOUNTS};
 pub use server::{Server, Settings, StepRecord};
+pub use sys::receive_descriptors;
 
 /// The name that makes the agent's binary the wrapper.
 pub const WRAPPER_NAME: &str = "kiln-oci-runtime";

@@ -34,6 +34,10 @@ pub struct Monitor {
     pub args: Vec<OsString>,
     /// The container's name.
     pub id: OsString,
+    /// Its config.
+    pub config: PathBuf,
+    /// Whether its processes see secrets of the build.
+    pub secrets: bool,
     /// Where the locks of running steps are.
     pub locks: PathBuf,
     /// Where crun writes the pid of the container's init.
@@ -55,6 +59,7 @@ pub fn run(
     match monitor.create(stdout, stderr) {
         Ok((init, held)) => {
             drop(complaint);
+            let _ = agent.tell(&monitor.created());
             let _ = ready.write_all(&[0]);
             drop(ready);
             let end = wait_for(init);
@@ -115,6 +120,14 @@ impl Monitor {
             let _ = Command::new(&self.program).args(["delete", "--force"]).arg(&self.id).status();
             Failed::Own(error)
         })
+    }
+
+    fn created(&self) -> FromWrapper {
+        FromWrapper::Created {
+            id: self.id.to_string_lossy().into_owned(),
+            config: self.config.clone(),
+            secrets: self.secrets,
+        }
     }
 
     fn take_over(&self) -> io::Result<(Pid, Held)> {

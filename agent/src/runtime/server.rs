@@ -29,6 +29,7 @@ use super::sys;
 use super::tail::{Begun, Tail};
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 use crate::events::{Report, Reporter};
+use crate::exec::{Enterable, Target};
 
 /// A wrapper that connected has all it wants to say at hand.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ pub struct Settings {
     pub cgroup_mount: PathBuf,
     /// The cgroup, from the hierarchy's root, that holds one for each step.
     pub steps_cgroup: PathBuf,
+    /// What can be entered: each step while it runs.
+    pub enterable: Enterable,
     /// A directory on the disk that steps write to.
     pub scratch: PathBuf,
 }
@@ -210,7 +213,7 @@ impl Announced {
         let wrapper = &mut self.wrapper;
         let (ended, (), ()) = tokio::join!(
             async {
-                let ended = exchange(wrapper, &policy).await;
+                let ended = exchange(wrapper, &policy, &settings.enterable).await;
                 if ended.is_err() {
                     // Its monitor is gone, so nobody waits for the step: it ends here, or its
                     // pipes would never.
@@ -241,7 +244,7 @@ impl Announced {
                 }
                 (false, not_started_code(&last_words))
             }
-            Ok(FromWrapper::Create { .. }) | Err(_) => (true, KILLED),
+            Ok(FromWrapper::Create { .. } | FromWrapper::Created { .. }) | Err(_) => (true, KILLED),
         };
         let usage = cgroup.usage();
         let end = StepEnd {
@@ -270,13 +273,19 @@ impl Announced {
 /// What SIGKILL leaves: the exit code of a step whose monitor was killed.
 const KILLED: i32 = 128 + 9;
 
-/// Gives the wrapper its policy and waits for its last message.
+/// Gives the wrapper its policy and waits for its last message. While the step runs, it can be entered.
 async fn exchange(
     wrapper: &mut BufReader<UnixStream>,
     policy: &StepPolicy,
+    enterable: &Enterable,
 ) -> Result<FromWrapper, WireError> {
     wrapper.write_all(&wire::encode(policy)?).await?;
-    read_message(wrapper).await
+    let first = read_message(wrapper).await?;
+    let FromWrapper::Created { id, config, secrets } = first else { return Ok(first) };
+    enterable.open(Target { id: id.clone(), root: None, config, secrets });
+    let last = read_message(wrapper).await;
+    enterable.close(&id);
+    last
 }
 
 async fn read_message(wrapper: &mut BufReader<UnixStream>) -> Result<FromWrapper, WireError> {
@@ -337,6 +346,7 @@ mod tests {
                 processes: 9,
                 memory: None,
                 cgroup_mount: directory.path().join("cgroup"),
+                enterable: Enterable::default(),
                 steps_cgroup: "/kiln/steps".into(),
                 scratch: directory.path().into(),
             };

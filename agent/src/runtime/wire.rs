@@ -7,6 +7,7 @@
 //! wrapper  ── HELLO + stdout, stderr ──▶  agent
 //!          ── FromWrapper::Create    ──▶
 //!          ◀─────── StepPolicy ────────
+//!          ── FromWrapper::Created  ──▶
 //!          ── FromWrapper::Ended or NotStarted ──▶    (the pipes reach their end)
 //!          ◀────── one byte, ACK ──────
 //! ```
@@ -14,6 +15,7 @@
 //! Both sides are Kiln's, but a line holds what a Dockerfile wrote, so lines are bounded.
 
 use std::io;
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -33,6 +35,15 @@ pub enum FromWrapper {
     Create {
         /// The command as people know it, cut to the bound of a report.
         name: String,
+    },
+    /// The step's container is there: from now on it can be entered.
+    Created {
+        /// What the container runtime calls it.
+        id: String,
+        /// Its config.
+        config: PathBuf,
+        /// Whether its processes see secrets of the build.
+        secrets: bool,
     },
     /// The step ran and ended.
     Ended {
