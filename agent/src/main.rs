@@ -59,6 +59,9 @@ fn main() -> ExitCode {
     if run::inside::is_init_call(OsStr::new(&called_as)) {
         return run::inside::init_main();
     }
+    if runtime::is_holder_call(OsStr::new(&called_as)) {
+        return runtime::holder_main();
+    }
     if exec::leader::is_leader_call(OsStr::new(&called_as)) {
         return exec::leader::leader_main();
     }

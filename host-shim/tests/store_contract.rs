@@ -57,6 +57,7 @@ fn build(name: &str, owner: &str, at: i64) -> Build {
         memory_mb: 2048,
         cpus: 2,
         disk_gb: 10,
+        keep_failed_seconds: 0,
         source_digest: "sha256:00".into(),
         source_bytes: u64::from(u32::MAX) + 1,
     };

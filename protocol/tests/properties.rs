@@ -79,17 +79,29 @@ fn job() -> impl Strategy<Value = Job> {
     let secret = (secret_id(), any::<Option<String>>())
         .prop_map(|(id, variable)| SecretSpec { id, variable });
     let secrets = proptest::collection::vec(secret, 0..4);
-    let build =
-        (dockerfile, any::<Option<String>>(), args, network, any::<Option<String>>(), secrets)
-            .prop_map(|(dockerfile, target, build_args, network, base_digest, secrets)| BuildJob {
-                dockerfile,
-                target,
-                build_args,
-                network,
-                base_digest,
-                egress_ca: vec![],
-                secrets,
-            });
+    let build = (
+        dockerfile,
+        any::<Option<String>>(),
+        args,
+        network,
+        any::<Option<String>>(),
+        secrets,
+        any::<bool>(),
+    )
+        .prop_map(
+            |(dockerfile, target, build_args, network, base_digest, secrets, keep_failed)| {
+                BuildJob {
+                    dockerfile,
+                    target,
+                    build_args,
+                    network,
+                    base_digest,
+                    egress_ca: vec![],
+                    secrets,
+                    keep_failed,
+                }
+            },
+        );
     let run = (
         any::<(String, String, String, u8)>(),
         proptest::collection::vec(any::<String>(), 0..4),

@@ -19,11 +19,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
 
 use super::leader::{LEADER_NAME, PIPES, TERMINAL};
 use super::process::process;
 use super::sys::watched;
-use super::target::{Enterable, Target};
+use super::target::{Enterable, Target, Wanted, Way};
 use super::terminal::Master;
 use crate::run::{Root, User};
 use crate::runtime::receive_descriptors;
@@ -154,15 +155,7 @@ async fn in_container(
     exec: &Exec,
     secrets: bool,
 ) -> Result<Launched, Refused> {
-    let target = enterable.now().ok_or_else(|| {
-        let why =
-            "no step of the build runs now, so there is nothing to enter; try again when one does";
-        Refused::new(Cause::NoStep, why)
-    })?;
-    if target.secrets && !secrets {
-        let why = "the step that runs has secrets of the build; to enter it with them, say --with-secrets";
-        return Err(Refused::new(Cause::Invalid, why));
-    }
+    let target = find(enterable, secrets).await?;
     let own = own_process(&target)?;
     let user = match &exec.user {
         Some(user) => Some(find_user(places, &target, user).await?),
@@ -191,6 +184,31 @@ async fn in_container(
     let (child, io) =
         spawned.map_err(|error| Refused::internal("start the container runtime", &error))?;
     Ok(Launched { child, leader: Leader::Written(files), io })
+}
+
+/// The container to enter.
+async fn find(enterable: &Enterable, secrets: bool) -> Result<Target, Refused> {
+    match enterable.now() {
+        None => {
+            let why = "no step of the build runs now, so there is nothing to enter; try again when one does";
+            Err(Refused::new(Cause::NoStep, why))
+        }
+        Some(Way::Open(target)) if target.secrets && !secrets => {
+            let why = "the step that runs has secrets of the build; to enter it with them, say --with-secrets";
+            Err(Refused::new(Cause::Invalid, why))
+        }
+        Some(Way::Open(target)) => Ok(target),
+        Some(Way::Ask(failed)) => {
+            let (answer, made) = oneshot::channel();
+            // When nobody answers, the sender is gone.
+            let _ = failed.send(Wanted { secrets, answer }).await;
+            match made.await {
+                Ok(Ok(target)) => Ok(target),
+                Ok(Err(why)) => Err(Refused::new(Cause::Internal, why)),
+                Err(_) => Err(Refused::new(Cause::NoStep, "the failed step is gone")),
+            }
+        }
+    }
 }
 
 fn in_vm(places: &Places, exec: &Exec) -> Result<Launched, Refused> {

@@ -28,4 +28,4 @@ mod terminal;
 mod tests;
 
 pub use self::server::{Server, listen};
-pub use self::target::{Enterable, Target};
+pub use self::target::{Enterable, Target, Wanted};

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 use super::config::{ConfigError, StepPolicy, rewrite};
+use super::hold::Hold;
 use super::monitor::{self, Monitor};
 use super::name::step_name;
 use super::secrets;
@@ -18,7 +19,7 @@ use super::sys::{self, Forked};
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 
 /// The container's config inside a bundle.
-const CONFIG: &str = "config.json";
+pub const CONFIG: &str = "config.json";
 /// The pid of the container's init, inside the bundle. The engine's own pid file gets the
 /// monitor's pid.
 const INIT_PID: &str = "kiln-init.pid";
@@ -84,7 +85,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             return Err(CreateError::Refused(refusal));
         }
     };
-    let (bundle, secrets) = place_secrets(spec, &policy, &call)?;
+    let (bundle, secrets) = place_secrets(spec.clone(), &policy, &call)?;
 
     let (ready, ready_writer) = pipe().map_err(system("make a pipe"))?;
     match sys::fork_single_threaded().map_err(system("fork"))? {
@@ -100,6 +101,13 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
                 id: call.id.clone(),
                 config: bundle.join(CONFIG),
                 secrets,
+                hold: Hold {
+                    program: program.to_owned(),
+                    spec,
+                    policy,
+                    id: call.id.clone(),
+                    bundles: socket.with_file_name("held"),
+                },
                 locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),
                 pid_file: call.pid_file.clone(),
@@ -180,9 +188,14 @@ impl Agent {
 
     /// Waits until the agent has read and reported everything of the step.
     pub fn wait_for_ack(&mut self) -> Result<(), WireError> {
+        if self.order()? == ACK { Ok(()) } else { Err(WireError::Closed) }
+    }
+
+    /// Waits for what the agent wants next.
+    pub fn order(&mut self) -> Result<u8, WireError> {
         let mut byte = [0];
         self.stream.read_exact(&mut byte)?;
-        if byte[0] == ACK { Ok(()) } else { Err(WireError::Closed) }
+        Ok(byte[0])
     }
 }
 

@@ -16,6 +16,7 @@
 mod cgroup;
 mod config;
 mod create;
+mod hold;
 mod lines;
 mod monitor;
 mod name;
@@ -34,6 +35,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 pub use cgroup::{Cgroup, Usage};
+pub use hold::{holder_main, is_holder_call};
 pub use lines::{Part, report_bytes, report_lines};
 pub use seccomp::tighten;
 pub use secrets::{StepSecret, VARIABLE_MOUNTS};

@@ -64,8 +64,16 @@ pub async fn build<E: Engine>(
     for note in notes {
         reporter.report(Report::Event(Event::Log(own_line(&note)))).await;
     }
-    let BuildJob { target, build_args, network, egress_ca, secrets, dockerfile: _, base_digest: _ } =
-        build;
+    let BuildJob {
+        target,
+        build_args,
+        network,
+        egress_ca,
+        secrets,
+        keep_failed,
+        dockerfile: _,
+        base_digest: _,
+    } = build;
     // They live as long as this.
     let secrets = match Secrets::fetch(secrets, &files.secrets, &reporter).await {
         Ok(secrets) => secrets,
@@ -82,6 +90,7 @@ pub async fn build<E: Engine>(
         dockerfile,
         ignore_file,
         target,
+        keep_failed,
         build_args,
         certificates,
         network,

@@ -216,6 +216,7 @@ fn of_session(end: session::End, ran: bool) -> End {
         session::End::Protocol(why) => {
             End::failed(format!("the VM's agent broke the protocol: {why}"))
         }
+        session::End::Kept(_) => End::failed("the VM's agent kept a build's step"),
         session::End::Version(why) => End::failed(why),
         session::End::Store(error) => End::failed(format!("{error:#}")),
     }

@@ -484,6 +484,7 @@ impl Driver {
             base_digest: request.base_image_digest.clone(),
             egress_ca: self.workshop.egress.ca.clone(),
             secrets: request.secrets.clone(),
+            keep_failed: request.keep_failed_seconds > 0,
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,

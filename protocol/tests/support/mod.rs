@@ -147,6 +147,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             base_digest: inline.then(|| "sha256:ef".into()),
             egress_ca: if inline { b"PEM".to_vec() } else { vec![] },
             secrets: inline.then(secrets).unwrap_or_default(),
+            keep_failed: inline,
         }),
         limits: limits(),
     }))
@@ -207,6 +208,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         event(Event::Phase(Phase::Running)),
         AgentToHost::SourceTaken { total: 262_144 },
         AgentToHost::EngineStarted,
+        AgentToHost::Kept,
         AgentToHost::SecretRequest { id: SecretId::new("npm.token").unwrap() },
         AgentToHost::Outcome(Outcome::Built(Built {
             digest: "sha256:abcd".into(),
@@ -288,6 +290,7 @@ fn agent_name(message: &AgentToHost) -> String {
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",
+        AgentToHost::Kept => "kept",
         AgentToHost::SecretRequest { .. } => "secret-request",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: Some(_), .. }) => "usage",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: None, .. }) => "usage-without-engine",
