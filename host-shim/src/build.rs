@@ -316,6 +316,8 @@ pub struct Build {
     pub completed_at: Option<Millis>,
     /// How often it was claimed.
     pub attempt: u32,
+    /// Whether somebody was in its VM while it ran: then what it made may be theirs. Never false again.
+    pub entered: bool,
     /// The digest that is being, or was, published. Once set it is not cancelled any more.
     pub publishing: Option<String>,
     /// Why it failed.
@@ -340,6 +342,7 @@ impl Build {
             started_at: None,
             completed_at: None,
             attempt: 0,
+            entered: false,
             publishing: None,
             failure: None,
             usage: Usage::default(),

@@ -7,6 +7,7 @@
 //!                                                   │  tunnel    ◀ egress   5004 ─▶ egress
 //!                                                   └─▶ publish ─▶ the registry
 //! client ─▶ api ─▶ instances ─▶ a task that owns one instance ─▶ vmm, session
+//! client ⇄ api::exec ⇄ exec (a session, recorded) ⇄ a running VM's entrance, 5002
 //! ```
 
 pub mod api;
@@ -17,6 +18,7 @@ pub mod clock;
 pub mod config;
 pub mod egress;
 pub mod events;
+pub mod exec;
 pub mod gateway;
 pub mod instances;
 pub mod publish;

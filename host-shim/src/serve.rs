@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use self::connections::Connections;
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
+use crate::exec::Sessions;
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
@@ -124,6 +125,13 @@ async fn serve(
     let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir);
     instances.recover().await.context("cannot end the instances of an earlier server")?;
 
+    let left = store.end_open_sessions(crate::clock::now()).await;
+    let left = left.context("cannot end the sessions of an earlier server")?;
+    if left > 0 {
+        tracing::warn!(sessions = left, "sessions ended with an earlier server");
+    }
+    let sessions = Sessions::new(Arc::clone(&store));
+
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
     let router = api::router(ApiState {
@@ -136,6 +144,7 @@ async fn serve(
         ready: Arc::new(parts::RegistryReady(backing.clone())),
         clock: api::system_clock(),
         instances: instances.clone(),
+        sessions: sessions.clone(),
         backing: backing.clone(),
         vault,
     });
@@ -149,8 +158,9 @@ async fn serve(
     let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
+    let sessions = sessions.run(stop.clone());
     let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances);
+        tokio::join!(builds, instances, sessions);
     });
     let hang_up = CancellationToken::new();
     let serving = Connections::default().serve(listener, router, hang_up.clone());

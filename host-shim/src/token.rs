@@ -27,6 +27,8 @@ pub const MAX_TTL_SECONDS: u64 = 10 * 366 * 24 * 60 * 60;
 pub struct Caller {
     /// The token's public id.
     pub token_id: String,
+    /// The token's name, where it has one.
+    pub token_name: Option<String>,
     /// Whose builds it sees.
     pub tenant: Tenant,
     /// What it may do.
@@ -94,7 +96,8 @@ pub async fn verify(store: &dyn Store, token: &str, now: Millis) -> Result<Calle
     if record.revoked || record.expires_at.is_some_and(|end| end <= now) {
         return Err(AuthError::Invalid);
     }
-    Ok(Caller { token_id: record.id, tenant: record.tenant, role: record.role })
+    let TokenRecord { id: token_id, name: token_name, tenant, role, .. } = record;
+    Ok(Caller { token_id, token_name, tenant, role })
 }
 
 /// Makes a token and stores it. The text is shown once and kept nowhere.
@@ -176,7 +179,12 @@ mod tests {
         let caller = authenticate(&store, Some(&header), 10_999).await.unwrap();
         assert_eq!(
             caller,
-            Caller { token_id: record.id.clone(), tenant: acme(), role: Role::Tenant }
+            Caller {
+                token_id: record.id.clone(),
+                token_name: Some("ci".into()),
+                tenant: acme(),
+                role: Role::Tenant
+            }
         );
         assert!(authenticate(&store, Some(&format!("bEARER  {token}")), 1).await.is_ok());
         assert!(matches!(
@@ -230,7 +238,7 @@ mod tests {
 
     #[test]
     fn an_administrator_owns_all_and_others_their_own() {
-        let caller = |role| Caller { token_id: "t".into(), tenant: acme(), role };
+        let caller = |role| Caller { token_id: "t".into(), token_name: None, tenant: acme(), role };
         let other = Tenant::new("other").unwrap();
         assert!(caller(Role::Admin).owns(&other));
         assert!(caller(Role::Tenant).owns(&acme()) && !caller(Role::Tenant).owns(&other));

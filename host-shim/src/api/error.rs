@@ -93,6 +93,12 @@ impl ApiError {
     }
 
     #[must_use]
+    pub(super) fn with_header(mut self, name: HeaderName, value: &'static str) -> Self {
+        self.header = Some((name, HeaderValue::from_static(value)));
+        self
+    }
+
+    #[must_use]
     pub(super) fn retry_after(mut self, seconds: u32) -> Self {
         self.header = Some((RETRY_AFTER, seconds.into()));
         self

@@ -14,6 +14,7 @@ mod build_events;
 mod cancel_build;
 mod create_build;
 pub mod error;
+mod exec;
 mod fields;
 mod get_build;
 mod health;
@@ -23,6 +24,7 @@ mod list_builds;
 mod multipart;
 mod own_secrets;
 mod secrets;
+mod sessions;
 mod source;
 mod tokens;
 pub mod types;
@@ -41,6 +43,7 @@ pub use self::source::{SOURCE_FILE, sweep};
 use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
 use crate::events::EventLog;
+use crate::exec::{Entrance, Sessions};
 use crate::gateway::Backing;
 use crate::instances::Instances;
 use crate::secrets::Vault;
@@ -61,6 +64,9 @@ pub fn router(state: ApiState) -> Router {
         .route("/builds", submit.get(list_builds::list_builds))
         .route("/builds/{id}", get(get_build::get_build).delete(cancel_build::cancel_build))
         .route("/builds/{id}/events", get(build_events::build_events))
+        .route("/builds/{id}/exec", get(exec::build_exec))
+        .route("/instances/{id}/exec", get(exec::instance_exec))
+        .route("/sessions", get(sessions::list_sessions))
         .route("/instances", create_instance.get(instances::list::list_instances))
         .route(
             "/instances/{id}",
@@ -105,6 +111,8 @@ pub struct ApiState {
     pub clock: Clock,
     /// Who runs images.
     pub instances: Instances,
+    /// Those who are in VMs.
+    pub sessions: Sessions,
     /// Where images are.
     pub backing: Backing,
     /// Seals secrets.
@@ -124,6 +132,8 @@ pub fn system_clock() -> Clock {
 pub trait Scheduler: Send + Sync + 'static {
     /// There is a new queued build.
     fn wake(&self);
+    /// The way into a build's VM, while it has one that can be entered.
+    fn entrance(&self, id: &BuildId) -> Option<Entrance>;
     /// Cancels a build that is claimed. Returns once the build is `cancelled`, or cannot be.
     async fn cancel(&self, id: &BuildId) -> CancelOutcome;
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
+use crate::exec::{Session as StoredSession, Subject};
 use crate::store::{Role, SecretRecord, TokenRecord};
 
 /// A build.
@@ -60,6 +61,9 @@ pub struct Build {
     /// How often it was taken by a VM.
     #[serde(default)]
     pub attempt: u32,
+    /// Whether somebody entered its VM while it ran (`kiln exec`).
+    #[serde(default)]
+    pub entered: bool,
 }
 
 /// What a build was made from: hypeman's fields that Kiln knows.
@@ -137,6 +141,7 @@ impl Build {
             usage: build.usage,
             pulled: build.pulled.clone(),
             attempt: build.attempt,
+            entered: build.entered,
         }
     }
 }
@@ -239,6 +244,107 @@ impl Secret {
             id: record.id.to_string(),
             created_at: rfc3339(record.created_at),
             updated_at: rfc3339(record.updated_at),
+        }
+    }
+}
+
+/// A session in a VM, as GET `/sessions` lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// Its id.
+    pub id: String,
+    /// The build that was entered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<String>,
+    /// The instance that was entered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+    /// Whose that is.
+    pub tenant: String,
+    /// Who entered.
+    pub by: SessionBy,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Names of the variables that were given; their values are not kept.
+    pub env: Vec<String>,
+    /// Whether the command or the names went on: only so much is kept.
+    #[serde(default)]
+    pub cut: bool,
+    /// The directory that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// The user that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// With a terminal.
+    pub tty: bool,
+    /// The VM itself.
+    pub vm: bool,
+    /// With the step's secrets.
+    pub with_secrets: bool,
+    /// RFC 3339.
+    pub started_at: String,
+    /// RFC 3339; absent while it goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<String>,
+    /// `exited`, `client_lost`, `timed_out`, `vm_ended`, `server_stopped`, `refused` or `failed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub how: Option<String>,
+    /// What the client was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+    /// Why, where the command did not end by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Who entered: a token, as it was then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionBy {
+    /// The token's public id.
+    pub token: String,
+    /// The token's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The token's role.
+    pub role: String,
+    /// The token's tenant.
+    pub tenant: String,
+}
+
+impl Session {
+    /// The shape of a session.
+    pub fn new(session: &StoredSession) -> Self {
+        let (build, instance) = match &session.subject {
+            Subject::Build(id) => (Some(id.to_string()), None),
+            Subject::Instance(id) => (None, Some(id.to_string())),
+        };
+        let who = &session.who;
+        let end = session.end.as_ref();
+        Self {
+            id: session.id.clone(),
+            build,
+            instance,
+            tenant: session.tenant.to_string(),
+            by: SessionBy {
+                token: who.token_id.clone(),
+                name: who.token_name.clone(),
+                role: who.role.to_string(),
+                tenant: who.tenant.to_string(),
+            },
+            command: session.command.clone(),
+            env: session.env.clone(),
+            cut: session.cut,
+            cwd: session.directory.clone(),
+            user: session.user.clone(),
+            tty: session.tty,
+            vm: session.vm,
+            with_secrets: session.with_secrets,
+            started_at: rfc3339(session.started_at),
+            ended_at: end.map(|end| rfc3339(end.at)),
+            how: end.map(|end| end.how.as_str().to_owned()),
+            exit_code: end.and_then(|end| end.exit_code),
+            error: end.and_then(|end| end.why.clone()),
         }
     }
 }

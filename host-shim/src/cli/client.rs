@@ -4,10 +4,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, LINK};
-use reqwest::{Method, RequestBuilder, Response, StatusCode, redirect};
+use reqwest::header::{
+    ACCEPT, CONNECTION, CONTENT_TYPE, LINK, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded, redirect};
 use serde::Deserialize;
 use serde_json::Value;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use url::{Host, Url};
 
 use super::error::CliError;
@@ -105,6 +112,12 @@ impl From<CallError> for CliError {
     }
 }
 
+/// Most bytes of a message that comes over a WebSocket: the server's pieces are of 64 KiB.
+const MAX_MESSAGE: usize = 1024 * 1024;
+
+/// A WebSocket to the server.
+pub type Socket = WebSocketStream<Upgraded>;
+
 /// A page of a list.
 #[derive(Debug)]
 pub struct Page {
@@ -167,7 +180,24 @@ impl Client {
         let mut query = vec![("limit", limit.to_string())];
         query.extend(status.map(|status| ("status", status.to_owned())));
         query.extend(cursor.map(|cursor| ("cursor", cursor.to_owned())));
-        let mut url = self.url(&["builds"]);
+        self.page(&["builds"], query).await
+    }
+
+    /// A page of sessions, newest first, of one `build` or `instance` where one is named.
+    pub async fn sessions(
+        &self,
+        of: Option<(&str, &str)>,
+        limit: usize,
+        cursor: Option<&str>,
+    ) -> Result<Page, CallError> {
+        let mut query = vec![("limit", limit.to_string())];
+        query.extend(of.map(|(kind, id)| (kind, id.to_owned())));
+        query.extend(cursor.map(|cursor| ("cursor", cursor.to_owned())));
+        self.page(&["sessions"], query).await
+    }
+
+    async fn page(&self, path: &[&str], query: Vec<(&str, String)>) -> Result<Page, CallError> {
+        let mut url = self.url(path);
         url.query_pairs_mut().extend_pairs(query);
         let response = self.send(self.http.get(url).timeout(CALL_TIMEOUT)).await?;
         let links: Vec<_> =
@@ -213,6 +243,32 @@ impl Client {
     pub async fn delete_instance(&self, id: &str) -> Result<(), CallError> {
         let request = self.request(Method::DELETE, &["instances", id]).timeout(CANCEL_TIMEOUT);
         self.send(request).await.map(drop)
+    }
+
+    /// Opens a WebSocket (RFC 6455) at a path below the server.
+    pub async fn websocket(&self, path: &[&str]) -> Result<Socket, CallError> {
+        let key = generate_key();
+        let request = self
+            .http
+            .get(self.url(path))
+            .header(CONNECTION, "Upgrade")
+            .header(UPGRADE, "websocket")
+            .header(SEC_WEBSOCKET_VERSION, "13")
+            .header(SEC_WEBSOCKET_KEY, &key);
+        let opened = tokio::time::timeout(CALL_TIMEOUT, self.send(request)).await;
+        let response =
+            opened.unwrap_or_else(|_| Err(self.unreachable("it does not answer".into())))?;
+        let accepted = response.headers().get(SEC_WEBSOCKET_ACCEPT);
+        let ours = accepted.is_some_and(|value| *value == derive_accept_key(key.as_bytes()));
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS || !ours {
+            return Err(self.strange("it does not change to WebSocket".into()));
+        }
+        let stream = response.upgrade().await.map_err(|e| self.unreachable(innermost(&e)))?;
+        let config = WebSocketConfig::default()
+            .max_message_size(Some(MAX_MESSAGE))
+            .max_frame_size(Some(MAX_MESSAGE))
+            .write_buffer_size(0);
+        Ok(WebSocketStream::from_raw_socket(stream, Role::Client, Some(config)).await)
     }
 
     async fn stream(&self, url: Url, after: Option<&str>) -> Result<Response, CallError> {
@@ -287,7 +343,7 @@ impl Client {
         }
         let response = request.send().await.map_err(|e| self.unreachable(innermost(&e)))?;
         let status = response.status();
-        if status.is_success() {
+        if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
         }
         if status.is_redirection() {

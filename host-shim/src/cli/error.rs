@@ -99,6 +99,11 @@ impl CliError {
     }
 }
 
+/// A line on stderr, of which it does not matter whether anybody reads it.
+pub fn note(text: &str) {
+    let _ = std::io::stderr().lock().write_all(format!("kiln: {}\n", escape(text)).as_bytes());
+}
+
 /// Writes to stdout. A reader that has gone (`kiln ls | head`) is no error: `Ok(false)`.
 pub fn print_bytes(bytes: &[u8]) -> Result<bool, CliError> {
     let mut out = std::io::stdout().lock();

@@ -7,8 +7,8 @@
 //!             └─▶ render (lines) ─▶ stderr
 //! ```
 //!
-//! **Invariant**: what a server sent reaches a terminal only through [`escape`]. Stdout holds the
-//! result and nothing else; the exit codes are [`error::Exit`]'s.
+//! **Invariant**: what a server sent reaches a terminal only through [`escape`], but for what the user's own command
+//! prints under [`exec`]. Stdout holds the result and nothing else; the exit codes are [`error::Exit`]'s.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,6 +20,7 @@ pub mod context;
 pub mod dockerignore;
 pub mod error;
 pub mod escape;
+pub mod exec;
 pub mod fields;
 pub mod follow;
 pub mod interrupt;
@@ -31,6 +32,7 @@ pub mod render;
 pub mod run;
 pub mod secret;
 pub mod secret_flag;
+pub mod sessions;
 pub mod show;
 pub mod sse;
 pub mod submit;
@@ -51,6 +53,8 @@ pub enum ClientCommand {
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
     Run(run::RunArgs),
+    Exec(Box<exec::ExecArgs>),
+    Sessions(sessions::SessionsArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
@@ -80,9 +84,13 @@ impl ClientCommand {
         match self {
             // May work without a server.
             Self::Token(args) => args.run(client).await.map(|()| 0),
-            // The only one whose exit code is another program's.
+            // The only ones whose exit code is another program's.
             Self::Run(args) => match client() {
                 Ok(client) => run::run(&client, patience, args).await,
+                Err(error) => Err(CliError { exit: error::Exit::Own, ..error }),
+            },
+            Self::Exec(args) => match client() {
+                Ok(client) => exec::run(&client, *args).await,
                 Err(error) => Err(CliError { exit: error::Exit::Own, ..error }),
             },
             command => command.run_with(&client()?, patience).await.map(|()| 0),
@@ -97,7 +105,8 @@ impl ClientCommand {
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
             Self::Secret(args) => secret::run(client, args).await,
-            Self::Run(_) | Self::Token(_) => Ok(()),
+            Self::Sessions(args) => sessions::run(client, args).await,
+            Self::Run(_) | Self::Exec(_) | Self::Token(_) => Ok(()),
         }
     }
 }

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
 use super::client::{CallError, Client, innermost};
-use super::error::{CliError, Exit};
+use super::error::{CliError, Exit, note};
 use super::escape::escape;
 use super::fields::{self, Pair};
 use super::follow::{SILENCE, pause};
@@ -151,11 +151,6 @@ fn left(id: &str) -> CliError {
 
 fn still_there(id: &str) -> String {
     format!("it may still be there; delete it with: DELETE /instances/{id}")
-}
-
-/// A line on stderr, of which it does not matter whether anybody reads it.
-fn note(text: &str) {
-    let _ = std::io::stderr().lock().write_all(format!("kiln: {}\n", escape(text)).as_bytes());
 }
 
 /// What a block of the log says.

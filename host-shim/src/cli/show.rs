@@ -55,6 +55,8 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
     put("completed", build.completed_at.clone());
     put("took", build.duration_ms.map(duration));
     put("attempt", build.attempt.filter(|n| *n > 1).map(|n| n.to_string()));
+    let entered = build.entered.then(|| format!("yes, while it ran: kiln sessions {}", build.id));
+    put("entered", entered);
     let tags = build.tags.iter().flatten().map(|(key, value)| format!("{key}={value}"));
     put("tags", Some(tags.collect::<Vec<_>>().join(" ")));
     if let Some(usage) = &build.usage {

@@ -25,6 +25,7 @@ pub struct BuildView {
     pub completed_at: Option<String>,
     pub duration_ms: Option<u64>,
     pub attempt: Option<u64>,
+    pub entered: bool,
     pub tags: Option<std::collections::BTreeMap<String, String>>,
     pub usage: Option<UsageView>,
 }

@@ -22,6 +22,7 @@ use super::instance::{Change, End, State};
 use super::{Owner, Runner, Work};
 use crate::causes::chain;
 use crate::events::payload;
+use crate::exec::Doorway;
 use crate::queue::Workshop;
 use crate::session;
 use crate::vmm::{Vm, VmSpec};
@@ -108,7 +109,8 @@ impl Machines {
         };
         let cancel = owner.cancel().clone();
         let limit = self.workshop.log_limit;
-        let mut sink = Sink { owner, limit, charged: 0, begun: false };
+        let doorway = Doorway::new(owner.door().clone(), vm.dialer(), nonce);
+        let mut sink = Sink { owner, limit, charged: 0, begun: false, doorway };
         let mut ended = false;
         let over = {
             let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
@@ -128,6 +130,8 @@ impl Machines {
             }
         };
         let begun = sink.begun;
+        // Nobody is let in any more, and who is inside is told.
+        drop(sink);
         let ran = owner.instance().state == State::Running;
         let end = over.map_or_else(|end| end, |over| of_session(over, ran));
         if !begun && let Some(console) = vm.console_tail().await {
@@ -237,6 +241,8 @@ struct Sink<'a> {
     limit: u64,
     charged: u64,
     begun: bool,
+    /// Opened when the program runs; closed with the session.
+    doorway: Doorway,
 }
 
 /// The guest sent more log content than the instance may have.
@@ -247,6 +253,7 @@ struct LogLimit(u64);
 impl session::Sink for Sink<'_> {
     async fn events(&mut self, events: Vec<NumberedEvent>) -> anyhow::Result<()> {
         self.begun = true;
+        self.doorway.begun();
         let mut lines = vec![];
         for event in events {
             match &event.event {

@@ -38,6 +38,7 @@ use self::log::{Reader, Seen};
 pub use self::machine::Machines;
 pub use self::owner::Owner;
 use self::pull::Resolved;
+use crate::exec::{Door, Entrance};
 use crate::store::{Store, StoreError};
 
 /// An instance's log, in its directory.
@@ -104,6 +105,8 @@ struct Live {
     cancel: CancellationToken,
     /// Closed when the owner is done.
     changes: watch::Receiver<Seen>,
+    /// Into its VM.
+    door: Door,
 }
 
 impl Instances {
@@ -143,13 +146,15 @@ impl Instances {
         let (seen, changes) = watch::channel(Seen { bytes: 0, instance: instance.clone() });
         let cancel = inner.stop.child_token();
         // Before it is known to anybody, so that whoever knows it finds its owner.
-        inner.live().insert(id.clone(), Live { cancel: cancel.clone(), changes });
+        let door = Door::default();
+        let live = Live { cancel: cancel.clone(), changes, door: door.clone() };
+        inner.live().insert(id.clone(), live);
         if let Err(error) = inner.store.insert_instance(&instance).await {
             inner.live().remove(&id);
             return Err(error.into());
         }
         let mut owner =
-            Owner::new(instance, Arc::clone(&inner.store), dir.to_owned(), log, seen, cancel);
+            Owner::new(instance, Arc::clone(&inner.store), dir.to_owned(), log, seen, cancel, door);
         let this = self.clone();
         inner.tasks.spawn(async move {
             let end = this.inner.runner.run(&mut owner, work).await;
@@ -162,13 +167,18 @@ impl Instances {
     /// Stops an instance, if it runs, and removes all of it. Goes on to the end whoever waits.
     pub async fn delete(&self, id: &InstanceId) -> Result<(), InstanceError> {
         let live = self.inner.live().get(id).cloned();
-        if let Some(Live { cancel, mut changes }) = live {
+        if let Some(Live { cancel, mut changes, door: _ }) = live {
             cancel.cancel();
             while changes.changed().await.is_ok() {}
         }
         let dir = self.dir(id);
         remove(&dir).await.map_err(failed("remove the directory", &dir))?;
         Ok(self.inner.store.delete_instance(id).await?)
+    }
+
+    /// The way into an instance's VM, while it has one that can be entered.
+    pub fn entrance(&self, id: &InstanceId) -> Option<Entrance> {
+        self.inner.live().get(id)?.door.entrance()
     }
 
     /// Opens the log of an instance that there is.

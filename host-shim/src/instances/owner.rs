@@ -12,6 +12,7 @@ use super::LOG;
 use super::instance::{Change, End, Instance};
 use super::log::{Seen, Writer};
 use crate::causes::chain;
+use crate::exec::Door;
 use crate::store::{Store, StoreError};
 
 /// Held by an instance's task for as long as it is not stopped.
@@ -22,6 +23,7 @@ pub struct Owner {
     log: Writer,
     seen: watch::Sender<Seen>,
     cancel: CancellationToken,
+    door: Door,
 }
 
 impl Owner {
@@ -32,8 +34,9 @@ impl Owner {
         log: Writer,
         seen: watch::Sender<Seen>,
         cancel: CancellationToken,
+        door: Door,
     ) -> Self {
-        Self { instance, store, dir, log, seen, cancel }
+        Self { instance, store, dir, log, seen, cancel, door }
     }
 
     /// The instance as it is now.
@@ -49,6 +52,11 @@ impl Owner {
     /// Cancelled when somebody wants it to end.
     pub fn cancel(&self) -> &CancellationToken {
         &self.cancel
+    }
+
+    /// Into its VM, for those who may enter.
+    pub fn door(&self) -> &Door {
+        &self.door
     }
 
     /// Changes it, and tells.

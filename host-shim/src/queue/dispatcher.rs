@@ -13,6 +13,7 @@ use super::live::Live;
 use crate::api::{CancelOutcome, Scheduler};
 use crate::build::{BuildId, Status};
 use crate::events::payload;
+use crate::exec::Entrance;
 use crate::store::Store;
 
 /// How often the queue is looked at without being woken: only for a wake-up that was lost.
@@ -52,6 +53,10 @@ impl Scheduling {
 impl Scheduler for Scheduling {
     fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    fn entrance(&self, id: &BuildId) -> Option<Entrance> {
+        self.live.entrance(id)
     }
 
     async fn cancel(&self, id: &BuildId) -> CancelOutcome {

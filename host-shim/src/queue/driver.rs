@@ -23,6 +23,7 @@ use super::sink::BuildSink;
 use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
 use crate::egress::{self, EgressContext, Reach};
 use crate::events::{EventLog, payload};
+use crate::exec::Doorway;
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
 use crate::publish;
@@ -329,8 +330,9 @@ impl Driver {
             boot_deadline: BOOT_DEADLINE,
             cancel_grace: session::CANCEL_GRACE,
         };
+        let doorway = Doorway::new(self.entry.door.clone(), vm.dialer(), nonce);
         let mut sink =
-            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started);
+            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started, doorway);
         let allowed = sink.timeout();
         // A VM that hangs before it begins is told by then, however short the timeout is.
         let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);

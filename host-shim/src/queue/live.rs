@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::build::BuildId;
+use crate::exec::{Door, Entrance};
 
 /// The running drivers, by build.
 #[derive(Clone, Default)]
@@ -18,6 +19,8 @@ struct Running {
     /// Changes when a cancel can do nothing more: the image is being published, or (closed) the driver
     /// is done.
     settled: watch::Receiver<()>,
+    /// Into its VM.
+    door: Door,
 }
 
 /// A driver's entry; the build is no longer live when it is dropped.
@@ -26,6 +29,8 @@ pub struct Entry {
     id: BuildId,
     /// Cancelled when somebody asks the build to stop.
     pub cancel: CancellationToken,
+    /// Into its VM, for those who may enter.
+    pub door: Door,
     settled: watch::Sender<()>,
 }
 
@@ -34,9 +39,10 @@ impl Live {
     pub fn enter(&self, id: &BuildId) -> Entry {
         let cancel = CancellationToken::new();
         let (settled, listen) = watch::channel(());
-        let running = Running { cancel: cancel.clone(), settled: listen };
+        let door = Door::default();
+        let running = Running { cancel: cancel.clone(), settled: listen, door: door.clone() };
         self.lock().insert(id.clone(), running);
-        Entry { live: self.clone(), id: id.clone(), cancel, settled }
+        Entry { live: self.clone(), id: id.clone(), cancel, door, settled }
     }
 
     /// Asks a build's driver to stop, and waits until it is done or is past stopping. False when no driver
@@ -47,6 +53,11 @@ impl Live {
         // Fails when the driver's end is dropped, which is waited for as well.
         let _ = running.settled.changed().await;
         true
+    }
+
+    /// The way into a build's VM, while it has one that can be entered.
+    pub fn entrance(&self, id: &BuildId) -> Option<Entrance> {
+        self.lock().get(id)?.door.entrance()
     }
 
     /// How many builds are live.

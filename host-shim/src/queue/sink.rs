@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::driver::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
+use crate::exec::Doorway;
 use crate::gateway::guests::GuestContext;
 use crate::secrets::{self, Masker};
 use crate::session::Sink;
@@ -31,6 +32,8 @@ pub(super) struct BuildSink<'d> {
     charged: u64,
     /// Knows the secrets that the guest was given.
     masker: Masker,
+    /// Opened when the VM begins; closed with the session.
+    doorway: Doorway,
 }
 
 /// The guest sent more log content than the build may have.
@@ -45,6 +48,7 @@ impl<'d> BuildSink<'d> {
         fence: Fence,
         context: Arc<GuestContext>,
         vm_started: Instant,
+        doorway: Doorway,
     ) -> Self {
         Self {
             workshop,
@@ -57,6 +61,7 @@ impl<'d> BuildSink<'d> {
             building_at: None,
             charged: 0,
             masker: Masker::default(),
+            doorway,
         }
     }
 
@@ -154,6 +159,7 @@ impl<'d> BuildSink<'d> {
 impl Sink for BuildSink<'_> {
     async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
         self.begun = true;
+        self.doorway.begun();
         let mut batch = Vec::with_capacity(reported.len());
         for mut event in reported {
             self.note(&event)?;

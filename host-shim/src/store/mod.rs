@@ -1,4 +1,4 @@
-//! What survives a restart: builds, events, tokens, instances.
+//! What survives a restart: builds, events, tokens, instances, the audit log of sessions.
 //!
 //! SQLite now, PostgreSQL for several hosts later: the SQL stays within what both speak. Every
 //! method that returns `Ok` for a write has made it durable.
@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use kiln_protocol::secret::SecretId;
 
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::exec::{End, Session, Subject};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
 
@@ -43,6 +44,19 @@ pub struct Filter {
     pub limit: u32,
     /// Those before this build (its id), newest first.
     pub before: Option<BuildId>,
+}
+
+/// Which sessions to list.
+#[derive(Clone, Debug, Default)]
+pub struct SessionFilter {
+    /// Only in what is this tenant's; `None` for an administrator.
+    pub tenant: Option<Tenant>,
+    /// Only in this build or instance.
+    pub subject: Option<Subject>,
+    /// At most so many.
+    pub limit: u32,
+    /// Those before this session (its id), newest first.
+    pub before: Option<String>,
 }
 
 /// A client's `Idempotency-Key`, stored with the build that it made.
@@ -284,6 +298,16 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Instance, StoreError>;
     /// Forgets an instance.
     async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError>;
+
+    /// Writes a session into the audit log. Where it `enters` a build, that is marked as entered, for ever.
+    async fn insert_session(&self, session: &Session, enters: bool) -> Result<(), StoreError>;
+    /// Records how a session ended, once.
+    async fn end_session(&self, id: &str, end: &End) -> Result<(), StoreError>;
+    /// Ends the sessions that an earlier server left open, as `server_stopped`; how many there were. To be
+    /// called once, before the first session.
+    async fn end_open_sessions(&self, now: Millis) -> Result<u64, StoreError>;
+    /// Sessions, newest first.
+    async fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>, StoreError>;
 
     /// Stores a token.
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;

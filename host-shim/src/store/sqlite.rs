@@ -5,13 +5,14 @@
 //! process (`kiln token create`) may still write between two of its transactions.
 //!
 //! One file per table: `builds` (and `claims`, which changes them), `events`, `instances`,
-//! `secrets`, `tokens`.
+//! `secrets`, `sessions`, `tokens`.
 
 mod builds;
 mod claims;
 mod events;
 mod instances;
 mod secrets;
+mod sessions;
 mod tokens;
 
 use std::path::{Path, PathBuf};
@@ -26,10 +27,11 @@ use sqlx::sqlite::{
 use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, Store, StoreError, StoredEvent,
-    TokenRecord,
+    Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
+    StoreError, StoredEvent, TokenRecord,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::exec::{End, Session, Subject};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
 
@@ -119,6 +121,7 @@ fn migrator() -> Migrator {
         ("provenance", include_str!("../../migrations/sqlite/0003_provenance.sql")),
         ("instances", include_str!("../../migrations/sqlite/0004_instances.sql")),
         ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
+        ("sessions", include_str!("../../migrations/sqlite/0006_sessions.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -362,6 +365,29 @@ impl Store for SqliteStore {
 
     async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError> {
         instances::delete(&self.writer, id).await
+    }
+
+    async fn insert_session(&self, session: &Session, enters: bool) -> Result<(), StoreError> {
+        let mut tx = self.write("store a session").await?;
+        sessions::insert(&mut tx, session).await?;
+        if let Subject::Build(id) = &session.subject
+            && enters
+        {
+            sessions::mark_entered(&mut tx, id).await?;
+        }
+        tx.commit().await.map_err(failed("store a session"))
+    }
+
+    async fn end_session(&self, id: &str, end: &End) -> Result<(), StoreError> {
+        sessions::end(&self.writer, id, end).await
+    }
+
+    async fn end_open_sessions(&self, now: Millis) -> Result<u64, StoreError> {
+        sessions::end_open(&self.writer, now).await
+    }
+
+    async fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>, StoreError> {
+        sessions::list(&self.readers, filter).await
     }
 
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError> {

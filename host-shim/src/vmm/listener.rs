@@ -38,6 +38,11 @@ impl GuestListener {
         Ok(Self { listener, uid, port })
     }
 
+    /// Whose connections are taken: the VM's user.
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// The next connection of the VM's own processes; a stranger's is closed. Cancel-safe.
     pub async fn accept(&self) -> io::Result<UnixStream> {
         loop {

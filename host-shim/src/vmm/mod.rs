@@ -19,6 +19,7 @@
 mod accel;
 mod cgroup;
 mod device;
+mod dial;
 mod jail;
 mod listener;
 mod process;
@@ -43,6 +44,7 @@ use std::time::Duration;
 use aws_lc_rs::digest::{self, Context, SHA256};
 
 pub use self::accel::Accel;
+pub use self::dial::{DialError, Dialer};
 pub use self::listener::GuestListener;
 pub use self::process::ProcessId;
 pub use self::qemu_args::Engine;

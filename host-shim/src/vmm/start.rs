@@ -27,6 +27,9 @@ use super::{VmSpec, Vmm, VmmError, is_name};
 /// The ports that a guest dials: control, registry, egress.
 const PORTS: [u32; 3] = [5001, 5003, 5004];
 
+/// The directory of a VM's sockets, in the VM's directory.
+pub(super) const SOCKETS: &str = "sock";
+
 /// QEMU opens its disks' sets again, firmware, and few other files.
 const QEMU_MAX_FILES: u64 = 256;
 
@@ -156,7 +159,7 @@ impl Vmm {
         let slot = self.slots.take(id).ok_or_else(|| VmmError::Taken(id.to_owned()))?;
         let identity = self.identity(slot.number());
         let dir = self.config.run_dir.join(id);
-        let sock = dir.join("sock");
+        let sock = dir.join(SOCKETS);
         // Not `recursive`: a directory of that name is somebody's.
         fs::DirBuilder::new()
             .mode(0o700)

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::cgroup::Cgroup;
+use super::dial::{DialError, Dialer};
 use super::jail::{Output, printable};
 use super::listener::GuestListener;
 use super::process::{Process, ProcessId};
@@ -82,6 +83,16 @@ impl Vm {
     /// Its processes.
     pub fn pids(&self) -> Pids {
         Pids { qemu: self.remains.qemu().id(), vsock_device: self.remains.device().id() }
+    }
+
+    /// Dials into it, from wherever and for as long as it is there.
+    pub fn dialer(&self) -> std::io::Result<Dialer> {
+        Dialer::open(&self.remains.dir.join(super::start::SOCKETS), self.control.uid())
+    }
+
+    /// Connects to a port of the guest.
+    pub async fn dial(&self, port: u32) -> Result<tokio::net::UnixStream, DialError> {
+        self.dialer().map_err(DialError::Device)?.dial(port).await
     }
 
     /// Resolves when the VM is over, with why. Any number of callers may wait; cancel-safe.

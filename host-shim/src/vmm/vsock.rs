@@ -98,13 +98,17 @@ impl Appearing {
     }
 }
 
-/// Connects to the socket that is held, wherever its name leads by now.
-async fn connect_to(socket: &OwnedFd) -> Result<UnixStream, NotConnected> {
+/// Where the socket that is held can be connected to, wherever its name leads by now. Holds while it is open.
+pub(super) fn address(socket: &OwnedFd) -> Result<String, NotConnected> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(socket).map_err(io::Error::from)?.st_mode);
     if kind != FileType::Socket {
         return Err(NotConnected::NotASocket);
     }
-    let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
+    Ok(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+}
+
+async fn connect_to(socket: &OwnedFd) -> Result<UnixStream, NotConnected> {
+    let path = address(socket)?;
     loop {
         match tokio::net::UnixStream::connect(&path).await {
             Ok(stream) => {

@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../support/agent.rs"]
+mod agent;
+
 mod builds;
 mod events;
+mod exec;
 mod instances;
 mod limits;
 mod refusals;

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
+use kiln::exec::{Door, Entrance, Sessions};
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
@@ -32,6 +33,7 @@ pub struct Server {
     pub data: PathBuf,
     pub instances: Instances,
     pub instances_dir: PathBuf,
+    pub sessions: Sessions,
     task: tokio::task::JoinHandle<()>,
     _dir: tempfile::TempDir,
 }
@@ -56,6 +58,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         events: events.clone(),
         claims: Mutex::default(),
         wakes: AtomicUsize::new(0),
+        doors: Mutex::default(),
         ready: Mutex::new(Ok(())),
     });
     let sources = dir.path().join("builds");
@@ -64,6 +67,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let instances = Instances::new(store.clone(), runner.clone(), instances_dir.clone());
     let registry = crate::registry::start().await;
     let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
+    let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -74,6 +78,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         ready: scheduler.clone(),
         clock: system_clock(),
         instances: instances.clone(),
+        sessions: sessions.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
     });
@@ -93,6 +98,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         data: dir.path().to_owned(),
         instances,
         instances_dir,
+        sessions,
         task,
         _dir: dir,
     }
@@ -104,12 +110,17 @@ pub struct Small {
     claims: Mutex<HashMap<BuildId, Fence>>,
     pub wakes: AtomicUsize,
     pub ready: Mutex<Result<(), String>>,
+    doors: Mutex<HashMap<BuildId, Door>>,
 }
 
 #[async_trait]
 impl Scheduler for Small {
     fn wake(&self) {
         self.wakes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn entrance(&self, id: &BuildId) -> Option<Entrance> {
+        self.door(id).entrance()
     }
 
     async fn cancel(&self, id: &BuildId) -> CancelOutcome {
@@ -133,6 +144,11 @@ impl Readiness for Small {
 }
 
 impl Small {
+    /// Into a build's VM.
+    pub fn door(&self, id: &BuildId) -> Door {
+        self.doors.lock().unwrap().entry(id.clone()).or_default().clone()
+    }
+
     pub async fn claim(&self) -> Claimed {
         let event = payload::of_host(1, payload::status(Status::Building, None));
         let claimed = self.events.claim("test", 1_000, &[event]).await.unwrap().unwrap();
@@ -183,6 +199,8 @@ pub struct Puppet {
 pub enum Pull {
     Change(kiln::instances::Change),
     Print(Value),
+    /// Opens its door, and tells.
+    Open(Entrance, tokio::sync::oneshot::Sender<()>),
     End(End),
 }
 
@@ -196,6 +214,7 @@ impl Runner for Puppet {
         self.strings.lock().unwrap().insert(name, string);
         self.begun.notify_waiters();
         let cancel = owner.cancel().clone();
+        let mut opened = None;
         loop {
             let pull = tokio::select! {
                 pull = pulls.recv() => pull.unwrap(),
@@ -204,7 +223,14 @@ impl Runner for Puppet {
             match pull {
                 Pull::Change(change) => owner.change(change).await.unwrap(),
                 Pull::Print(line) => owner.print(&[line]).await.unwrap(),
-                Pull::End(end) => return end,
+                Pull::Open(entrance, told) => {
+                    opened = Some(owner.door().open(entrance));
+                    told.send(()).unwrap();
+                }
+                Pull::End(end) => {
+                    drop(opened);
+                    return end;
+                }
             }
         }
     }
@@ -254,6 +280,14 @@ impl Client<'_> {
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.server.http.request(method, format!("{}{path}", self.server.url));
         if self.token.is_empty() { request } else { request.bearer_auth(&self.token) }
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.server.url)
+    }
+
+    pub fn authorization(&self) -> Option<String> {
+        (!self.token.is_empty()).then(|| format!("Bearer {}", self.token))
     }
 
     pub async fn get(&self, path: &str) -> Response {

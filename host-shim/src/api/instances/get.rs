@@ -19,7 +19,7 @@ pub(in crate::api) async fn get_instance(
 }
 
 /// The id in the path. What is no id at all is no instance either.
-pub(in crate::api) struct Wanted(pub(super) InstanceId);
+pub(in crate::api) struct Wanted(pub(in crate::api) InstanceId);
 
 impl FromRequestParts<Shared> for Wanted {
     type Rejection = ApiError;
@@ -33,7 +33,11 @@ impl FromRequestParts<Shared> for Wanted {
 }
 
 /// An instance that the caller may see. Another tenant's is as unknown as one that never was.
-pub(super) async fn find(api: &Api, caller: &Caller, id: &InstanceId) -> Result<Stored, ApiError> {
+pub(in crate::api) async fn find(
+    api: &Api,
+    caller: &Caller,
+    id: &InstanceId,
+) -> Result<Stored, ApiError> {
     let instance = api.state.store.instance(id).await?;
     instance.filter(|instance| caller.owns(&instance.tenant)).ok_or_else(ApiError::no_such_instance)
 }

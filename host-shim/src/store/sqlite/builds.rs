@@ -171,6 +171,7 @@ pub(super) fn from_row(row: &SqliteRow) -> Result<Build, StoreError> {
         started_at: time("started_at")?,
         completed_at: time("completed_at")?,
         attempt: u32::try_from(attempt).map_err(failed("read a build"))?,
+        entered: row.try_get("entered").map_err(failed("read a build"))?,
         publishing: text("publishing")?,
         failure: failure.as_deref().map(from_json).transpose()?,
         usage: from_json(&row.try_get::<String, _>("used").map_err(failed("read a build"))?)?,

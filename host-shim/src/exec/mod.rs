@@ -1,0 +1,188 @@
+//! Sessions: commands that people run in VMs that are there already.
+//!
+//! ```text
+//! api::exec ── admit (bounds) ──▶ Admitted ── run ──▶ record it ─▶ bridge (client ⇄ VM) ─▶ record its end
+//!                                                                   │
+//!                                                    Entrance ◀─────┘  of a running build or instance
+//! ```
+//! [`entrance`] is the seam: whatever has a VM and a nonce can be entered.
+//!
+//! **Invariant**: no command is started before its session is in the audit log, durably; what the command reads and
+//! prints is nowhere.
+
+mod agent;
+pub mod bridge;
+pub mod entrance;
+pub mod record;
+pub mod room;
+pub mod signal;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::exec::{Exec, Open};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use self::bridge::{ClientInput, ClientOutput, Gone, Outcome, Said};
+pub use self::entrance::{Dial, Door, Doorway, Entrance, Opened};
+pub use self::record::{End, How, Session, Subject, Who};
+use self::room::{Full, Place, Room};
+use crate::build::Tenant;
+use crate::causes::chain;
+use crate::store::Store;
+
+/// How long sessions may take to be recorded when the server stops.
+const LAST: Duration = Duration::from_secs(5);
+
+/// The sessions of a server. Cheap to clone.
+#[derive(Clone)]
+pub struct Sessions {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Arc<dyn Store>,
+    room: Room,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    ping: Duration,
+}
+
+/// Why a session is not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAdmitted {
+    /// There are as many as there may be.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// The server takes no more.
+    #[error("the server is being stopped")]
+    Stopping,
+}
+
+/// Somebody who may enter, with a place for the session.
+pub struct Admitted {
+    sessions: Sessions,
+    entrance: Entrance,
+    tenant: Tenant,
+    subject: Subject,
+    who: Who,
+    _place: Place,
+}
+
+impl Sessions {
+    /// Recorded in a store.
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        Self::with_ping(store, bridge::PING)
+    }
+
+    /// With another time between two signs of life of a client.
+    pub fn with_ping(store: Arc<dyn Store>, ping: Duration) -> Self {
+        let inner = Inner {
+            store,
+            room: Room::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            ping,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Takes a place for a session in what is `tenant`'s.
+    pub fn admit(
+        &self,
+        entrance: Entrance,
+        tenant: Tenant,
+        subject: Subject,
+        who: Who,
+    ) -> Result<Admitted, NotAdmitted> {
+        if self.inner.stop.is_cancelled() {
+            return Err(NotAdmitted::Stopping);
+        }
+        let place = self.inner.room.take(&subject, &who.tenant)?;
+        Ok(Admitted { sessions: self.clone(), entrance, tenant, subject, who, _place: place })
+    }
+
+    /// Counts a task as a session's: the server waits for it when it stops.
+    pub fn track<F: Future>(&self, task: F) -> impl Future<Output = F::Output> + use<F> {
+        self.inner.tasks.track_future(task)
+    }
+
+    /// Ends every session at `stop`, and waits until that is recorded and told.
+    pub async fn run(self, stop: CancellationToken) {
+        stop.cancelled().await;
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        if tokio::time::timeout(LAST, self.inner.tasks.wait()).await.is_err() {
+            tracing::warn!("sessions did not end in time; the next start records their end");
+        }
+    }
+}
+
+impl Admitted {
+    /// Who it is.
+    pub fn who(&self) -> &Who {
+        &self.who
+    }
+
+    /// Runs a command to its end, and records it.
+    pub async fn run<I: ClientInput, O: ClientOutput>(
+        &self,
+        exec: Exec,
+        timeout: Option<Duration>,
+        input: &mut I,
+        output: &mut O,
+    ) -> Outcome {
+        let session = match self.record(&exec, true).await {
+            Ok(session) => session,
+            Err(outcome) => return outcome,
+        };
+        let Inner { stop, ping, .. } = &*self.sessions.inner;
+        let bounds = bridge::Bounds { timeout, stop: stop.clone(), ping: *ping };
+        let open = Open::Exec(exec);
+        let outcome = bridge::run(&self.entrance, open, bounds, input, output).await;
+        self.end(&session, &outcome).await;
+        outcome
+    }
+
+    /// Records that a command was asked for and refused.
+    pub async fn refuse(&self, exec: &Exec, why: String) -> Outcome {
+        let outcome = Outcome::refused(why);
+        if let Ok(session) = self.record(exec, false).await {
+            self.end(&session, &outcome).await;
+        }
+        outcome
+    }
+
+    async fn record(&self, exec: &Exec, enters: bool) -> Result<Session, Outcome> {
+        let now = crate::clock::now();
+        let (tenant, subject, who) = (self.tenant.clone(), self.subject.clone(), self.who.clone());
+        let session = Session::begin(tenant, subject, who, exec, now);
+        let stored = self.sessions.inner.store.insert_session(&session, enters).await;
+        stored.map_err(|error| {
+            tracing::error!(
+                error = chain(&error),
+                "a session cannot be recorded, and is not begun"
+            );
+            Outcome::refused(
+                "the session cannot be recorded, so it was not begun; the host's log says why",
+            )
+        })?;
+        let Session { id, who, vm, with_secrets, .. } = &session;
+        tracing::info!(session = id, subject = %session.subject, token = who.token_id, role = %who.role, vm, with_secrets, "a session begins");
+        Ok(session)
+    }
+
+    async fn end(&self, session: &Session, outcome: &Outcome) {
+        let Outcome { how, exit_code, why } = outcome.clone();
+        tracing::info!(session = session.id, how = how.as_str(), exit_code, "a session ended");
+        let end = End { at: crate::clock::now(), how, exit_code, why };
+        if let Err(error) = self.sessions.inner.store.end_session(&session.id, &end).await {
+            tracing::error!(
+                session = session.id,
+                error = chain(&error),
+                "a session's end cannot be recorded"
+            );
+        }
+    }
+}
