@@ -21,6 +21,7 @@ pub mod dockerignore;
 pub mod error;
 pub mod escape;
 pub mod fields;
+pub mod flag_names;
 pub mod follow;
 pub mod interrupt;
 pub mod lines;
