@@ -13,6 +13,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+pub mod absent;
 pub mod build;
 pub mod cancel;
 pub mod client;
