@@ -75,6 +75,13 @@ pub struct BuildArgs {
     iidfile: Option<PathBuf>,
 }
 
+impl BuildArgs {
+    /// Whether everything on stderr is to be JSON.
+    pub fn is_json(&self) -> bool {
+        self.progress == Progress::Json
+    }
+}
+
 /// Runs the command.
 pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result<(), CliError> {
     let mut interrupts = Interrupts::listen()?;

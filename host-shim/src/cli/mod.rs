@@ -25,6 +25,7 @@ pub mod fields;
 pub mod flag_names;
 pub mod follow;
 pub mod interrupt;
+pub mod json_line;
 pub mod lines;
 pub mod logs;
 pub mod ls;
@@ -70,8 +71,10 @@ pub struct Global {
 impl ClientCommand {
     /// Runs the command; its errors are reported.
     pub async fn run(self, global: &Global) -> ExitCode {
+        let json = matches!(&self, Self::Build(args) if args.is_json());
         match self.try_run(global).await {
             Ok(code) => ExitCode::from(code),
+            Err(error) if json => error.report_json(),
             Err(error) => error.report(),
         }
     }
