@@ -47,6 +47,17 @@ pub fn with_flags(detail: &str) -> String {
     out
 }
 
+/// A build's failure with them. It quotes steps as they are written: only its last word, what to ask for more with, is
+/// surely a field's.
+pub fn in_failure(kind: &str, message: &str) -> String {
+    let is_limit = matches!(kind, "out_of_memory" | "disk_full");
+    let (text, field) = message.rsplit_once(' ').unwrap_or_default();
+    match NAMES.iter().find(|(name, _)| *name == field) {
+        Some((_, flag)) if is_limit => format!("{text} {flag}"),
+        _ => message.to_owned(),
+    }
+}
+
 fn is_of_a_name(c: char) -> bool {
     c.is_alphanumeric() || c == '_' || c == '-'
 }
@@ -65,6 +76,21 @@ fn quoted(text: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_says_what_to_ask_for_more_with() {
+        let message =
+            "step 2 ran out of memory: RUN cp disk_gb memory_mb: ask for more with memory_mb";
+        let told = "step 2 ran out of memory: RUN cp disk_gb memory_mb: ask for more with --memory";
+        assert_eq!(in_failure("out_of_memory", message), told);
+        assert_eq!(
+            in_failure("disk_full", "ask for more with disk_gb"),
+            "ask for more with --disk"
+        );
+        let step = "step 2 failed with exit code 1: RUN cat disk_gb";
+        assert_eq!(in_failure("step_failed", step), step);
+        assert_eq!(in_failure("disk_full", "full"), "full");
+    }
 
     #[test]
     fn fields_are_told_as_flags_and_what_is_quoted_stays() {

@@ -206,6 +206,20 @@ async fn patience_with_a_lost_server_ends_and_says_how_to_go_on() {
 }
 
 #[tokio::test]
+async fn a_build_that_wants_more_names_the_flag() {
+    let message = "step 1 ran out of memory: RUN make: ask for more with memory_mb";
+    let failure = json!({"type": "failure", "kind": "out_of_memory", "message": message});
+    let server = Server::start(script(&[failure], failed("out_of_memory", message))).await;
+    let dir = source();
+    let output = output(kiln(&server, &["build", text(dir.path())])).await;
+    let said = [
+        "kiln | failed (out_of_memory): step 1 ran out of memory: RUN make: ask for more with --memory\n",
+        "kiln: build b1 failed: step 1 ran out of memory: RUN make: ask for more with --memory\n",
+    ];
+    ended(&output, 1, "", &said);
+}
+
+#[tokio::test]
 async fn json_progress_is_one_object_a_line() {
     let events = [status("building"), log("a\u{1b}[2J\u{9b}\u{202e}")];
     let server = Server::start(script(&events, ready())).await;
