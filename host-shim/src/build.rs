@@ -11,6 +11,8 @@
 //! **Invariant**: a finished build never changes, and only the driver that holds the claim's fence
 //! changes a claimed build.
 
+mod request_hash;
+
 use std::collections::BTreeMap;
 
 pub use kiln_protocol::event::FailureKind;

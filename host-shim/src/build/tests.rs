@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn request() -> Request {
+pub(super) fn request() -> Request {
     Request {
         dockerfile: None,
         target: None,

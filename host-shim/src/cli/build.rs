@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::absent;
 use super::client::{CallError, Client};
 use super::context::{self, Context};
 use super::error::{CliError, print_line};
@@ -74,6 +75,13 @@ pub struct BuildArgs {
     iidfile: Option<PathBuf>,
 }
 
+impl BuildArgs {
+    /// Whether everything on stderr is to be JSON.
+    pub fn is_json(&self) -> bool {
+        self.progress == Progress::Json
+    }
+}
+
 /// Runs the command.
 pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result<(), CliError> {
     let mut interrupts = Interrupts::listen()?;
@@ -89,7 +97,7 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
     let source = source(&args.path, args.file.as_deref(), missing)?;
     let mut renderer = Renderer::new(args.progress);
     if let Some(path) = missing {
-        renderer.note(&format!("warning: {}", not_there(path)));
+        renderer.note(&format!("warning: {}", absent::not_there(path)));
     }
     let fields = form_fields(&args);
     let secrets = args.secrets.iter().map(SecretFlag::part);
@@ -101,13 +109,10 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
         return print_line(&escape(&build.id)).map(drop);
     }
     renderer.note(&format!("build {}", build.id));
-    let build = watch(client, &build.id, patience, &mut renderer, &mut interrupts).await?;
+    let watched = watch(client, &build.id, patience, missing, &mut renderer, &mut interrupts);
+    let build = watched.await?;
     renderer.finish();
-    let found_missing = build.failure.as_ref().is_some_and(|f| f.kind == "dockerfile_missing");
-    build.verdict().map_err(|error| match missing.filter(|_| found_missing) {
-        Some(path) => error.hint(not_there(path)),
-        None => error,
-    })?;
+    build.verdict()?;
     let reference = build.image_ref.ok_or_else(|| {
         CliError::host(format!("the server gives build {} no reference", build.id))
     })?;
@@ -151,6 +156,7 @@ async fn watch(
     client: &Client,
     id: &str,
     patience: Duration,
+    missing: Option<&Path>,
     renderer: &mut Renderer,
     interrupts: &mut Interrupts,
 ) -> Result<BuildView, CliError> {
@@ -158,7 +164,10 @@ async fn watch(
     loop {
         let mut see = |seen: Seen<'_>| {
             match seen {
-                Seen::Event(received) => renderer.event(received),
+                Seen::Event(received) => {
+                    let named = missing.and_then(|path| absent::named_in_event(received, path));
+                    renderer.event(named.as_ref().unwrap_or(received));
+                }
                 Seen::Reconnecting(why) => renderer.reconnecting(why),
             }
             Ok(())
@@ -200,16 +209,11 @@ async fn watch(
                 .hint(format!("see how: kiln show {id}")));
         }
     };
-    BuildView::of(&answer)
-}
-
-/// What to tell of a Dockerfile of `-f` that is missing. The build finds it out, not the client: it is
-/// sent a source without any.
-fn not_there(dockerfile: &Path) -> String {
-    format!(
-        "the Dockerfile {} does not exist; -f is relative to the current directory, not to the source",
-        dockerfile.display()
-    )
+    let build = BuildView::of(&answer)?;
+    Ok(match missing {
+        Some(path) => absent::named_in_build(build, path),
+        None => build,
+    })
 }
 
 fn source(
@@ -220,7 +224,7 @@ fn source(
     if path == Path::new("-") {
         if let Some(missing) = missing {
             // An archive is passed on as it is, and may have a Dockerfile that was not asked for.
-            return Err(CliError::failed(not_there(missing))
+            return Err(CliError::failed(absent::not_there(missing))
                 .hint("with an archive on standard input, -f is a file beside it, not one in it"));
         }
         if std::io::stdin().is_terminal() {

@@ -13,6 +13,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+pub mod absent;
 pub mod build;
 pub mod cancel;
 pub mod client;
@@ -22,8 +23,10 @@ pub mod error;
 pub mod escape;
 pub mod exec;
 pub mod fields;
+pub mod flag_names;
 pub mod follow;
 pub mod interrupt;
+pub mod json_line;
 pub mod lines;
 pub mod logs;
 pub mod ls;
@@ -72,8 +75,10 @@ pub struct Global {
 impl ClientCommand {
     /// Runs the command; its errors are reported.
     pub async fn run(self, global: &Global) -> ExitCode {
+        let json = matches!(&self, Self::Build(args) if args.is_json());
         match self.try_run(global).await {
             Ok(code) => ExitCode::from(code),
+            Err(error) if json => error.report_json(),
             Err(error) => error.report(),
         }
     }

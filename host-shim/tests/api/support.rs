@@ -255,7 +255,7 @@ impl Puppet {
 /// Somebody with a token.
 pub struct Client<'a> {
     server: &'a Server,
-    token: String,
+    pub token: String,
 }
 
 impl Server {
