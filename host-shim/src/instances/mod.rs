@@ -43,6 +43,9 @@ use crate::store::{Store, StoreError};
 /// An instance's log, in its directory.
 const LOG: &str = "log";
 
+/// Instances of one tenant, stopped ones too: each keeps its log until it is deleted.
+const MAX_OF_TENANT: u32 = 100;
+
 /// What an instance's task does with it.
 #[derive(Clone, Debug)]
 pub struct Work {
@@ -144,7 +147,7 @@ impl Instances {
         let cancel = inner.stop.child_token();
         // Before it is known to anybody, so that whoever knows it finds its owner.
         inner.live().insert(id.clone(), Live { cancel: cancel.clone(), changes });
-        if let Err(error) = inner.store.insert_instance(&instance).await {
+        if let Err(error) = inner.store.insert_instance(&instance, MAX_OF_TENANT).await {
             inner.live().remove(&id);
             return Err(error.into());
         }

@@ -239,7 +239,7 @@ async fn a_server_that_stops_ends_its_instances_and_the_next_one_cleans_up() {
     let mut left = server.store.instance(&id).await.unwrap().unwrap();
     left.id = InstanceId::parse("left").unwrap();
     left.name = "left".into();
-    server.store.insert_instance(&left).await.unwrap();
+    server.store.insert_instance(&left, 100).await.unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     stop.cancel();
     server.instances.clone().run(stop).await;
@@ -264,10 +264,20 @@ async fn a_server_that_stops_ends_its_instances_and_the_next_one_cleans_up() {
 async fn a_tenant_has_only_so_many() {
     let server = server().await;
     let client = server.client("a", Role::Tenant).await;
-    for _ in 0..100 {
+    for _ in 0..98 {
         created(&client, json!({ "image": "app" })).await;
     }
+    // However many ask at one time, no more get in than there is room for.
+    let asked = (0..6).map(|_| create(&client, json!({ "image": "app" })));
+    let answers = futures_util::future::join_all(asked).await;
+    let of = |status| answers.iter().filter(|answer| answer.status() == status).count();
+    let counts = (of(StatusCode::CREATED), of(StatusCode::TOO_MANY_REQUESTS));
+    assert_eq!(counts, (2, 4));
+    assert_eq!(std::fs::read_dir(&server.instances_dir).unwrap().count(), 100);
     refusal(create(&client, json!({ "image": "app" })).await, 429, "too_many_instances").await;
+    // Another tenant's do not count.
+    let other = server.client("b", Role::Tenant).await;
+    created(&other, json!({ "image": "app" })).await;
     let one = &client.json("/instances").await[0];
     assert_eq!(client.delete(&path(one)).await.status(), StatusCode::NO_CONTENT);
     created(&client, json!({ "image": "app" })).await;
