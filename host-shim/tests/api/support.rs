@@ -10,12 +10,16 @@ use async_trait::async_trait;
 use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
+use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
 use reqwest::multipart::{Form, Part};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
+
+/// Of disks and logs of all instances.
+pub const QUOTA: u64 = 64 * 1024;
 
 pub const HOST: &str = "kiln.example:4973";
 
@@ -31,6 +35,7 @@ pub struct Server {
     /// Where the database is.
     pub data: PathBuf,
     pub instances: Instances,
+    pub quota: Quota,
     pub instances_dir: PathBuf,
     task: tokio::task::JoinHandle<()>,
     _dir: tempfile::TempDir,
@@ -61,7 +66,9 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let sources = dir.path().join("builds");
     let runner = Arc::new(Puppet::default());
     let instances_dir = dir.path().join("instances");
-    let instances = Instances::new(store.clone(), runner.clone(), instances_dir.clone());
+    let quota = Quota::new(QUOTA);
+    let instances =
+        Instances::new(store.clone(), runner.clone(), instances_dir.clone(), quota.clone());
     let registry = crate::registry::start().await;
     let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
     let app = router(ApiState {
@@ -92,6 +99,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         vault,
         data: dir.path().to_owned(),
         instances,
+        quota,
         instances_dir,
         task,
         _dir: dir,
@@ -203,7 +211,12 @@ impl Runner for Puppet {
             };
             match pull {
                 Pull::Change(change) => owner.change(change).await.unwrap(),
-                Pull::Print(line) => owner.print(&[line]).await.unwrap(),
+                Pull::Print(line) => {
+                    if let Err(error) = owner.print(&[line]).await {
+                        let why = std::error::Error::source(&error).unwrap();
+                        return End::failed(format!("{error}: {why}"));
+                    }
+                }
                 Pull::End(end) => return end,
             }
         }
