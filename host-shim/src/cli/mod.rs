@@ -22,6 +22,7 @@ pub mod error;
 pub mod escape;
 pub mod fields;
 pub mod follow;
+pub mod instances;
 pub mod interrupt;
 pub mod lines;
 pub mod logs;
@@ -51,6 +52,7 @@ pub enum ClientCommand {
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
     Run(run::RunArgs),
+    Instances(instances::InstancesArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
@@ -96,6 +98,7 @@ impl ClientCommand {
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Instances(args) => instances::run(client, patience, args).await,
             Self::Secret(args) => secret::run(client, args).await,
             Self::Run(_) | Self::Token(_) => Ok(()),
         }

@@ -6,6 +6,7 @@
 mod server;
 
 mod building;
+mod instances;
 mod interrupting;
 mod looking;
 mod offline;
