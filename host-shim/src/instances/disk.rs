@@ -31,7 +31,7 @@ const LIMITS: Limits = Limits {
     metadata_bytes: GIB / 2,
 };
 
-/// What instances leave free in the file system of the data directory: builds and the database are there too.
+/// What disks leave free in the file system of the data directory: builds and the database are there too.
 const KEEP_FREE: u64 = GIB;
 
 /// How long it may take to pull an image and to make its disk: the largest one that is taken, on a slow disk.
@@ -95,9 +95,9 @@ pub async fn prepare(
     in_time(DEADLINE, cancel, |stop| pull_and_make(backing, image, dir, held, stop)).await
 }
 
-/// Whether so many bytes more leave enough in the file system of a directory.
-pub(super) fn require_room(dir: &Path, bytes: u64) -> io::Result<()> {
-    Room::new(KEEP_FREE).require(&File::open(dir)?, bytes)
+/// Whether so many bytes more leave `keep` in the file system of a directory.
+pub(super) fn require_room(dir: &Path, keep: u64, bytes: u64) -> io::Result<()> {
+    Room::new(keep).require(&File::open(dir)?, bytes)
 }
 
 /// Cancels what takes too long, and waits for its end all the same.
@@ -134,7 +134,7 @@ async fn pull_and_make(
     let (layout, place) = (dir.join("layout"), dir.join("disk"));
     let stored = image.stored_bytes();
     held.resize(stored)?;
-    require_room(dir, stored).map_err(DiskError::Room)?;
+    require_room(dir, KEEP_FREE, stored).map_err(DiskError::Room)?;
     let pulling = image.write_layout(backing, &layout);
     stop.run_until_cancelled(pulling).await.ok_or(DiskError::Cancelled)??;
     let made = {
@@ -157,6 +157,8 @@ fn make(layout: &Path, place: &Path, stop: &CancellationToken) -> Result<File, D
         // An instance writes to another disk.
         free_bytes: 0,
         keep_free: KEEP_FREE,
+        // It has no name in a moment, and is gone with this host's power.
+        durable: false,
         architecture: ARCHITECTURE.to_owned(),
         ..Options::default()
     };
@@ -219,8 +221,8 @@ mod tests {
     #[test]
     fn room_that_no_file_system_has_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        require_room(dir.path(), 0).unwrap();
-        let error = require_room(dir.path(), u64::MAX).unwrap_err();
+        require_room(dir.path(), 1, 0).unwrap();
+        let error = require_room(dir.path(), 1, u64::MAX).unwrap_err();
         assert!(error.to_string().contains("make room"), "{error}");
     }
 }

@@ -16,6 +16,10 @@ use super::quota::{Full, Held};
 use crate::causes::chain;
 use crate::store::{Store, StoreError};
 
+/// What logs leave free in the file system of the data directory: less than disks do, so that a new disk does not end
+/// what runs already.
+const KEEP_FREE: u64 = 256 << 20;
+
 /// Why a line is not in the log.
 #[derive(Debug, thiserror::Error)]
 pub enum PrintError {
@@ -81,7 +85,7 @@ impl Owner {
 
     /// Appends to its log, and tells. What is over the bound is told after it was written: a batch at most.
     pub async fn print(&mut self, lines: &[Value]) -> Result<(), PrintError> {
-        disk::require_room(&self.dir, 0).map_err(PrintError::Room)?;
+        disk::require_room(&self.dir, KEEP_FREE, 0).map_err(PrintError::Room)?;
         let bytes = self.log.append(lines).await.map_err(PrintError::Write)?;
         self.seen.send_modify(|seen| seen.bytes = bytes);
         Ok(self.kept.resize(bytes)?)

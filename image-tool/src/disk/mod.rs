@@ -97,6 +97,9 @@ pub struct Options {
     pub free_bytes: u64,
     /// Bytes that must stay free in the file system that the disk is made in; 0: it may be filled.
     pub keep_free: u64,
+    /// Whether it is written out before it appears. One that does not outlive its user need not be, and a cancel cannot
+    /// hurry that.
+    pub durable: bool,
     /// Which image of several, in Go's words (`amd64`, `arm64`); the configuration must say the same.
     pub architecture: String,
 }
@@ -111,6 +114,7 @@ impl Default for Options {
             limits: Limits::default(),
             free_bytes: FREE_BYTES,
             keep_free: 0,
+            durable: true,
             architecture: host_architecture().to_owned(),
         }
     }
@@ -249,7 +253,11 @@ fn make_from(
         return Err(DiskError::Cancelled);
     }
     let made = made?;
-    output.commit()?;
+    if options.durable {
+        output.commit_durably()?;
+    } else {
+        output.commit()?;
+    }
     Ok(made)
 }
 
