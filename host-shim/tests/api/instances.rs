@@ -340,13 +340,13 @@ async fn an_images_disk_is_made_counted_and_gone_with_its_last_user() {
         (quota, dir, disk)
     };
     let never = CancellationToken::new();
-    let (quota, dir, made) = make(1 << 30, &never).await;
-    let made = made.unwrap();
-    assert!(made.file.metadata().unwrap().len() > 1 << 20);
+    let (quota, dir, ready) = make(1 << 30, &never).await;
+    let ready = ready.unwrap();
+    assert!(ready.file.metadata().unwrap().len() > 1 << 20);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let fits = |bytes| quota.hold(&tenant).resize(bytes).is_ok();
     assert!(!fits(1 << 29), "the disk counts");
-    drop(made);
+    drop(ready);
     assert!(fits(1 << 29));
 
     // Too large as it is stored, and as a disk.

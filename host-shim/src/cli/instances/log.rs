@@ -28,6 +28,16 @@ pub struct End {
     pub exit_message: Option<String>,
 }
 
+/// How one connection ended.
+enum Ending {
+    /// With the instance's end.
+    Stopped(End),
+    /// In order, with the state of an instance that goes on.
+    SoFar,
+    /// Not in order, and why.
+    Broken(String),
+}
+
 /// A line on stderr, of which it does not matter whether anybody reads it.
 pub fn note(text: &str) {
     let _ = std::io::stderr().lock().write_all(format!("kiln: {}\n", escape(text)).as_bytes());
@@ -66,8 +76,6 @@ pub struct Log<'a> {
     raw_stdout: bool,
     raw_stderr: bool,
     stdout_is_gone: bool,
-    /// The server has said where the instance is.
-    told: bool,
     /// Told when whoever read stdout is gone.
     gone: &'a tokio::sync::Notify,
 }
@@ -89,7 +97,6 @@ impl<'a> Log<'a> {
             raw_stdout: !std::io::stdout().is_terminal(),
             raw_stderr: !std::io::stderr().is_terminal(),
             stdout_is_gone: false,
-            told: false,
             gone,
         }
     }
@@ -101,8 +108,9 @@ impl<'a> Log<'a> {
             let before = self.quiet_since;
             let why = match self.client.instance_log(self.id, true, self.last.as_deref()).await {
                 Ok(response) => match self.read(response).await? {
-                    Ok(end) => return Ok(end),
-                    Err(why) => why,
+                    Ending::Stopped(end) => return Ok(end),
+                    Ending::SoFar => "the server ended it early".into(),
+                    Ending::Broken(why) => why,
                 },
                 Err(error) if error.is_passing() => error.to_string(),
                 Err(error) => return Err(error.into()),
@@ -120,27 +128,27 @@ impl<'a> Log<'a> {
     /// Shows what there is by now.
     pub async fn show_stored(&mut self) -> Result<(), CliError> {
         let response = self.client.instance_log(self.id, false, None).await?;
-        let ended = self.read(response).await?;
-        // Of an instance that has not stopped, the end of the stream is in order once its state was told.
-        match ended {
-            Err(why) if !self.told => {
+        match self.read(response).await? {
+            Ending::Stopped(_) | Ending::SoFar => Ok(()),
+            Ending::Broken(why) => {
                 let message = format!("the log of instance {} came in part: {why}", self.id);
                 Err(CliError::host(message))
             }
-            _ => Ok(()),
         }
     }
 
-    /// Reads one connection: the instance's end, or why the connection broke.
-    async fn read(&mut self, response: reqwest::Response) -> Result<Result<End, String>, CliError> {
+    /// Reads one connection to its end.
+    async fn read(&mut self, response: reqwest::Response) -> Result<Ending, CliError> {
         let mut stream = response.bytes_stream();
         let mut parser = Parser::default();
+        let mut told = false;
         loop {
             let part = match tokio::time::timeout(SILENCE, stream.next()).await {
                 Ok(Some(Ok(part))) => part,
-                Ok(Some(Err(error))) => return Ok(Err(innermost(&error))),
-                Ok(None) => return Ok(Err("the server ended it early".into())),
-                Err(_) => return Ok(Err("it fell silent".into())),
+                Ok(Some(Err(error))) => return Ok(Ending::Broken(innermost(&error))),
+                Ok(None) if told => return Ok(Ending::SoFar),
+                Ok(None) => return Ok(Ending::Broken("the server ended it early".into())),
+                Err(_) => return Ok(Ending::Broken("it fell silent".into())),
             };
             for block in parser.push(&part).map_err(|e| CliError::host(e.to_string()))? {
                 self.quiet_since = Instant::now();
@@ -150,9 +158,9 @@ impl<'a> Log<'a> {
                         self.show(&stream, &content, content_b64.as_deref(), partial)?;
                     }
                     Ok(Said::Status { status, exit_code, exit_message }) if status == "Stopped" => {
-                        return Ok(Ok(End { exit_code, exit_message }));
+                        return Ok(Ending::Stopped(End { exit_code, exit_message }));
                     }
-                    Ok(Said::Status { .. }) => self.told = true,
+                    Ok(Said::Status { .. }) => told = true,
                     Ok(Said::Other) | Err(_) => {}
                 }
             }
