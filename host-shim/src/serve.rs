@@ -24,7 +24,8 @@ use crate::exec::Sessions;
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
-use crate::instances::{Instances, Machines};
+use crate::instances::quota::Quota;
+use crate::instances::{Instances, Machines, Places};
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::vmm::{Swept, Vmm};
 
@@ -119,10 +120,11 @@ async fn serve(
     let max_vms = config.max_vms as usize;
     let room = Arc::new(Semaphore::new(max_vms));
     let abandon = CancellationToken::new();
-    let machines =
-        Machines::new(Arc::clone(&workshop), Arc::clone(&room), max_vms, abandon.clone());
+    let quota = Quota::new(config.instance_disks_bytes);
+    let places = Places::new(Arc::clone(&room), max_vms);
+    let machines = Machines::new(Arc::clone(&workshop), places, quota.clone(), abandon.clone());
     let instances_dir = config.data_dir.join("instances");
-    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir);
+    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir, quota);
     instances.recover().await.context("cannot end the instances of an earlier server")?;
 
     let left = store.end_open_sessions(crate::clock::now()).await;

@@ -514,10 +514,12 @@ async fn instances_are_kept_changed_listed_and_forgotten() {
     };
     let web = instance("web", "a", 1);
     for new in [&web, &instance("db", "a", 2), &instance("web", "b", 3)] {
-        store.insert_instance(new).await.unwrap();
+        store.insert_instance(new, 2).await.unwrap();
     }
     let again = Instance { id: InstanceId::parse("other").unwrap(), ..web.clone() };
-    assert!(matches!(store.insert_instance(&again).await, Err(StoreError::Taken(_))));
+    assert!(matches!(store.insert_instance(&again, 3).await, Err(StoreError::Taken(_))));
+    let full = store.insert_instance(&instance("third", "a", 4), 2).await;
+    assert!(matches!(full, Err(StoreError::TooMany { limit: 2, .. })), "{full:?}");
 
     let change = |change| store.change_instance(&web.id, change, 7);
     let refused = change(instance::Change::Run).await;
@@ -543,7 +545,7 @@ async fn instances_are_kept_changed_listed_and_forgotten() {
     let change = store.change_instance(&web.id, instance::Change::Initialize, 8).await;
     assert!(matches!(change, Err(StoreError::NotFound("instance"))), "{change:?}");
     // Its name is free again.
-    store.insert_instance(&again).await.unwrap();
+    store.insert_instance(&again, 2).await.unwrap();
 }
 
 #[tokio::test]

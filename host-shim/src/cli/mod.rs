@@ -25,6 +25,7 @@ pub mod exec;
 pub mod fields;
 pub mod flag_names;
 pub mod follow;
+pub mod instances;
 pub mod interrupt;
 pub mod json_line;
 pub mod lines;
@@ -58,6 +59,7 @@ pub enum ClientCommand {
     Run(run::RunArgs),
     Exec(Box<exec::ExecArgs>),
     Sessions(sessions::SessionsArgs),
+    Instances(instances::InstancesArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
@@ -109,6 +111,7 @@ impl ClientCommand {
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Instances(args) => instances::run(client, patience, args).await,
             Self::Secret(args) => secret::run(client, args).await,
             Self::Sessions(args) => sessions::run(client, args).await,
             Self::Run(_) | Self::Exec(_) | Self::Token(_) => Ok(()),

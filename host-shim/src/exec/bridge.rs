@@ -364,7 +364,9 @@ mod tests {
 
     fn waiting(pieces: &[usize]) -> Waiting {
         let mut waiting = Waiting::default();
-        pieces.iter().for_each(|len| waiting.input(Bytes::from(vec![7; *len])));
+        for len in pieces {
+            waiting.input(Bytes::from(vec![7; *len]));
+        }
         waiting
     }
 

@@ -7,6 +7,7 @@ mod server;
 
 mod building;
 mod bundle;
+mod instances;
 mod interrupting;
 mod looking;
 mod offline;
