@@ -17,13 +17,12 @@ use kiln_protocol::exec::{Cause, HostToSession, INPUT_WINDOW, MAX_CHUNK, Open, S
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::preamble::{Channel, Preamble};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, Deaf, Heard, START_DEADLINE};
-use super::entrance::Entrance;
+use super::entrance::{Entrance, Line};
 use super::record::How;
 
 /// How often the client is written to, so that one that is lost is noticed although its input is stuck behind a
@@ -181,8 +180,9 @@ async fn converse<I: ClientInput, O: ClientOutput>(
     input: &mut I,
     output: &mut O,
 ) -> Outcome {
-    let stream: UnixStream = match entrance.dial().await {
-        Ok(stream) => stream,
+    // What is held goes when this returns.
+    let Line { stream, hold: _hold } = match entrance.dial().await {
+        Ok(line) => line,
         Err(error) => {
             tracing::warn!(error = crate::causes::chain(&error), "a VM cannot be entered");
             return Outcome::refused(format!("the VM cannot be entered: {error}; try again"));

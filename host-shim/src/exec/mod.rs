@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use self::bridge::{ClientInput, ClientOutput, Gone, Outcome, Said};
-pub use self::entrance::{Dial, Door, Doorway, Entrance, Opened};
+pub use self::entrance::{Dial, Door, Doorway, Entrance, Line, Opened};
 pub use self::record::{End, How, Session, Subject, Who};
 use self::room::{Full, Place, Room};
 use crate::build::Tenant;
