@@ -26,6 +26,7 @@ use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
 use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
+use crate::kept::Kept;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::vmm::{Swept, Vmm};
 
@@ -99,10 +100,12 @@ async fn serve(
     let (registry, backing) = parts::registry(&config).await?;
     let builds_dir = config.data_dir.join("builds");
     let events = crate::events::EventLog::new(Arc::clone(&store));
+    let kept = Kept::new(config.max_kept);
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
         events: events.clone(),
         vmm,
+        kept: kept.clone(),
         backing: backing.clone(),
         vault: Arc::clone(&vault),
         builds_dir: builds_dir.clone(),
@@ -147,6 +150,7 @@ async fn serve(
         clock: api::system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
+        kept: kept.clone(),
         backing: backing.clone(),
         vault,
     });
@@ -163,6 +167,8 @@ async fn serve(
     let sessions = sessions.run(stop.clone());
     let queue = tokio::spawn(async move {
         tokio::join!(builds, instances, sessions);
+        // After the builds, whose VMs it takes.
+        kept.close().await;
     });
     let hang_up = CancellationToken::new();
     let serving = Connections::default().serve(listener, router, hang_up.clone());

@@ -34,7 +34,7 @@ const MAX_TARGET: usize = 128;
 const MAX_ARG_NAME: usize = 256;
 
 /// Longest time that a failed step stays: a day.
-const MAX_KEEP_SECONDS: u32 = 24 * 60 * 60;
+pub(super) const MAX_KEEP_SECONDS: u32 = 24 * 60 * 60;
 
 /// Every text part there is.
 const NAMES: [&str; 19] = [

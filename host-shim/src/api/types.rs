@@ -61,6 +61,9 @@ pub struct Build {
     /// How often it was taken by a VM.
     #[serde(default)]
     pub attempt: u32,
+    /// Until when its failed step can be entered (`kiln exec`), RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_until: Option<String>,
     /// Whether somebody entered its VM while it ran (`kiln exec`).
     #[serde(default)]
     pub entered: bool,
@@ -146,6 +149,7 @@ impl Build {
             usage: build.usage,
             pulled: build.pulled.clone(),
             attempt: build.attempt,
+            kept_until: None,
             entered: build.entered,
         }
     }

@@ -64,6 +64,9 @@ pub struct BuildArgs {
     /// Of the VM [default: the server's, 10]
     #[arg(long, value_name = "GB", value_parser = clap::value_parser!(u32).range(1..))]
     disk: Option<u32>,
+    /// When a step fails, keep its VM for so long, to be entered with kiln exec
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    keep_failed: Option<u32>,
     /// Print the build's id and do not wait
     #[arg(long)]
     detach: bool,
@@ -262,5 +265,6 @@ fn form_fields(args: &BuildArgs) -> Fields {
     field("memory_mb", args.memory.map(|n| n.to_string()));
     field("cpus", args.cpus.map(|n| n.to_string()));
     field("disk_gb", args.disk.map(|n| n.to_string()));
+    field("keep_failed_seconds", args.keep_failed.map(|n| n.to_string()));
     fields
 }

@@ -28,6 +28,7 @@ pub mod follow;
 pub mod instances;
 pub mod interrupt;
 pub mod json_line;
+pub mod kept;
 pub mod lines;
 pub mod logs;
 pub mod ls;
@@ -60,6 +61,7 @@ pub enum ClientCommand {
     Exec(Box<exec::ExecArgs>),
     Sessions(sessions::SessionsArgs),
     Instances(instances::InstancesArgs),
+    Kept(kept::KeptArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
@@ -111,6 +113,7 @@ impl ClientCommand {
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Kept(args) => kept::run(client, args).await,
             Self::Instances(args) => instances::run(client, patience, args).await,
             Self::Secret(args) => secret::run(client, args).await,
             Self::Sessions(args) => sessions::run(client, args).await,

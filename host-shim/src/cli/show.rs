@@ -58,6 +58,8 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
     put("attempt", build.attempt.filter(|n| *n > 1).map(|n| n.to_string()));
     let entered = build.entered.then(|| format!("yes, while it ran: kiln sessions {}", build.id));
     put("entered", entered);
+    let kept = build.kept_until.as_ref();
+    put("kept", kept.map(|until| format!("until {until}: kiln exec -it {} -- sh", build.id)));
     let tags = build.tags.iter().flatten().map(|(key, value)| format!("{key}={value}"));
     put("tags", Some(tags.collect::<Vec<_>>().join(" ")));
     if let Some(usage) = &build.usage {

@@ -27,6 +27,8 @@ pub struct BuildView {
     pub duration_ms: Option<u64>,
     pub attempt: Option<u64>,
     pub entered: bool,
+    #[serde(default)]
+    pub kept_until: Option<String>,
     pub tags: Option<std::collections::BTreeMap<String, String>>,
     pub usage: Option<UsageView>,
 }

@@ -166,7 +166,7 @@ impl Runner for Machines {
                 disk_gb: SCRATCH_GB,
                 image: Some(Arc::clone(&disk.file)),
             };
-            let vm = match cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await {
+            let vm = match cancel.run_until_cancelled(self.workshop.start(spec)).await {
                 None => return never_ran(),
                 Some(Ok(vm)) => vm,
                 Some(Err(error)) => {

@@ -8,6 +8,7 @@
 //! A VM that is paused takes no CPU and no build's place, and all of its memory. Nothing that it says counts any more:
 //! its build has ended, its control connection and its way to the registry are closed.
 
+mod room;
 mod stay;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,6 +84,18 @@ impl Kept {
         Self { inner: Arc::new(Inner { most, vms: Mutex::default(), tasks, stop }) }
     }
 
+    /// Whether any VM may be kept.
+    pub fn is_open(&self) -> bool {
+        self.inner.most > 0
+    }
+
+    /// Lets VMs go, the oldest first, until the host has memory for another one, or there are none left.
+    pub async fn make_room(&self, memory_mb: u32) {
+        while !self.lock().is_empty() && !room::has_room_for(memory_mb) {
+            self.release_oldest("a VM is about to start and needs its memory").await;
+        }
+    }
+
     /// Keeps a VM. Where there are as many as may be, the oldest goes.
     pub async fn keep(&self, vm: Vm, guest: Guest) {
         let dialer = match vm.dialer() {
@@ -121,7 +134,10 @@ impl Kept {
     pub fn list(&self, tenant: Option<&Tenant>) -> Vec<Lease> {
         let vms = self.lock();
         let leases = vms.iter().map(|lodger| &lodger.lease);
-        leases.filter(|lease| tenant.is_none_or(|tenant| lease.tenant == *tenant)).cloned().collect()
+        leases
+            .filter(|lease| tenant.is_none_or(|tenant| lease.tenant == *tenant))
+            .cloned()
+            .collect()
     }
 
     /// The lease of a build's VM.

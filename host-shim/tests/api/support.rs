@@ -86,6 +86,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         clock: system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
+        kept: kiln::kept::Kept::new(1),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
     });

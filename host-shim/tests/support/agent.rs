@@ -26,10 +26,10 @@ struct Line(mpsc::UnboundedSender<UnixStream>);
 
 #[async_trait]
 impl Dial for Line {
-    async fn dial(&self) -> Result<UnixStream, DialError> {
+    async fn dial(&self) -> Result<kiln::exec::Line, DialError> {
         let (near, far) = UnixStream::pair().unwrap();
         self.0.send(far).map_err(|_| DialError::Nobody(5002))?;
-        Ok(near)
+        Ok(kiln::exec::Line { stream: near, hold: None })
     }
 }
 
