@@ -34,6 +34,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Run a command in a running build or instance
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct ExecArgs {
     /// Send standard input to the command
     #[arg(short, long)]
