@@ -61,7 +61,7 @@ fn command() -> Exec {
         env: vec![],
         directory: None,
         user: None,
-        terminal: None,
+        terminal: Some(Terminal { rows: 24, cols: 80 }),
     }
 }
 

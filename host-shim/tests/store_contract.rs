@@ -581,10 +581,10 @@ async fn sessions_are_logged_ended_once_and_listed() {
     let instance = Subject::Instance(InstanceId::parse("i1").unwrap());
     let first = session("s1", b1.clone(), "a", 5);
     let refused = session("s2", b2.clone(), "a", 6);
-    let last = session("s3", instance.clone(), "b", 6);
+    let newest = session("s3", instance.clone(), "b", 6);
     store.insert_session(&first, true).await.unwrap();
     store.insert_session(&refused, false).await.unwrap();
-    store.insert_session(&last, true).await.unwrap();
+    store.insert_session(&newest, true).await.unwrap();
     let again = store.insert_session(&first, true).await;
     assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
     // A build that is not there cannot be entered, and then nothing is logged.
@@ -605,18 +605,21 @@ async fn sessions_are_logged_ended_once_and_listed() {
     let stopped = exec::End { at: 20, how: How::ServerStopped, exit_code: None, why: None };
     let first = Session { end: Some(end), ..first };
     let refused = Session { end: Some(stopped.clone()), ..refused };
-    let last = Session { end: Some(stopped), ..last };
+    let newest = Session { end: Some(stopped), ..newest };
     let list = async |filter: SessionFilter| store.sessions(&filter).await.unwrap();
     let all = SessionFilter { limit: 9, ..SessionFilter::default() };
-    assert_eq!(list(all.clone()).await, [last.clone(), refused.clone(), first.clone()]);
-    assert_eq!(list(SessionFilter { limit: 1, ..all.clone() }).await, [last.clone()]);
+    assert_eq!(list(all.clone()).await, [newest.clone(), refused.clone(), first.clone()]);
+    assert_eq!(
+        list(SessionFilter { limit: 1, ..all.clone() }).await,
+        std::slice::from_ref(&newest)
+    );
     let before = SessionFilter { before: Some("s3".into()), ..all.clone() };
     assert_eq!(list(before).await, [refused.clone(), first.clone()]);
     let of = |subject: &Subject| SessionFilter { subject: Some(subject.clone()), ..all.clone() };
     assert_eq!(list(of(&b1)).await, [first]);
-    assert_eq!(list(of(&instance)).await, [last.clone()]);
+    assert_eq!(list(of(&instance)).await, std::slice::from_ref(&newest));
     assert_eq!(list(SessionFilter { tenant: Some(tenant("a")), ..of(&instance) }).await, []);
-    assert_eq!(list(SessionFilter { tenant: Some(tenant("b")), ..all }).await, [last]);
+    assert_eq!(list(SessionFilter { tenant: Some(tenant("b")), ..all }).await, [newest]);
 }
 
 /// A build that was entered stays so, whatever becomes of it.

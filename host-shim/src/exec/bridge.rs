@@ -255,6 +255,7 @@ async fn inward<I: ClientInput>(
     open: Open,
     input: &mut I,
 ) -> Gone {
+    let mut sieve = Sieve::of(&open);
     let opened = async {
         writer.write_all(&preamble.encode()).await.map_err(frame::FrameError::Io)?;
         frame::write(&mut writer, &HostToSession::Open(Box::new(open))).await
@@ -266,8 +267,31 @@ async fn inward<I: ClientInput>(
             Ok(said) => said,
             Err(gone) => return gone,
         };
-        if writable {
+        if writable && sieve.passes(&said) {
             writable = say(&mut writer, said).await.is_ok();
+        }
+    }
+}
+
+/// Leaves out what a client may say and an agent need not hear.
+struct Sieve {
+    terminal: bool,
+    input_ended: bool,
+}
+
+impl Sieve {
+    fn of(open: &Open) -> Self {
+        let terminal = matches!(open, Open::Exec(exec) if exec.terminal.is_some());
+        Self { terminal, input_ended: false }
+    }
+
+    fn passes(&mut self, said: &Said) -> bool {
+        match said {
+            Said::Input(_) => !self.input_ended,
+            Said::InputEnd => !std::mem::replace(&mut self.input_ended, true),
+            // Without a terminal there is nothing that has a size.
+            Said::Resize(_) => self.terminal,
+            Said::Signal(_) => true,
         }
     }
 }
@@ -285,4 +309,32 @@ async fn say(writer: &mut (impl AsyncWrite + Unpin), said: Said) -> Result<(), f
         Said::Signal(signal) => HostToSession::Signal(signal),
     };
     frame::write(writer, &message).await
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::exec::{Exec, Place};
+
+    use super::*;
+
+    #[test]
+    fn sizes_are_of_terminals_and_input_ends_once() {
+        let size = Terminal { rows: 1, cols: 2 };
+        for terminal in [None, Some(size)] {
+            let exec = Exec {
+                place: Place::Vm,
+                command: vec![],
+                env: vec![],
+                directory: None,
+                user: None,
+                terminal,
+            };
+            let mut sieve = Sieve::of(&Open::Exec(exec));
+            assert_eq!(sieve.passes(&Said::Resize(size)), terminal.is_some());
+            let input = Said::Input(Bytes::from_static(b"x"));
+            assert!(sieve.passes(&input) && sieve.passes(&Said::InputEnd));
+            assert!(!sieve.passes(&input) && !sieve.passes(&Said::InputEnd));
+            assert!(sieve.passes(&Said::Signal(2)));
+        }
+    }
 }

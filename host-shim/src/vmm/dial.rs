@@ -53,7 +53,7 @@ pub struct Dialer {
 
 impl Dialer {
     /// For the VM whose sockets are in `dir`, which only the user `uid` (and root) can write in.
-    pub(super) fn open(dir: &Path, uid: u32) -> io::Result<Self> {
+    pub(crate) fn open(dir: &Path, uid: u32) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::open(dir, flags, Mode::empty())?;
         Ok(Self { dir: Arc::new(dir), uid })
