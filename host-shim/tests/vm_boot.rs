@@ -140,16 +140,16 @@ async fn a_guest_boots_dials_and_is_removed() {
     dialled(&vm).await;
     assert_eq!(status_line(qemu, "Name:"), "qemu-system-x86");
     // The host's dials reach the guest's kernel, which has nobody on this port.
-    let dialler = vm.dialer().unwrap();
-    let dialled = dialler.dial(5999).await;
-    assert!(matches!(dialled, Err(DialError::Nobody(5999))), "{dialled:?}");
+    let dialer = vm.dialer().unwrap();
+    let nobody = dialer.dial(5999).await;
+    assert!(matches!(nobody, Err(DialError::Nobody(5999))), "{nobody:?}");
     assert!(matches!(vm.dial(5999).await, Err(DialError::Nobody(5999))));
     println!("start of QEMU → first dial: {:?}", vm.started().elapsed());
     let began = Instant::now();
     vm.destroy().await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     assert!(!running(qemu) && !running(vsock_device));
-    assert!(matches!(dialler.dial(5999).await, Err(DialError::Device(_))));
+    assert!(matches!(dialer.dial(5999).await, Err(DialError::Device(_))));
     assert_eq!(host.left(), Vec::<PathBuf>::new());
     assert_eq!(cgroup_dirs(&host.config.instance).len(), 1);
     drop(vmm);
