@@ -11,11 +11,12 @@ use kiln::build::{
     Build, BuildId, Change, Failure, FailureKind, GuestSays, ImageName, NetworkMode, Provenance,
     Pulled, Refused, Request, Status, Tenant, Usage,
 };
+use kiln::exec::{self, How, Session, Subject, Who};
 use kiln::instances::instance::{self, End, Instance, InstanceId, State};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Role, Store, StoreError,
-    TokenRecord,
+    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Role, SessionFilter, Store,
+    StoreError, TokenRecord,
 };
 use serde_json::json;
 
@@ -546,6 +547,103 @@ async fn instances_are_kept_changed_listed_and_forgotten() {
     assert!(matches!(change, Err(StoreError::NotFound("instance"))), "{change:?}");
     // Its name is free again.
     store.insert_instance(&again, 2).await.unwrap();
+}
+
+fn session(name: &str, subject: Subject, owner: &str, at: i64) -> Session {
+    Session {
+        id: name.into(),
+        tenant: tenant(owner),
+        subject,
+        who: Who {
+            token_id: "t1".into(),
+            token_name: Some("ci".into()),
+            role: Role::Admin,
+            tenant: tenant("ops"),
+        },
+        command: vec!["sh".into(), "-c".into(), "\u{1}\"é".into()],
+        cut: true,
+        env: vec!["TOKEN".into()],
+        directory: Some("/srv".into()),
+        user: Some("app".into()),
+        tty: true,
+        vm: false,
+        with_secrets: true,
+        started_at: at,
+        end: None,
+    }
+}
+
+#[tokio::test]
+async fn sessions_are_logged_ended_once_and_listed() {
+    let place = Place::new();
+    let store = place.open().await;
+    for name in ["b1", "b2"] {
+        store.insert_build(&build(name, "a", 1), &[], None, &[]).await.unwrap();
+    }
+    let (b1, b2) = (Subject::Build(id("b1")), Subject::Build(id("b2")));
+    let instance = Subject::Instance(InstanceId::parse("i1").unwrap());
+    let first = session("s1", b1.clone(), "a", 5);
+    let refused = session("s2", b2.clone(), "a", 6);
+    let newest = session("s3", instance.clone(), "b", 6);
+    store.insert_session(&first, true).await.unwrap();
+    store.insert_session(&refused, false).await.unwrap();
+    store.insert_session(&newest, true).await.unwrap();
+    let again = store.insert_session(&first, true).await;
+    assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
+    // A build that is not there cannot be entered, and then nothing is logged.
+    let nobody = session("s4", Subject::Build(id("b9")), "a", 7);
+    let missing = store.insert_session(&nobody, true).await;
+    assert!(matches!(missing, Err(StoreError::NotFound("build"))), "{missing:?}");
+
+    let end = exec::End { at: 9, how: How::Exited, exit_code: Some(255), why: Some("why".into()) };
+    store.end_session("s1", &end).await.unwrap();
+    let again = store.end_session("s1", &exec::End { at: 10, ..end.clone() }).await;
+    assert!(matches!(again, Err(StoreError::NotFound(_))), "{again:?}");
+    drop(store);
+
+    // What a server that was killed left open is ended by the next, and no more than that.
+    let store = place.open().await;
+    assert_eq!(store.end_open_sessions(20).await.unwrap(), 2);
+    assert_eq!(store.end_open_sessions(21).await.unwrap(), 0);
+    let stopped = exec::End { at: 20, how: How::ServerStopped, exit_code: None, why: None };
+    let first = Session { end: Some(end), ..first };
+    let refused = Session { end: Some(stopped.clone()), ..refused };
+    let newest = Session { end: Some(stopped), ..newest };
+    let list = async |filter: SessionFilter| store.sessions(&filter).await.unwrap();
+    let all = SessionFilter { limit: 9, ..SessionFilter::default() };
+    assert_eq!(list(all.clone()).await, [newest.clone(), refused.clone(), first.clone()]);
+    assert_eq!(
+        list(SessionFilter { limit: 1, ..all.clone() }).await,
+        std::slice::from_ref(&newest)
+    );
+    let before = SessionFilter { before: Some("s3".into()), ..all.clone() };
+    assert_eq!(list(before).await, [refused.clone(), first.clone()]);
+    let of = |subject: &Subject| SessionFilter { subject: Some(subject.clone()), ..all.clone() };
+    assert_eq!(list(of(&b1)).await, [first]);
+    assert_eq!(list(of(&instance)).await, std::slice::from_ref(&newest));
+    assert_eq!(list(SessionFilter { tenant: Some(tenant("a")), ..of(&instance) }).await, []);
+    assert_eq!(list(SessionFilter { tenant: Some(tenant("b")), ..all }).await, [newest]);
+}
+
+/// A build that was entered stays so, whatever becomes of it.
+#[tokio::test]
+async fn a_build_is_marked_as_entered_for_ever() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b1", "a", 1)).await;
+    let claimed = claim(&*store).await;
+    assert!(!claimed.build.entered);
+    let entering = session("s1", Subject::Build(id("b1")), "a", 5);
+    store.insert_session(&entering, true).await.unwrap();
+    // The driver does not know, and writes what it knows.
+    store.annotate(&claimed.build, claimed.fence).await.unwrap();
+    let failed = Change::Fail(Failure::new(FailureKind::Internal, "x"));
+    let ended = store.change(&id("b1"), claimed.fence, failed, 9, &[]).await.unwrap();
+    assert!(ended.entered);
+    drop(store);
+    let store = place.open().await;
+    assert!(store.build(&id("b1")).await.unwrap().unwrap().entered);
+    assert!(store.builds(&Filter { limit: 1, ..Filter::default() }).await.unwrap()[0].entered);
 }
 
 #[tokio::test]

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kiln::vmm::{
-    Accel, DEFAULT_UID_BASE, Engine, Pids, ProcessId, Vm, VmExit, VmSpec, Vmm, VmmConfig, VmmError,
+    Accel, DEFAULT_UID_BASE, DialError, Engine, Pids, ProcessId, Vm, VmExit, VmSpec, Vmm,
+    VmmConfig, VmmError,
 };
 use tokio::time::timeout;
 
@@ -138,11 +139,17 @@ async fn a_guest_boots_dials_and_is_removed() {
 
     dialled(&vm).await;
     assert_eq!(status_line(qemu, "Name:"), "qemu-system-x86");
+    // The host's dials reach the guest's kernel, which has nobody on this port.
+    let dialer = vm.dialer().unwrap();
+    let nobody = dialer.dial(5999).await;
+    assert!(matches!(nobody, Err(DialError::Nobody(5999))), "{nobody:?}");
+    assert!(matches!(vm.dial(5999).await, Err(DialError::Nobody(5999))));
     println!("start of QEMU → first dial: {:?}", vm.started().elapsed());
     let began = Instant::now();
     vm.destroy().await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     assert!(!running(qemu) && !running(vsock_device));
+    assert!(matches!(dialer.dial(5999).await, Err(DialError::Device(_))));
     assert_eq!(host.left(), Vec::<PathBuf>::new());
     assert_eq!(cgroup_dirs(&host.config.instance).len(), 1);
     drop(vmm);

@@ -19,6 +19,8 @@
 //! | then | host → guest | [`message::HostToAgent`] |
 //! | then | guest → host | [`message::AgentToHost`] |
 //!
+//! A session's connection has frames of the same form after its [`preamble`]: [`exec`] says which.
+//!
 //! # Rules for change
 //! postcard is not self-describing: a field added to a struct changes the bytes of every message
 //! that holds it.

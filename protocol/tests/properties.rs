@@ -9,6 +9,9 @@ use kiln_protocol::event::{
     Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
     Phase, Step, StepEnd, StepState,
 };
+use kiln_protocol::exec::{
+    Copy, Ended, Exec, HostToSession, Open, Place, SessionToHost, Stream, Terminal,
+};
 use kiln_protocol::frame::{FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, Reject, Resume, Welcome};
 use kiln_protocol::job::{BuildId, BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
@@ -18,7 +21,7 @@ use kiln_protocol::run::RunJob;
 use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, Version, VersionRange};
 use proptest::prelude::*;
-use support::{Kind, Message, REASONS, every_message};
+use support::{CAUSES, Kind, Message, REASONS, every_message};
 
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), 0..600)
@@ -212,12 +215,59 @@ fn agent_message() -> impl Strategy<Value = AgentToHost> {
     ]
 }
 
+fn place() -> impl Strategy<Value = Place> {
+    prop_oneof![any::<bool>().prop_map(|secrets| Place::Job { secrets }), Just(Place::Vm)]
+}
+
+fn size() -> impl Strategy<Value = Terminal> {
+    any::<(u16, u16)>().prop_map(|(rows, cols)| Terminal { rows, cols })
+}
+
+fn open() -> impl Strategy<Value = Open> {
+    let exec = (
+        place(),
+        proptest::collection::vec(any::<String>(), 0..4),
+        proptest::collection::vec(any::<(String, String)>(), 0..4),
+        any::<(Option<String>, Option<String>)>(),
+        proptest::option::of(size()),
+    )
+        .prop_map(|(place, command, env, (directory, user), terminal)| {
+            Open::Exec(Exec { place, command, env, directory, user, terminal })
+        });
+    let copy = || (place(), any::<String>()).prop_map(|(place, path)| Copy { place, path });
+    prop_oneof![exec, copy().prop_map(Open::CopyOut), copy().prop_map(Open::CopyIn)]
+}
+
+fn to_session() -> impl Strategy<Value = HostToSession> {
+    prop_oneof![
+        open().prop_map(|open| HostToSession::Open(Box::new(open))),
+        bytes().prop_map(HostToSession::Input),
+        Just(HostToSession::InputEnd),
+        size().prop_map(HostToSession::Resize),
+        any::<u8>().prop_map(HostToSession::Signal),
+    ]
+}
+
+fn of_session() -> impl Strategy<Value = SessionToHost> {
+    let stream = prop_oneof![Just(Stream::Out), Just(Stream::Err)];
+    let failed = (proptest::sample::select(&CAUSES[..]), any::<String>())
+        .prop_map(|(cause, why)| Ended::Failed { cause, why });
+    let exited = any::<u8>().prop_map(|code| Ended::Exited { code });
+    prop_oneof![
+        Just(SessionToHost::Started),
+        (stream, bytes()).prop_map(|(stream, bytes)| SessionToHost::Output { stream, bytes }),
+        prop_oneof![failed, exited].prop_map(SessionToHost::Ended),
+    ]
+}
+
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
         hello().prop_map(Message::Hello),
         reply().prop_map(Message::Reply),
         host_message().prop_map(Message::Host),
         agent_message().prop_map(Message::Agent),
+        to_session().prop_map(Message::ToSession),
+        of_session().prop_map(Message::OfSession),
     ]
 }
 

@@ -259,6 +259,7 @@ impl Secret {
 
 /// A session in a VM, as GET `/sessions` lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing of a session")]
 pub struct Session {
     /// Its id.
     pub id: String,

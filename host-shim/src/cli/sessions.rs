@@ -82,6 +82,7 @@ async fn pages(
 /// The parts of a session that are shown.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "the API's fields")]
 struct View {
     build: Option<String>,
     instance: Option<String>,

@@ -13,6 +13,7 @@
 mod agent;
 pub mod bridge;
 pub mod entrance;
+mod inward;
 pub mod record;
 pub mod room;
 pub mod signal;

@@ -52,6 +52,7 @@ impl From<Caller> for Who {
 
 /// A session.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing of a session")]
 pub struct Session {
     /// Its id.
     pub id: String,

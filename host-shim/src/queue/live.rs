@@ -89,6 +89,28 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_build_can_be_entered_while_its_driver_has_a_vm() {
+        let (live, id) = (Live::default(), BuildId::new("b").unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let entry = live.enter(&id);
+        let dialer = || crate::vmm::Dialer::open(dir.path(), 0);
+        let mut doorway = crate::exec::Doorway::new(entry.door.clone(), dialer(), [1; 32]);
+        assert!(live.entrance(&id).is_none(), "its VM has not begun");
+        doorway.begun();
+        doorway.begun();
+        let entrance = live.entrance(&id).unwrap();
+        // Another VM in its place has another nonce.
+        drop(doorway);
+        entrance.closed().await;
+        assert!(live.entrance(&id).is_none());
+        let mut doorway = crate::exec::Doorway::new(entry.door.clone(), dialer(), [2; 32]);
+        doorway.begun();
+        assert_eq!(live.entrance(&id).map(|entrance| entrance.nonce()), Some([2; 32]));
+        drop((entry, doorway));
+        assert!(live.entrance(&id).is_none());
+    }
+
+    #[tokio::test]
     async fn a_cancel_waits_for_the_driver_or_for_the_point_of_no_return() {
         let (live, id) = (Live::default(), BuildId::new("b").unwrap());
         let entry = live.enter(&id);

@@ -200,6 +200,34 @@ mod tests {
         answer(&mut third).await;
     }
 
+    /// The deadlines are of HTTP's heads; a session may be quiet for as long as it likes.
+    #[tokio::test]
+    async fn a_connection_that_changed_its_protocol_may_be_quiet() {
+        use axum::extract::ws::WebSocketUpgrade;
+        use futures_util::{SinkExt, StreamExt};
+        use tokio_tungstenite::tungstenite::Message;
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let echo = |upgrade: WebSocketUpgrade| async {
+            upgrade.on_upgrade(|mut socket| async move {
+                while let Some(Ok(message)) = socket.recv().await {
+                    let _ = socket.send(message).await;
+                }
+            })
+        };
+        let router = Router::new().route("/", get(echo));
+        let connections = Connections { most: 1, head: SHORT, unread: SHORT };
+        let task = tokio::spawn(connections.serve(listener, router, CancellationToken::new()));
+        let url = format!("ws://{address}/");
+        let (mut socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
+        // Time itself is what is tested here.
+        tokio::time::sleep(SHORT * 10).await;
+        socket.send(Message::text("still there")).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("still there"));
+        task.abort();
+    }
+
     #[tokio::test]
     async fn hanging_up_ends_idle_connections_and_the_server() {
         let serving = Serving::start(2, LONG).await;

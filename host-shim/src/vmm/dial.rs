@@ -56,7 +56,7 @@ pub struct Dialer {
 
 impl Dialer {
     /// For the VM whose sockets are in `dir`, which only the user `uid` (and root) can write in.
-    pub(super) fn open(dir: &Path, uid: u32) -> io::Result<Self> {
+    pub(crate) fn open(dir: &Path, uid: u32) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::open(dir, flags, Mode::empty())?;
         Ok(Self { dir: Arc::new(dir), uid })
@@ -124,8 +124,8 @@ mod tests {
             assert_eq!(&hello, b"CONNECT 5002\n");
             stream.write_all(answer).await.unwrap();
         });
-        let dialler = Dialer::open(dir.path(), own_uid()).unwrap();
-        let stream = dialler.dial(5002).await;
+        let dialer = Dialer::open(dir.path(), own_uid()).unwrap();
+        let stream = dialer.dial(5002).await;
         device.await.unwrap();
         let mut rest = vec![];
         stream?.read_to_end(&mut rest).await.unwrap();
@@ -150,15 +150,15 @@ mod tests {
     #[tokio::test]
     async fn a_link_a_file_and_a_stranger_are_not_the_device() {
         let dir = tempfile::tempdir().unwrap();
-        let dialler = Dialer::open(dir.path(), own_uid()).unwrap();
-        assert!(matches!(dialler.dial(1).await, Err(DialError::Device(_))), "not there yet");
+        let dialer = Dialer::open(dir.path(), own_uid()).unwrap();
+        assert!(matches!(dialer.dial(1).await, Err(DialError::Device(_))), "not there yet");
         let at = dir.path().join(vsock::UDS);
         let _elsewhere = UnixListener::bind(dir.path().join("elsewhere")).unwrap();
         std::os::unix::fs::symlink("elsewhere", &at).unwrap();
-        assert!(matches!(dialler.dial(1).await, Err(DialError::NotTheDevice)));
+        assert!(matches!(dialer.dial(1).await, Err(DialError::NotTheDevice)));
         std::fs::remove_file(&at).unwrap();
         std::fs::write(&at, "x").unwrap();
-        assert!(matches!(dialler.dial(1).await, Err(DialError::NotTheDevice)));
+        assert!(matches!(dialer.dial(1).await, Err(DialError::NotTheDevice)));
         std::fs::remove_file(&at).unwrap();
         let _listener = UnixListener::bind(&at).unwrap();
         let of_another = Dialer::open(dir.path(), own_uid() + 1).unwrap();
@@ -170,18 +170,18 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let dir = place.path().join("sock");
         std::fs::create_dir(&dir).unwrap();
-        let dialler = Dialer::open(&dir, own_uid()).unwrap();
+        let dialer = Dialer::open(&dir, own_uid()).unwrap();
         std::fs::remove_dir(&dir).unwrap();
         std::fs::create_dir(&dir).unwrap();
         let _next = UnixListener::bind(dir.join(vsock::UDS)).unwrap();
-        assert!(matches!(dialler.dial(1).await, Err(DialError::Device(_))));
+        assert!(matches!(dialer.dial(1).await, Err(DialError::Device(_))));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_device_that_does_not_answer_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let _listener = UnixListener::bind(dir.path().join(vsock::UDS)).unwrap();
-        let dialler = Dialer::open(dir.path(), own_uid()).unwrap();
-        assert!(matches!(dialler.dial(1).await, Err(DialError::Deadline)));
+        let dialer = Dialer::open(dir.path(), own_uid()).unwrap();
+        assert!(matches!(dialer.dial(1).await, Err(DialError::Deadline)));
     }
 }

@@ -8,6 +8,7 @@ mod agent;
 mod builds;
 mod events;
 mod exec;
+mod exec_cli;
 mod instances;
 mod limits;
 mod refusals;

@@ -1,4 +1,4 @@
-//! What a peer sends on the control connection: a stream of frames of any of the four kinds.
+//! What a peer sends on the control connection, or on a session's: a stream of frames of any of the six kinds.
 //!
 //! The first byte chooses the kind, the rest is the stream. Nothing may panic, and a value that
 //! decodes must encode to a frame that decodes to the same value.
@@ -11,6 +11,7 @@
 
 use std::fmt::Debug;
 
+use kiln_protocol::exec::{HostToSession, SessionToHost};
 use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply};
 use kiln_protocol::message::{AgentToHost, HostToAgent};
@@ -24,11 +25,13 @@ const PREFIX: usize = 4;
 
 fuzz_target!(|data: &[u8]| {
     let Some((kind, stream)) = data.split_first() else { return };
-    match kind % 5 {
+    match kind % 7 {
         0 => frames::<Hello>(stream),
         1 => frames::<HelloReply>(stream),
         2 => frames::<HostToAgent>(stream),
         3 => frames::<AgentToHost>(stream),
+        4 => frames::<HostToSession>(stream),
+        5 => frames::<SessionToHost>(stream),
         _ => opening(stream),
     }
 });

@@ -7,6 +7,9 @@ use kiln_protocol::event::{
     Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
     Phase, Step, StepEnd, StepState,
 };
+use kiln_protocol::exec::{
+    Cause, Copy, Ended, Exec, HostToSession, Open, Place, SessionToHost, Stream, Terminal,
+};
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::hello::{
     Hello, HelloReply, MAGIC, Reject, RejectReason, Resume, TOKEN_LEN, Welcome,
@@ -17,26 +20,31 @@ use kiln_protocol::run::RunJob;
 use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, Version, VersionRange};
 
-/// Any frame's value of the control connection.
+/// Any frame's value, of the control connection or of a session's.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     Hello(Hello),
     Reply(HelloReply),
     Host(HostToAgent),
     Agent(AgentToHost),
+    ToSession(HostToSession),
+    OfSession(SessionToHost),
 }
 
-/// Which of the four a frame is, by its place in the conversation.
+/// Which of the six a frame is, by its place in the conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Hello,
     Reply,
     Host,
     Agent,
+    ToSession,
+    OfSession,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Hello, Self::Reply, Self::Host, Self::Agent];
+    pub const ALL: [Self; 6] =
+        [Self::Hello, Self::Reply, Self::Host, Self::Agent, Self::ToSession, Self::OfSession];
 
     /// Decodes a frame's value as this kind of message.
     pub fn decode(self, value: &[u8]) -> Result<Message, FrameError> {
@@ -45,6 +53,8 @@ impl Kind {
             Self::Reply => frame::decode(value).map(Message::Reply),
             Self::Host => frame::decode(value).map(Message::Host),
             Self::Agent => frame::decode(value).map(Message::Agent),
+            Self::ToSession => frame::decode(value).map(Message::ToSession),
+            Self::OfSession => frame::decode(value).map(Message::OfSession),
         }
     }
 }
@@ -56,6 +66,8 @@ impl Message {
             Self::Reply(_) => Kind::Reply,
             Self::Host(_) => Kind::Host,
             Self::Agent(_) => Kind::Agent,
+            Self::ToSession(_) => Kind::ToSession,
+            Self::OfSession(_) => Kind::OfSession,
         }
     }
 
@@ -66,6 +78,8 @@ impl Message {
             Self::Reply(m) => frame::encode(m),
             Self::Host(m) => frame::encode(m),
             Self::Agent(m) => frame::encode(m),
+            Self::ToSession(m) => frame::encode(m),
+            Self::OfSession(m) => frame::encode(m),
         }
     }
 }
@@ -75,6 +89,8 @@ pub fn every_message() -> Vec<(String, Message)> {
     let mut all = hellos();
     all.extend(host_messages().into_iter().map(|m| (host_name(&m), Message::Host(m))));
     all.extend(agent_messages().into_iter().map(|m| (agent_name(&m), Message::Agent(m))));
+    all.extend(to_session().into_iter().map(|m| (to_session_name(&m), Message::ToSession(m))));
+    all.extend(of_session().into_iter().map(|m| (of_session_name(&m), Message::OfSession(m))));
     all
 }
 
@@ -236,6 +252,56 @@ fn agent_messages() -> Vec<AgentToHost> {
     all
 }
 
+fn to_session() -> Vec<HostToSession> {
+    let exec = Exec {
+        place: Place::Job { secrets: true },
+        command: vec!["sh".into(), "-c".into(), "id".into()],
+        env: vec![("B".into(), "2".into()), ("A".into(), String::new())],
+        directory: Some("/srv".into()),
+        user: Some("app:staff".into()),
+        terminal: Some(Terminal { rows: 24, cols: 300 }),
+    };
+    let bare = Exec {
+        place: Place::Vm,
+        command: vec!["dmesg".into()],
+        env: vec![],
+        directory: None,
+        user: None,
+        terminal: None,
+    };
+    let copy = Copy { place: Place::Job { secrets: false }, path: "out/app".into() };
+    let open = |open| HostToSession::Open(Box::new(open));
+    vec![
+        open(Open::Exec(exec)),
+        open(Open::Exec(bare)),
+        open(Open::CopyOut(copy.clone())),
+        open(Open::CopyIn(copy)),
+        HostToSession::Input(vec![0x00, 0xff, 0x1b]),
+        HostToSession::InputEnd,
+        HostToSession::Resize(Terminal { rows: 1, cols: 65_535 }),
+        HostToSession::Signal(15),
+    ]
+}
+
+fn of_session() -> Vec<SessionToHost> {
+    let output = |stream| SessionToHost::Output { stream, bytes: b"caf\xc3\xa9 \xff\x1b".to_vec() };
+    let mut all = vec![
+        SessionToHost::Started,
+        output(Stream::Out),
+        output(Stream::Err),
+        SessionToHost::Ended(Ended::Exited { code: 137 }),
+    ];
+    all.extend(
+        CAUSES.map(|cause| {
+            SessionToHost::Ended(Ended::Failed { cause, why: "why, for people".into() })
+        }),
+    );
+    all
+}
+
+pub const CAUSES: [Cause; 5] =
+    [Cause::NotFound, Cause::NotExecutable, Cause::NoStep, Cause::Invalid, Cause::Internal];
+
 // The matches below name every variant: a new one does not compile until it has a name, and the
 // test over the names then asks for its golden file.
 
@@ -302,6 +368,39 @@ fn agent_name(message: &AgentToHost) -> String {
         }
     };
     format!("agent-{name}")
+}
+
+fn to_session_name(message: &HostToSession) -> String {
+    let name = match message {
+        HostToSession::Open(open) => match &**open {
+            Open::Exec(Exec { terminal: Some(_), .. }) => "open-exec-terminal",
+            Open::Exec(Exec { terminal: None, .. }) => "open-exec",
+            Open::CopyOut(_) => "open-copy-out",
+            Open::CopyIn(_) => "open-copy-in",
+        },
+        HostToSession::Input(_) => "input",
+        HostToSession::InputEnd => "input-end",
+        HostToSession::Resize(_) => "resize",
+        HostToSession::Signal(_) => "signal",
+    };
+    format!("session-host-{name}")
+}
+
+fn of_session_name(message: &SessionToHost) -> String {
+    let name = match message {
+        SessionToHost::Started => "started",
+        SessionToHost::Output { stream: Stream::Out, .. } => "output-out",
+        SessionToHost::Output { stream: Stream::Err, .. } => "output-err",
+        SessionToHost::Ended(Ended::Exited { .. }) => "ended-exited",
+        SessionToHost::Ended(Ended::Failed { cause, .. }) => match cause {
+            Cause::NotFound => "ended-failed-not-found",
+            Cause::NotExecutable => "ended-failed-not-executable",
+            Cause::NoStep => "ended-failed-no-step",
+            Cause::Invalid => "ended-failed-invalid",
+            Cause::Internal => "ended-failed-internal",
+        },
+    };
+    format!("session-agent-{name}")
 }
 
 /// A token that shows in hex where it is and that its order is kept.

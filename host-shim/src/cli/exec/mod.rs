@@ -34,6 +34,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Run a command in a running build or instance
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct ExecArgs {
     /// Send standard input to the command
     #[arg(short, long)]
@@ -146,18 +147,21 @@ async fn attend(mut talk: Talk, signals: &mut Signals, raw: Option<&Raw>, tty: b
             }
             Caught::End(number @ nix::libc::SIGTERM) => talk.say(json!({ "signal": number })),
             Caught::End(number) => return End::Left(number),
-            Caught::Resized if tty => {
-                if let Some((rows, cols)) = terminal::size() {
-                    talk.say(json!({ "resize": { "rows": rows, "cols": cols } }));
-                }
-            }
-            Caught::Resized => {}
+            Caught::Resized => resize(&talk, tty),
             Caught::Continued => {
                 if let Some(raw) = raw {
                     raw.again();
                 }
+                resize(&talk, tty);
             }
         }
+    }
+}
+
+/// Tells the terminal's size, where the command has one.
+fn resize(talk: &Talk, tty: bool) {
+    if tty && let Some((rows, cols)) = terminal::size() {
+        talk.say(json!({ "resize": { "rows": rows, "cols": cols } }));
     }
 }
 

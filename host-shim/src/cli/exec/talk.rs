@@ -106,12 +106,11 @@ async fn write(
                 Some(text) => sink.send(Message::text(text.to_string())).await?,
                 None => return Ok(()),
             },
-            piece = next(stdin.as_mut()) => match piece {
-                Some(piece) => sink.send(Message::binary(piece)).await?,
-                None => {
-                    stdin = None;
-                    sink.send(Message::text(input_end().to_string())).await?;
-                }
+            piece = next(stdin.as_mut()) => if let Some(piece) = piece {
+                sink.send(Message::binary(piece)).await?;
+            } else {
+                stdin = None;
+                sink.send(Message::text(input_end().to_string())).await?;
             },
         }
     }
@@ -145,11 +144,12 @@ async fn read(mut stream: SplitStream<Socket>) -> End {
                 Some(2) => drop(put(Output::Stderr, bytes).await),
                 _ => return End::Lost("the server sent output of no stream".into()),
             },
-            Message::Text(text) => match serde_json::from_str::<Last>(&text) {
-                Ok(Last { exit_code, error }) => return End::Exited { code: exit_code, error },
-                // A newer server may say more.
-                Err(_) => {}
-            },
+            // A newer server may say more.
+            Message::Text(text) => {
+                if let Ok(Last { exit_code, error }) = serde_json::from_str(&text) {
+                    return End::Exited { code: exit_code, error };
+                }
+            }
             Message::Close(_) => return End::Lost("the server ended it early".into()),
             Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
         }

@@ -1,0 +1,212 @@
+//! Sessions in real VMs, as a user sees them: `kiln exec` into a running build and a running image.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::{BASE, Server, text};
+
+/// A step that waits to be told to end, and says when it waits.
+const STEP: &str = "
+ENV FROM_IMAGE=yes
+WORKDIR /srv/work
+RUN mkfifo /tmp/go && echo waiting && cat /tmp/go && echo told
+";
+
+/// A build whose step waits for somebody to write to `/tmp/go`.
+fn waiting(server: &Server) -> (String, support::Follow) {
+    let dockerfile = format!("FROM {BASE}\n{STEP}");
+    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &[]);
+    let mut follow = server.follow(&id);
+    assert!(follow.until("waiting"), "{}", server.log());
+    (id, follow)
+}
+
+fn exec(server: &Server, id: &str, flags: &[&str], command: &[&str]) -> Command {
+    server.kiln(&[&["exec"], flags, &[id, "--"], command].concat())
+}
+
+fn output(mut command: Command) -> Output {
+    command.output().unwrap()
+}
+
+#[track_caller]
+fn ended(server: &Server, out: &Output, code: i32, stdout: &str) {
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{stderr}\n{}", server.log());
+    assert_eq!(String::from_utf8_lossy(&out.stdout), stdout, "{stderr}");
+}
+
+/// Gives bytes to a command's standard input, and takes its output.
+fn through(mut command: Command, bytes: &[u8]) -> Output {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(bytes).unwrap());
+        child.wait_with_output().unwrap()
+    })
+}
+
+/// Starts a command that says when it runs.
+fn begun(mut command: Command) -> Child {
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "begun\n");
+    child
+}
+
+/// Asks again and again until nothing of that name runs where the session is.
+fn gone(server: &Server, id: &str, name: &str) {
+    let begun = Instant::now();
+    let script = format!("grep -lsx {name} /proc/[0-9]*/comm || true");
+    loop {
+        let out = output(exec(server, id, &[], &["sh", "-c", &script]));
+        assert!(out.status.success(), "{}", text(out.stderr));
+        if out.stdout.is_empty() {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", text(out.stdout));
+    }
+}
+
+fn every_byte() -> Vec<u8> {
+    (0..=255).cycle().take(1 << 20).collect()
+}
+
+#[test]
+fn vm_a_running_build_is_entered() {
+    let server = Server::start();
+    let (id, mut follow) = waiting(&server);
+    assert_eq!(server.show(&id)["entered"], false);
+    let print = ["sh", "-c", "echo $FROM_IMAGE $MINE; pwd; echo to stderr >&2"];
+    let out = output(exec(&server, &id, &["-e", "MINE=also"], &print));
+    ended(&server, &out, 0, "yes also\n/srv/work\n");
+    assert_eq!(text(out.stderr), "to stderr\n");
+    ended(&server, &output(exec(&server, &id, &["-w", "/tmp"], &["pwd"])), 0, "/tmp\n");
+    ended(&server, &output(exec(&server, &id, &["-u", "nobody"], &["id", "-un"])), 0, "nobody\n");
+    for (command, code) in
+        [(&["sh", "-c", "exit 42"][..], 42), (&["nonesuch"], 127), (&["/etc/passwd"], 126)]
+    {
+        assert_eq!(
+            output(exec(&server, &id, &[], command)).status.code(),
+            Some(code),
+            "{command:?}"
+        );
+    }
+    assert_eq!(output(exec(&server, &id, &["-u", "nonesuch"], &["id"])).status.code(), Some(125));
+    let bytes = every_byte();
+    let out = through(exec(&server, &id, &["-i"], &["cat"]), &bytes);
+    assert!(out.status.success() && out.stdout == bytes, "{}", text(out.stderr));
+    let out = output(exec(&server, &id, &["-t"], &["tty"]));
+    assert!(out.status.success() && text(out.stdout).starts_with("/dev/pts/"));
+    let out = output(exec(&server, &id, &["--timeout", "1"], &["sleep", "1000"]));
+    assert_eq!(out.status.code(), Some(124), "{}", text(out.stderr));
+    // The VM itself has another root than the step.
+    let out = output(exec(&server, &id, &["--vm"], &["cat", "/proc/1/comm"]));
+    assert!(out.status.success(), "{}", text(out.stderr));
+
+    // What is done in a step's files is there for the step.
+    assert!(output(exec(&server, &id, &[], &["sh", "-c", "echo go > /tmp/go"])).status.success());
+    follow.drain();
+    assert!(follow.seen.contains("told"), "{}", follow.seen);
+    let build = server.show(&id);
+    assert_eq!((&build["status"], &build["entered"]), (&json!("ready"), &json!(true)));
+    let out = output(exec(&server, &id, &[], &["id"]));
+    assert_eq!(out.status.code(), Some(125));
+    assert!(text(out.stderr).contains("is ready"));
+    let listed = server.run(&["sessions", &id, "--format", "json"]);
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    assert!(
+        listed.as_array().unwrap().iter().all(|session| session["how"].is_string()),
+        "{listed}"
+    );
+    server.stop();
+}
+
+#[test]
+fn vm_a_lost_client_ends_what_it_ran() {
+    let server = Server::start();
+    let (id, mut follow) = waiting(&server);
+    let script = ["sh", "-c", "sleep 1001 & echo begun; exec sleep 1002"];
+    let mut child = begun(exec(&server, &id, &[], &script));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    gone(&server, &id, "sleep");
+    // Its output is not taken; another session goes on beside it.
+    let mut slow =
+        exec(&server, &id, &[], &["cat", "/dev/zero"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut some = [1; 4096];
+    slow.stdout.as_mut().unwrap().read_exact(&mut some).unwrap();
+    assert_eq!(some, [0; 4096]);
+    ended(&server, &output(exec(&server, &id, &[], &["echo", "beside"])), 0, "beside\n");
+    slow.kill().unwrap();
+    slow.wait().unwrap();
+    assert!(output(exec(&server, &id, &[], &["sh", "-c", "echo go > /tmp/go"])).status.success());
+    follow.drain();
+    assert_eq!(server.show(&id)["status"], "ready");
+}
+
+#[test]
+fn vm_the_end_of_a_build_ends_its_sessions() {
+    let server = Server::start();
+    let (id, _follow) = waiting(&server);
+    let child = begun(exec(&server, &id, &[], &["sh", "-c", "echo begun; sleep 1000"]));
+    assert!(server.run(&["cancel", &id]).status.success());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(125), "{}", server.log());
+    server.stop();
+}
+
+#[test]
+fn vm_a_running_image_is_entered() {
+    let server = Server::start();
+    let body = json!({
+        "name": "web", "image": "base/debian:trixie", "env": { "A": "1" },
+        "cmd": ["sh", "-c", "echo up; exec sleep 1000"],
+    });
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--fail-with-body", "--json", &body.to_string()])
+        .arg(format!("http://{}/instances", server.address))
+        .args(["--header", &format!("Authorization: Bearer {}", server.token)]);
+    let made: Value = serde_json::from_slice(&curl.output().unwrap().stdout).unwrap();
+    let id = made["id"].as_str().unwrap().to_owned();
+    let mut log = Command::new("curl")
+        .args(["--silent", "--no-buffer"])
+        .arg(format!("http://{}/instances/{id}/logs?follow=true", server.address))
+        .args(["--header", &format!("Authorization: Bearer {}", server.token)])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(log.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line == "data: \"up\""), "{}", server.log());
+    log.kill().unwrap();
+    log.wait().unwrap();
+
+    let out =
+        output(exec(&server, &id, &["-e", "B=2"], &["sh", "-c", "echo $A $B; hostname; exit 42"]));
+    ended(&server, &out, 42, "1 2\nweb\n");
+    assert_eq!(output(exec(&server, &id, &[], &["nonesuch"])).status.code(), Some(127));
+    let bytes = every_byte();
+    let out = through(exec(&server, &id, &["-i"], &["cat"]), &bytes);
+    assert!(out.status.success() && out.stdout == bytes, "{}", text(out.stderr));
+    let mut child =
+        begun(exec(&server, &id, &[], &["sh", "-c", "echo begun; exec tail -f /dev/null"]));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    gone(&server, &id, "tail");
+    // The program itself goes on.
+    let out = output(exec(&server, &id, &[], &["sh", "-c", "kill -0 1"]));
+    assert!(out.status.success(), "{}", text(out.stderr));
+    server.stop();
+}
