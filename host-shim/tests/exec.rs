@@ -19,7 +19,6 @@ use kiln_protocol::exec::{
 };
 use kiln_protocol::frame::{self, MAX_FRAME};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 

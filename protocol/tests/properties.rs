@@ -255,6 +255,7 @@ fn of_session() -> impl Strategy<Value = SessionToHost> {
     let exited = any::<u8>().prop_map(|code| Ended::Exited { code });
     prop_oneof![
         Just(SessionToHost::Started),
+        any::<u64>().prop_map(|total| SessionToHost::InputTaken { total }),
         (stream, bytes()).prop_map(|(stream, bytes)| SessionToHost::Output { stream, bytes }),
         prop_oneof![failed, exited].prop_map(SessionToHost::Ended),
     ]

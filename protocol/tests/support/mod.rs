@@ -287,6 +287,7 @@ fn of_session() -> Vec<SessionToHost> {
     let output = |stream| SessionToHost::Output { stream, bytes: b"caf\xc3\xa9 \xff\x1b".to_vec() };
     let mut all = vec![
         SessionToHost::Started,
+        SessionToHost::InputTaken { total: 1_000_000 },
         output(Stream::Out),
         output(Stream::Err),
         SessionToHost::Ended(Ended::Exited { code: 137 }),
@@ -389,6 +390,7 @@ fn to_session_name(message: &HostToSession) -> String {
 fn of_session_name(message: &SessionToHost) -> String {
     let name = match message {
         SessionToHost::Started => "started",
+        SessionToHost::InputTaken { .. } => "input-taken",
         SessionToHost::Output { stream: Stream::Out, .. } => "output-out",
         SessionToHost::Output { stream: Stream::Err, .. } => "output-err",
         SessionToHost::Ended(Ended::Exited { .. }) => "ended-exited",
