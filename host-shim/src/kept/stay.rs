@@ -86,22 +86,24 @@ impl Stay {
     pub(super) async fn run(
         self,
         vm: Vm,
-        asked: mpsc::UnboundedReceiver<Ask>,
+        mut asked: mpsc::UnboundedReceiver<Ask>,
         stop: CancellationToken,
     ) {
-        let why = self.stay(&vm, asked, &stop).await;
+        let why = self.stay(&vm, &mut asked, &stop).await;
         tracing::info!(id = %self.id, why, "a kept VM goes");
+        self.kept.lock().retain(|lodger| lodger.lease.id != self.id);
         self.entrance.close();
         drop(self.with_it);
         remove(vm).await;
-        self.kept.lock().retain(|lodger| lodger.lease.id != self.id);
+        // Who waits for its end sees this close.
+        drop(asked);
     }
 
     /// Why it goes.
     async fn stay(
         &self,
         vm: &Vm,
-        mut asked: mpsc::UnboundedReceiver<Ask>,
+        asked: &mut mpsc::UnboundedReceiver<Ask>,
         stop: &CancellationToken,
     ) -> String {
         if let Err(error) = vm.pause().await {
