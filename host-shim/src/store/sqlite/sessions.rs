@@ -46,16 +46,18 @@ pub(super) async fn insert(db: &mut SqliteConnection, session: &Session) -> Resu
     if inserted.rows_affected() == 0 { Err(StoreError::Taken("the session's id")) } else { Ok(()) }
 }
 
-/// Marks a build for ever.
+/// Marks a build for ever, if it runs: what is done in a failed step that stays changes nothing of the build.
 pub(super) async fn mark_entered(
     db: &mut SqliteConnection,
     build: &BuildId,
 ) -> Result<(), StoreError> {
-    let marked = sqlx::query("UPDATE builds SET entered = TRUE WHERE id = $1")
-        .bind(build.as_str())
-        .execute(db)
-        .await
-        .map_err(failed("mark a build"))?;
+    let marked = sqlx::query(
+        "UPDATE builds SET entered = (entered OR status IN ('building', 'pushing')) WHERE id = $1",
+    )
+    .bind(build.as_str())
+    .execute(db)
+    .await
+    .map_err(failed("mark a build"))?;
     if marked.rows_affected() == 0 { Err(StoreError::NotFound("build")) } else { Ok(()) }
 }
 
