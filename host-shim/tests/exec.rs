@@ -69,10 +69,13 @@ fn begin(entrance: Entrance, timeout: Option<Duration>) -> Session {
     let (says, said) = mpsc::channel(1);
     let (show, shown) = mpsc::channel(1);
     let stop = CancellationToken::new();
-    let bounds = Bounds { timeout, stop: stop.clone(), ping: PING };
+    let revoked = CancellationToken::new();
+    let bounds = Bounds { timeout, stop: stop.clone(), revoked, ping: PING };
     let running = tokio::spawn(async move {
         let (mut input, mut output) = (Says(said), Takes(show));
-        bridge::run(&entrance, Open::Exec(command()), bounds, &mut input, &mut output).await
+        let open = Open::Exec(command());
+        let before = std::future::ready(Ok(()));
+        bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await
     });
     Session { says, shown, stop, running }
 }
@@ -353,6 +356,25 @@ async fn an_agent_that_says_nothing_is_not_waited_for() {
     let mut bytes = vec![];
     stream.read_to_end(&mut bytes).await.unwrap();
     assert!(bytes.starts_with(b"KLNP\x01\x03\0\0") && bytes[8..40] == NONCE);
+}
+
+/// What has to be done first was not done: the VM is reached, and told nothing.
+#[tokio::test]
+async fn nothing_is_begun_that_could_not_be_written_down() {
+    let vm = Vm::new();
+    let (entrance, stop) = (vm.entrance(), CancellationToken::new());
+    let running = tokio::spawn(async move {
+        let (_says, said) = mpsc::channel(1);
+        let (mut input, mut output) = (Says(said), Takes(mpsc::channel(1).0));
+        let bounds = Bounds { timeout: None, revoked: stop.clone(), stop, ping: PING };
+        let open = Open::Exec(command());
+        let before = std::future::ready(Err(Outcome::refused("the disk is full")));
+        bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await
+    });
+    let mut bytes = vec![];
+    vm.stream().await.read_to_end(&mut bytes).await.unwrap();
+    assert!(bytes.is_empty(), "{bytes:?}");
+    assert_eq!(running.await.unwrap(), Outcome::refused("the disk is full"));
 }
 
 struct Unreachable;
