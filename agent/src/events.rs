@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use kiln_protocol::event::{Event, MAX_LOG_BYTES, NumberedEvent, cut_text};
+use kiln_protocol::event::{Event, Failure, MAX_LOG_BYTES, NumberedEvent, cut_text};
 use kiln_protocol::frame::{self, FrameError};
 use kiln_protocol::message::AgentToHost;
 use kiln_protocol::secret::{SecretAnswer, SecretId};
@@ -38,6 +38,8 @@ pub enum Report {
         /// How long the kernel took to start it.
         spawn: Duration,
     },
+    /// A step failed, and stays to be entered: the build has ended, but not what runs it.
+    Held(Box<Failure>),
     /// A secret is needed. One at a time.
     Ask {
         /// Which one.

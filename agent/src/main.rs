@@ -9,12 +9,14 @@
 //! | [`engine`] | runs the Dockerfile |
 //! | [`runtime`] | sees and confines every step |
 //! | [`secrets`] | asks for a build's secrets, keeps and wipes them |
+//! | [`exec`] | commands that people run in here |
 //! | [`run`] | the role of an instance: an image's program in a container |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
 
 mod dockerfile;
 mod engine;
 mod events;
+mod exec;
 mod init;
 mod run;
 mod runtime;
@@ -36,6 +38,7 @@ use kiln_protocol::preamble::Channel;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::{Buildah, Prepared};
+use crate::exec::Enterable;
 use crate::init::net::Networks;
 use crate::init::{Booted, clock};
 use crate::session::{Identity, Places, Session};
@@ -55,6 +58,12 @@ fn main() -> ExitCode {
     // Before the next, for it is a process 1 too.
     if run::inside::is_init_call(OsStr::new(&called_as)) {
         return run::inside::init_main();
+    }
+    if runtime::is_holder_call(OsStr::new(&called_as)) {
+        return runtime::holder_main();
+    }
+    if exec::leader::is_leader_call(OsStr::new(&called_as)) {
+        return exec::leader::leader_main();
     }
     if std::process::id() == 1 {
         return init::run(agent);
@@ -86,13 +95,21 @@ fn agent(booted: Booted) -> ExitCode {
 }
 
 async fn serve(booted: Booted) -> anyhow::Result<()> {
+    let enterable = Enterable::default();
     let identity = Identity { agent: NAME.to_owned(), image: booted.image.clone() };
     // Hello says that the VM is ready for a job.
-    let (networks, engine) = tokio::task::spawn_blocking(|| ready(booted)).await??;
+    let (networks, engine) = tokio::task::spawn_blocking({
+        let enterable = enterable.clone();
+        || ready(booted, enterable)
+    })
+    .await??;
     let session = Session::open(Arc::new(Vsock), identity).await?;
     clock::take_from(session.welcome()).context("the clock and the entropy of Welcome")?;
     let nonce = session.welcome().nonce;
     let tunnels = CancellationToken::new();
+    let sessions = exec::Server::new(nonce, enterable.clone());
+    let listener = exec::listen().context("no port for sessions")?;
+    tokio::spawn(sessions.serve(listener, tunnels.clone()));
     let cancel = tunnels.clone();
     let _until_the_end = tunnels.drop_guard();
     let places = Places {
@@ -100,7 +117,7 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
         dockerfile: "/var/lib/kiln/Dockerfile".into(),
         certificates: "/var/lib/kiln/certificates.pem".into(),
         secrets: "/run/kiln/secrets".into(),
-        instance: run::Places::default(),
+        instance: run::Places { enterable, ..run::Places::default() },
     };
     // Without the networks' sockets, an instance has every port of its loopback.
     let prepare = move |job: &Job| {
@@ -112,9 +129,9 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
 }
 
 /// Waits until the VM is ready for a job. It blocks.
-fn ready(booted: Booted) -> anyhow::Result<(Networks, Prepared)> {
+fn ready(booted: Booted, enterable: Enterable) -> anyhow::Result<(Networks, Prepared)> {
     let networks = booted.wait().context("the VM did not boot")?;
-    let engine = Buildah::default()
+    let engine = Buildah { enterable, ..Buildah::default() }
         .prepare()
         .context("the engine's files, cgroup and socket cannot be made")?;
     Ok((networks, engine))

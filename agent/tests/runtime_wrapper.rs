@@ -25,6 +25,10 @@ const CONFIG: &str = include_str!("../src/runtime/testdata/config.buildah-1.39.3
 /// Plays crun: `create` leaves a process behind that runs the bundle's `script` once it is started,
 /// as crun leaves the container's init behind. Other verbs say how they were called.
 const FAKE_CRUN: &str = r#"#!/bin/sh
+if [ "$2" = --log ]; then
+  case "$9" in *-secrets) echo no such thing > "$3"; exit 1;; esac
+  cp "$8/config.json" "${KILN_RUNTIME_SOCKET%/*}/held.json"; exit 0
+fi
 if [ "$1" != --cgroup-manager=cgroupfs ]; then echo "called: $*;" $(ls "${KILN_RUNTIME_SOCKET%/*}/steps" 2>&1); exit 3; fi
 shift 3; bundle=$1; pid_file=$3
 if [ -e "$bundle/refuse" ]; then cat "$bundle/refuse" >&2; exit 1; fi
@@ -142,6 +146,10 @@ impl Agent {
         (out, err)
     }
 
+    fn order(&mut self, order: u8) {
+        self.stream.get_ref().write_all(&[order]).unwrap();
+    }
+
     fn acknowledge(self) {
         self.stream.get_ref().write_all(b"A").unwrap();
     }
@@ -162,6 +170,10 @@ fn output_and_exit_code_reach_the_agent_and_then_the_engine() {
     assert_eq!(text(&wrapper.wait_with_output().unwrap()), (Some(0), String::new()));
     bench.start();
     assert_eq!(agent.read_pipes(), ("out\n".into(), "err\n".into()));
+    let created = agent.line();
+    assert_eq!(created["Created"]["id"], "step", "{created}");
+    assert_eq!(created["Created"]["secrets"], false);
+    assert!(std::path::Path::new(created["Created"]["config"].as_str().unwrap()).is_file());
     assert_eq!(agent.line(), json!({"Ended": {"code": 7}}));
 
     let monitor = bench.monitor();
@@ -177,6 +189,37 @@ fn output_and_exit_code_reach_the_agent_and_then_the_engine() {
 }
 
 #[test]
+fn a_failed_step_s_container_is_made_again_as_often_as_the_agent_wants() {
+    let bench = Bench::new("exit 7");
+    let wrapper = bench.create();
+    let mut agent = Agent::accept(&bench);
+    agent.line();
+    agent.give_policy();
+    assert!(wrapper.wait_with_output().unwrap().status.success());
+    bench.start();
+    assert!(agent.line()["Created"].is_object());
+    assert_eq!(agent.line(), json!({"Ended": {"code": 7}}));
+    agent.order(b'H');
+    let held = agent.line();
+    assert_eq!(held["Held"]["id"], "step-held", "{held}");
+    let read = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
+    let step = read(Path::new(held["Held"]["config"].as_str().unwrap()));
+    assert_eq!(step["process"]["args"][2], "echo one && echo two", "sessions are like the step");
+    let container = read(&bench.path("held.json"));
+    assert_eq!(container["process"]["args"], json!(["/dev/kiln-holder"]));
+    assert_eq!(container["process"]["env"], step["process"]["env"]);
+    assert_eq!(container["root"], step["root"]);
+    agent.order(b'S');
+    let refused = agent.line();
+    let why = refused["NotHeld"]["why"].as_str().unwrap();
+    assert!(why.contains("no such thing"), "{why}");
+
+    let monitor = bench.monitor();
+    agent.acknowledge();
+    assert_eq!(waitpid(monitor, None).unwrap(), WaitStatus::Exited(monitor, 7));
+}
+
+#[test]
 fn a_signal_reaches_the_engine_as_a_signal() {
     let bench = Bench::new("kill -KILL $$");
     let wrapper = bench.create();
@@ -185,6 +228,7 @@ fn a_signal_reaches_the_engine_as_a_signal() {
     agent.give_policy();
     assert!(wrapper.wait_with_output().unwrap().status.success());
     bench.start();
+    assert!(agent.line()["Created"].is_object());
     assert_eq!(agent.line(), json!({"Ended": {"code": 137}}));
     agent.acknowledge();
     let monitor = bench.monitor();

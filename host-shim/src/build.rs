@@ -11,6 +11,8 @@
 //! **Invariant**: a finished build never changes, and only the driver that holds the claim's fence
 //! changes a claimed build.
 
+mod request_hash;
+
 use std::collections::BTreeMap;
 
 pub use kiln_protocol::event::FailureKind;
@@ -188,6 +190,9 @@ pub struct Request {
     pub cpus: u32,
     /// Of the VM's scratch disk.
     pub disk_gb: u32,
+    /// How long a failed step stays to be entered, in seconds; 0 when it does not.
+    #[serde(default)]
+    pub keep_failed_seconds: u32,
     /// SHA-256 over every byte of the source as it was sent, `sha256:…`.
     pub source_digest: String,
     /// Length of the source in bytes.

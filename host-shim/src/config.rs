@@ -97,6 +97,12 @@ pub struct ServeArgs {
     /// Largest scratch disk that a build may ask for [default: 500]
     #[arg(long, env = "KILN_MAX_DISK_GB", value_name = "GB")]
     pub max_disk_gb: Option<u32>,
+    /// Disks and logs of all instances, in GiB; one tenant gets half [default: 100]
+    #[arg(long, env = "KILN_INSTANCE_DISKS_GB", value_name = "GB")]
+    pub instance_disks_gb: Option<u32>,
+    /// Failed builds whose VMs are kept at one time; the oldest goes first [default: 4]
+    #[arg(long, env = "KILN_MAX_KEPT", value_name = "N")]
+    pub max_kept: Option<u32>,
     /// Queued builds of one tenant [default: 1000]
     #[arg(long, env = "KILN_MAX_QUEUED", value_name = "N")]
     pub max_queued: Option<u32>,
@@ -144,6 +150,10 @@ pub struct ServeConfig {
     pub registry_config: Option<PathBuf>,
     /// Of one build, in bytes.
     pub log_limit_bytes: u64,
+    /// Of disks and logs of all instances, in bytes.
+    pub instance_disks_bytes: u64,
+    /// VMs of failed builds that are kept at one time.
+    pub max_kept: usize,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -243,6 +253,8 @@ impl ServeArgs {
             max_memory_mb: self.max_memory_mb.or(file.max_memory_mb),
             max_cpus: self.max_cpus.or(file.max_cpus),
             max_disk_gb: self.max_disk_gb.or(file.max_disk_gb),
+            instance_disks_gb: self.instance_disks_gb.or(file.instance_disks_gb),
+            max_kept: self.max_kept.or(file.max_kept),
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
             qemu: self.qemu.or(file.qemu),
@@ -309,6 +321,9 @@ impl ServeArgs {
                 .map(|file| path("registry-config", &file))
                 .transpose()?,
             log_limit_bytes: mb(number("log-limit-mb", self.log_limit_mb, 256, 1..=64 * 1024)?),
+            max_kept: number("max-kept", self.max_kept, 4, 0..=1024)? as usize,
+            instance_disks_bytes: 1024
+                * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
             limits: Limits {
                 max_source_bytes: mb(max_source),
                 max_timeout_seconds: number(

@@ -21,6 +21,7 @@ pub mod events;
 pub mod exec;
 pub mod gateway;
 pub mod instances;
+pub mod kept;
 pub mod publish;
 pub mod queue;
 pub mod random;

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, anyhow};
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use kiln::cli::error::Exit;
-use kiln::cli::{ClientCommand, Global};
+use kiln::cli::error::{CliError, Exit};
+use kiln::cli::{ClientCommand, Global, json_line};
 use kiln::serve::ServeCommand;
 
 /// Builds container images, each in a microVM of its own.
@@ -51,8 +51,22 @@ fn parse() -> Cli {
             let shown = names.iter().filter(|name| *name != "sweep").cloned().collect();
             error.insert(ContextKind::ValidSubcommand, ContextValue::Strings(shown));
         }
+        if error.use_stderr() && json_line::is_asked_for(std::env::args_os()) {
+            as_problem(&error).report_json();
+            std::process::exit(Exit::Usage as i32);
+        }
         error.exit()
     })
+}
+
+/// clap's words as an error of kiln's: first what is wrong, then how it would be right.
+fn as_problem(error: &clap::Error) -> CliError {
+    let text = error.render().to_string();
+    let text = text.trim().trim_start_matches("error: ");
+    match text.split_once('\n') {
+        Some((message, hint)) => CliError::usage(message).hint(hint.trim()),
+        None => CliError::usage(text),
+    }
 }
 
 /// The command line. What every client command takes means nothing to those that serve, and is not in

@@ -24,7 +24,9 @@ use crate::exec::Sessions;
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
-use crate::instances::{Instances, Machines};
+use crate::instances::quota::Quota;
+use crate::instances::{Instances, Machines, Places};
+use crate::kept::Kept;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::vmm::{Swept, Vmm};
 
@@ -98,10 +100,12 @@ async fn serve(
     let (registry, backing) = parts::registry(&config).await?;
     let builds_dir = config.data_dir.join("builds");
     let events = crate::events::EventLog::new(Arc::clone(&store));
+    let kept = Kept::new(config.max_kept);
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
         events: events.clone(),
         vmm,
+        kept: kept.clone(),
         backing: backing.clone(),
         vault: Arc::clone(&vault),
         builds_dir: builds_dir.clone(),
@@ -119,10 +123,11 @@ async fn serve(
     let max_vms = config.max_vms as usize;
     let room = Arc::new(Semaphore::new(max_vms));
     let abandon = CancellationToken::new();
-    let machines =
-        Machines::new(Arc::clone(&workshop), Arc::clone(&room), max_vms, abandon.clone());
+    let quota = Quota::new(config.instance_disks_bytes);
+    let places = Places::new(Arc::clone(&room), max_vms);
+    let machines = Machines::new(Arc::clone(&workshop), places, quota.clone(), abandon.clone());
     let instances_dir = config.data_dir.join("instances");
-    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir);
+    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir, quota);
     instances.recover().await.context("cannot end the instances of an earlier server")?;
 
     let left = store.end_open_sessions(crate::clock::now()).await;
@@ -145,6 +150,7 @@ async fn serve(
         clock: api::system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
+        kept: kept.clone(),
         backing: backing.clone(),
         vault,
     });
@@ -161,6 +167,8 @@ async fn serve(
     let sessions = sessions.run(stop.clone());
     let queue = tokio::spawn(async move {
         tokio::join!(builds, instances, sessions);
+        // After the builds, whose VMs it takes.
+        kept.close().await;
     });
     let hang_up = CancellationToken::new();
     let serving = Connections::default().serve(listener, router, hang_up.clone());

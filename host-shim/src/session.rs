@@ -18,9 +18,9 @@ mod handshake;
 
 use std::time::Duration;
 
-use kiln_protocol::event::{NumberedEvent, Outcome};
+use kiln_protocol::event::{Failure, NumberedEvent, Outcome};
 use kiln_protocol::hello::TOKEN_LEN;
-use kiln_protocol::job::Job;
+use kiln_protocol::job::{Job, Role};
 use kiln_protocol::message::AgentUsage;
 use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -96,6 +96,9 @@ pub struct Params {
 pub enum End {
     /// The agent reported its outcome; every event before it is stored.
     Outcome(Outcome),
+    /// The agent reported that the build failed in a step, which stays to be entered. The VM runs on, and nothing
+    /// that it says from now on counts.
+    Kept(Failure),
     /// A cancel was asked for. The VM may still run. The outcome, where the agent reported one in its grace.
     Cancelled(Option<Outcome>),
     /// The agent was not heard of in time, or any more.
@@ -125,6 +128,8 @@ pub async fn run<C: Connections, S: Sink>(
         cancel_grace,
         stored: 0,
         asked: 0,
+        may_keep: matches!(&params.job.role, Role::Build(build) if build.keep_failed),
+        kept: false,
         outcome: None,
         sink,
     };
@@ -162,6 +167,10 @@ struct Session<'s, S> {
     stored: u64,
     /// How often it asked for a secret.
     asked: u32,
+    /// Whether a step that fails may stay.
+    may_keep: bool,
+    /// Whether one does.
+    kept: bool,
     outcome: Option<Outcome>,
     sink: &'s mut S,
 }
@@ -193,9 +202,15 @@ impl<S: Sink> Session<'_, S> {
                 heard = connection.hear() => match heard {
                     Ok(heard) => {
                         self.take(heard, &mut connection).await?;
-                        if let Some(outcome) = self.outcome.take() {
-                            connection.finish().await;
-                            return Ok(outcome);
+                        match self.outcome.take() {
+                            None => {}
+                            Some(Outcome::Failed(failure)) if self.kept => {
+                                return Err(End::Kept(failure));
+                            }
+                            Some(outcome) => {
+                                connection.finish().await;
+                                return Ok(outcome);
+                            }
                         }
                         continue;
                     }
@@ -260,6 +275,10 @@ impl<S: Sink> Session<'_, S> {
                     events.push(event);
                 }
                 Heard::EngineStarted => self.sink.engine_started().await,
+                Heard::Kept if self.may_keep => self.kept = true,
+                Heard::Kept => {
+                    return Err(End::Protocol("it kept a step that nobody wants to enter".into()));
+                }
                 Heard::Usage(usage) => self.sink.agent_usage(usage).await,
                 Heard::SecretRequest(id) => {
                     self.asked += 1;

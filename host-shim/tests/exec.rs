@@ -19,7 +19,6 @@ use kiln_protocol::exec::{
 };
 use kiln_protocol::frame::{self, MAX_FRAME};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -270,7 +269,7 @@ async fn time_ends_what_is_stuck_in_both_directions() {
     let vm = Vm::new();
     let session = begin(vm.entrance(), Some(Duration::from_millis(500)));
     let (agent, _) = vm.started().await;
-    let Agent { reader, mut writer } = agent;
+    let Agent { reader, mut writer, .. } = agent;
     let piece = SessionToHost::Output { stream: Stream::Out, bytes: vec![b'y'; MAX_CHUNK] };
     let printing = tokio::spawn(async move {
         let mut sent = 0;
@@ -335,7 +334,7 @@ async fn input_that_nobody_takes_any_more_does_not_hide_the_end() {
     let vm = Vm::new();
     let session = begin(vm.entrance(), None);
     let (agent, _) = vm.started().await;
-    let Agent { reader, mut writer } = agent;
+    let Agent { reader, mut writer, .. } = agent;
     drop(reader);
     for _ in 0..10 {
         session.say(Said::Input(Bytes::from_static(b"more"))).await;
@@ -381,7 +380,7 @@ struct Unreachable;
 
 #[async_trait]
 impl Dial for Unreachable {
-    async fn dial(&self) -> Result<UnixStream, DialError> {
+    async fn dial(&self) -> Result<kiln::exec::Line, DialError> {
         Err(DialError::Nobody(5002))
     }
 }

@@ -58,6 +58,7 @@ fn build(name: &str, owner: &str, at: i64) -> Build {
         memory_mb: 2048,
         cpus: 2,
         disk_gb: 10,
+        keep_failed_seconds: 0,
         source_digest: "sha256:00".into(),
         source_bytes: u64::from(u32::MAX) + 1,
     };
@@ -514,10 +515,12 @@ async fn instances_are_kept_changed_listed_and_forgotten() {
     };
     let web = instance("web", "a", 1);
     for new in [&web, &instance("db", "a", 2), &instance("web", "b", 3)] {
-        store.insert_instance(new).await.unwrap();
+        store.insert_instance(new, 2).await.unwrap();
     }
     let again = Instance { id: InstanceId::parse("other").unwrap(), ..web.clone() };
-    assert!(matches!(store.insert_instance(&again).await, Err(StoreError::Taken(_))));
+    assert!(matches!(store.insert_instance(&again, 3).await, Err(StoreError::Taken(_))));
+    let full = store.insert_instance(&instance("third", "a", 4), 2).await;
+    assert!(matches!(full, Err(StoreError::TooMany { limit: 2, .. })), "{full:?}");
 
     let change = |change| store.change_instance(&web.id, change, 7);
     let refused = change(instance::Change::Run).await;
@@ -543,7 +546,7 @@ async fn instances_are_kept_changed_listed_and_forgotten() {
     let change = store.change_instance(&web.id, instance::Change::Initialize, 8).await;
     assert!(matches!(change, Err(StoreError::NotFound("instance"))), "{change:?}");
     // Its name is free again.
-    store.insert_instance(&again).await.unwrap();
+    store.insert_instance(&again, 2).await.unwrap();
 }
 
 fn session(name: &str, subject: Subject, owner: &str, at: i64) -> Session {

@@ -106,7 +106,7 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
     assert_eq!(build["status"], "ready");
     assert_eq!(build["pulled"][0]["reference"], BASE);
     let provenance = &build["provenance"];
-    for of_the_host in ["source_hash", "builder_digest", "kernel_digest"] {
+    for of_the_host in ["source_hash", "request_hash", "builder_digest", "kernel_digest"] {
         assert!(provenance[of_the_host].as_str().unwrap().starts_with("sha256:"), "{provenance}");
     }
     // What the guest says is marked as such.

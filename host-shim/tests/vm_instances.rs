@@ -113,7 +113,13 @@ fn vm_an_image_runs_as_it_was_built_to() {
     let id = kept["id"].as_str().unwrap();
     assert!(stderr.contains(id), "{stderr}");
     assert_eq!((&kept["state"], &kept["exit_code"]), (&json!("Stopped"), &json!(7)));
-    assert_eq!(api(&server, "DELETE", &format!("/instances/{id}"), None).0, 204);
+    let listed = text(server.run(&["instances", "ls"]).stdout);
+    let row = listed.lines().nth(1).unwrap();
+    assert!(row.starts_with(id) && row.contains("Stopped") && row.contains("  7  "), "{listed}");
+    let log = server.run(&["instances", "logs", id]);
+    assert_eq!((text(log.stdout), text(log.stderr)), (expected.to_owned(), "to stderr\n".into()));
+    let removed = server.run(&["instances", "rm", id]);
+    assert!(removed.status.success(), "{}", text(removed.stderr));
 
     // What the user wants instead; every byte of a program; an orphan.
     let script = "echo $A $B $C; (sleep 1000 &); cat /proc/1/comm >&2; sha256sum < /usr/bin/perl >&2; \
@@ -131,6 +137,7 @@ fn vm_an_image_runs_as_it_was_built_to() {
         let stderr = text(out.stderr);
         assert_eq!(out.status.code(), Some(code), "{cmd}: {stderr}");
         assert!(out.stdout.is_empty() && stderr.starts_with("kiln: "), "{stderr}");
+        assert!(stderr.contains(&format!("the program \"{cmd}\"")), "{stderr}");
     }
     let killed = run(&server, "base/debian:trixie", &["sh", "-c", "kill -KILL $$"]);
     assert_eq!(killed.status.code(), Some(137));
@@ -231,7 +238,23 @@ fn vm_a_running_instance_gets_its_signal_and_leaves_nothing() {
     assert_eq!((seen.as_str(), ended.status.code()), ("up\nbye\n", Some(3)));
     assert!(text(ended.stderr).contains("Ctrl-C again"));
     assert_nothing_runs(&server);
+
+    // A server that stops does so too, and says that it was not the program's wish.
+    let mut child = server
+        .kiln(&["run", "base/debian:trixie", "--", "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut seen = String::new();
+    out.read_line(&mut seen).unwrap();
     server.stop();
+    out.read_to_string(&mut seen).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!((seen.as_str(), ended.status.code()), ("up\nbye\n", Some(3)));
+    let stderr = text(ended.stderr);
+    assert!(stderr.contains("kiln: the server stopped\n"), "{stderr}");
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub enum BundleError {
         host: VersionRange,
     },
     /// A file was cut or exchanged.
-    #[error("{} has {actual} bytes, bundle.json says {expected}", path.display())]
+    #[error("{} has {actual} bytes, bundle.json says {expected}; build or pull the bundle again", path.display())]
     Size {
         /// The file.
         path: PathBuf,
@@ -89,7 +89,7 @@ pub enum BundleError {
         expected: u64,
     },
     /// A file was changed.
-    #[error("{} has digest {actual}, bundle.json says {expected}", path.display())]
+    #[error("{} has digest {actual}, bundle.json says {expected}; build or pull the bundle again", path.display())]
     Digest {
         /// The file.
         path: PathBuf,
@@ -105,7 +105,7 @@ pub enum BundleError {
 
 impl Bundle {
     /// Opens a bundle: `bundle.json` is read and checked, and the files have the sizes that it states.
-    /// Digests are checked by [`Bundle::verify`], which reads everything.
+    /// Digests are checked by [`Bundle::measure`] and [`Bundle::verify`], which read everything.
     pub fn open(dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join("bundle.json");
         let bytes = file::read_bounded(&path, MAX_BUNDLE_JSON)
@@ -137,8 +137,8 @@ impl Bundle {
         self.manifest.check_protocol()
     }
 
-    /// Hashes every file, and the layout's blobs where they are not the same files.
-    pub fn verify(&self) -> Result<(), BundleError> {
+    /// Hashes the three files that a VM boots from: each has to be what `bundle.json` says.
+    pub fn measure(&self) -> Result<(), BundleError> {
         for (name, _, expected) in self.manifest.files.each() {
             let path = self.dir.join(name);
             let (actual, _) = Digest::of_file(&path)?;
@@ -147,6 +147,12 @@ impl Bundle {
                 return Err(BundleError::Digest { path, actual, expected });
             }
         }
+        Ok(())
+    }
+
+    /// Hashes every file, and the layout's blobs where they are not the same files.
+    pub fn verify(&self) -> Result<(), BundleError> {
+        self.measure()?;
         let mut layout = Layout::open(&self.dir)?;
         let files = self.manifest.files.each().map(|(name, _, info)| (self.dir.join(name), info));
         layout.blobs.retain(|blob| {
@@ -330,8 +336,10 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         sample(dir.path());
         fs::write(dir.path().join("root.erofs"), "ROOF").unwrap();
-        let error = Bundle::open(dir.path()).unwrap().verify().unwrap_err();
-        assert!(matches!(error, BundleError::Digest { .. }), "{error}");
+        let bundle = Bundle::open(dir.path()).unwrap();
+        for error in [bundle.measure().unwrap_err(), bundle.verify().unwrap_err()] {
+            assert!(error.to_string().contains("root.erofs has digest sha256:"), "{error}");
+        }
         fs::write(dir.path().join("root.erofs"), "ROO").unwrap();
         let error = Bundle::open(dir.path()).unwrap_err();
         assert!(error.to_string().contains("has 3 bytes, bundle.json says 4"), "{error}");

@@ -332,6 +332,25 @@ fn other_images_are_refused_by_what_they_are() {
 }
 
 #[test]
+fn the_room_that_must_stay_is_left_and_nothing_is_made() {
+    let (dir, layout) = layout(vec![Layer::default().file("f", b"content").end()]);
+    let out = dir.path().join("disk");
+    for format in [disk::Format::Ext4, disk::Format::Erofs] {
+        // More than any file system has.
+        let options = Options { keep_free: u64::MAX, format, ..small() };
+        let never = CancellationToken::new();
+        let error =
+            disk::make(&Source::Layout(layout.clone()), &out, &options, &never).unwrap_err();
+        let text = chain(&error);
+        assert!(text.contains("must stay") && text.contains("make room"), "{text}");
+        assert!(!out.exists());
+        let options = Options { keep_free: 1, ..options };
+        disk::make(&Source::Layout(layout.clone()), &out, &options, &never).unwrap();
+        std::fs::remove_file(&out).unwrap();
+    }
+}
+
+#[test]
 fn a_cancelled_call_makes_nothing() {
     let (dir, layout) = layout(vec![Layer::default().file("f", b"").end()]);
     let cancel = CancellationToken::new();

@@ -4,13 +4,14 @@
 //! host ── dials 5002 ──▶ agent
 //!   preamble (Channel::Exec, the VM's nonce)
 //!   Open          ──▶
-//!                 ◀──  Started, or Ended when it could not be started
+//!                 ◀──  Started, or Ended when nothing could be started
 //!   Input, Signal ──▶
-//!                 ◀──  Output
+//!                 ◀──  Output, InputTaken
 //!                 ◀──  Ended, the last
 //! ```
-//! One connection is one session. Each direction flows by itself: who does not read holds back only what comes to
-//! it. A connection that ends before `Ended` ends every process of the session.
+//! One connection is one session. Each direction flows by itself: a client that does not read holds back the output
+//! alone, and a command that does not read gets [`INPUT_WINDOW`] and no more, so that a signal always passes. A
+//! connection that ends before `Ended` ends every process of the session.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,8 @@ use crate::run::{MAX_ARGS, MAX_DIRECTORY, MAX_ENV, MAX_RUN_BYTES, MAX_USER};
 
 /// Most bytes of one [`HostToSession::Input`] or [`SessionToHost::Output`].
 pub const MAX_CHUNK: usize = 64 * 1024;
+/// Input bytes that the host may send beyond what the command has taken.
+pub const INPUT_WINDOW: u64 = 1024 * 1024;
 /// Longest text of [`Ended::Failed`], in bytes.
 pub const MAX_WHY: usize = 4096;
 
@@ -40,7 +43,7 @@ pub enum HostToSession {
 /// Guest → host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SessionToHost {
-    /// The command runs, or the copy has begun.
+    /// The command is being started, or the copy has begun.
     Started,
     /// The next bytes of the command's output, or of the archive that is copied out.
     Output {
@@ -49,6 +52,12 @@ pub enum SessionToHost {
         /// At most [`MAX_CHUNK`].
         #[serde(with = "serde_bytes")]
         bytes: Vec<u8>,
+    },
+    /// So many bytes of input have been taken, or thrown away because nobody reads them any more, since the start:
+    /// the window moves on.
+    InputTaken {
+        /// In bytes.
+        total: u64,
     },
     /// The end. Nothing follows.
     Ended(Ended),

@@ -99,6 +99,8 @@ pub struct BuildJob {
     pub egress_ca: Vec<u8>,
     /// The secrets that the build declares; their values are asked for.
     pub secrets: Vec<SecretSpec>,
+    /// Whether a step that fails stays, so that it can be entered: see [`crate::message::AgentToHost::Kept`].
+    pub keep_failed: bool,
 }
 
 /// Where a Dockerfile is.
@@ -216,6 +218,7 @@ mod tests {
             base_digest: None,
             egress_ca: vec![],
             secrets: vec![],
+            keep_failed: false,
         }
     }
 

@@ -66,6 +66,9 @@ pub enum AgentToHost {
         /// Which one.
         id: SecretId,
     },
+    /// The step that failed stays as it is. Right before the [`AgentToHost::Outcome`], after which the agent waits
+    /// without a deadline, and does not dial again when the connection ends.
+    Kept,
 }
 
 /// What a build cost beside its steps.

@@ -82,17 +82,29 @@ fn job() -> impl Strategy<Value = Job> {
     let secret = (secret_id(), any::<Option<String>>())
         .prop_map(|(id, variable)| SecretSpec { id, variable });
     let secrets = proptest::collection::vec(secret, 0..4);
-    let build =
-        (dockerfile, any::<Option<String>>(), args, network, any::<Option<String>>(), secrets)
-            .prop_map(|(dockerfile, target, build_args, network, base_digest, secrets)| BuildJob {
-                dockerfile,
-                target,
-                build_args,
-                network,
-                base_digest,
-                egress_ca: vec![],
-                secrets,
-            });
+    let build = (
+        dockerfile,
+        any::<Option<String>>(),
+        args,
+        network,
+        any::<Option<String>>(),
+        secrets,
+        any::<bool>(),
+    )
+        .prop_map(
+            |(dockerfile, target, build_args, network, base_digest, secrets, keep_failed)| {
+                BuildJob {
+                    dockerfile,
+                    target,
+                    build_args,
+                    network,
+                    base_digest,
+                    egress_ca: vec![],
+                    secrets,
+                    keep_failed,
+                }
+            },
+        );
     let run = (
         any::<(String, String, String, u8)>(),
         proptest::collection::vec(any::<String>(), 0..4),
@@ -243,6 +255,7 @@ fn of_session() -> impl Strategy<Value = SessionToHost> {
     let exited = any::<u8>().prop_map(|code| Ended::Exited { code });
     prop_oneof![
         Just(SessionToHost::Started),
+        any::<u64>().prop_map(|total| SessionToHost::InputTaken { total }),
         (stream, bytes()).prop_map(|(stream, bytes)| SessionToHost::Output { stream, bytes }),
         prop_oneof![failed, exited].prop_map(SessionToHost::Ended),
     ]

@@ -37,6 +37,8 @@ pub struct Adapted<'a> {
     pub text: Cow<'a, str>,
     /// For the build's log.
     pub notes: Vec<String>,
+    /// The stage to build, by the name that the engine has for it.
+    pub target: Option<String>,
 }
 
 /// What Kiln cannot build.
@@ -51,21 +53,17 @@ pub struct Refused {
     pub base: bool,
 }
 
-/// The digest that the base of a stage has to have.
-#[derive(Clone, Copy, Debug)]
-pub struct Pin<'a> {
-    /// The stage that is built; the last one otherwise.
+/// What a build asks of its Dockerfile.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asked<'a> {
+    /// The stage to build; the last one otherwise.
     pub target: Option<&'a str>,
-    /// `sha256:…`
-    pub digest: &'a str,
+    /// The digest that the base of that stage has to have, `sha256:…`.
+    pub base_digest: Option<&'a str>,
 }
 
 /// Adapts a Dockerfile to the engine. Patterns are looked up in `source`.
-pub fn adapt<'a>(
-    text: &'a str,
-    source: &Path,
-    pin: Option<Pin<'_>>,
-) -> Result<Adapted<'a>, Refused> {
+pub fn adapt<'a>(text: &'a str, source: &Path, asked: Asked<'_>) -> Result<Adapted<'a>, Refused> {
     let refused = |line, what| Refused { line, what, base: false };
     let scanned = scan::scan(text).map_err(|unclosed| {
         let what = format!("the here-document has no end: no line is just `{}`", unclosed.word);
@@ -125,14 +123,15 @@ pub fn adapt<'a>(
             }
         }
     }
-    if let Some(pin) = pin {
-        let places = pin::places(&scanned, pin.target, pin.digest)
+    if let Some(digest) = asked.base_digest {
+        let places = pin::places(&scanned, asked.target, digest)
             .map_err(|(line, what)| Refused { line, what, base: true })?;
         for (instruction, end) in places {
-            rewritten.insert(instruction, end, format!("@{}", pin.digest));
+            rewritten.insert(instruction, end, format!("@{digest}"));
         }
     }
-    Ok(rewritten.of(text))
+    let target = asked.target.map(|target| names.target(target).to_owned());
+    Ok(Adapted { target, ..rewritten.of(text) })
 }
 
 const LINK: &str = "COPY --link is built without --link: the files become part of the image's one \
@@ -187,7 +186,7 @@ impl Rewritten {
         });
         let notes = notes.collect();
         if self.edits.is_empty() {
-            return Adapted { text: Cow::Borrowed(text), notes };
+            return Adapted { text: Cow::Borrowed(text), notes, target: None };
         }
         let mut out = String::with_capacity(text.len());
         let mut from = 0;
@@ -197,7 +196,7 @@ impl Rewritten {
             from = range.end;
         }
         out.push_str(&text[from..]);
-        Adapted { text: Cow::Owned(out), notes }
+        Adapted { text: Cow::Owned(out), notes, target: None }
     }
 }
 
@@ -210,7 +209,7 @@ mod tests {
         let source = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(source.path().join("a/b")).unwrap();
         std::fs::write(source.path().join("a/b/c.md"), "").unwrap();
-        adapt(text, source.path(), None)
+        adapt(text, source.path(), Asked::default())
             .map(|adapted| (adapted.text.into_owned(), adapted.notes))
             .map_err(|refused| refused.to_string())
     }
@@ -289,12 +288,27 @@ mod tests {
 
     #[test]
     fn a_base_is_pinned_among_other_changes() {
-        let pin = Pin { target: None, digest: "sha256:d" };
+        let pin = Asked { target: None, base_digest: Some("sha256:d") };
         let text = "FROM x AS a\nCOPY --link a /b\nFROM a\nCOPY --link a /b\n";
-        let adapted = adapt(text, Path::new("/nonexistent"), Some(pin)).unwrap();
+        let adapted = adapt(text, Path::new("/nonexistent"), pin).unwrap();
         let expected = "FROM x@sha256:d AS a\nCOPY        a /b\nFROM a\nCOPY        a /b\n";
         assert_eq!(adapted.text, expected);
-        assert!(adapt("FROM scratch", Path::new("/nonexistent"), Some(pin)).unwrap_err().base);
+        assert!(adapt("FROM scratch", Path::new("/nonexistent"), pin).unwrap_err().base);
+    }
+
+    #[test]
+    fn the_stage_to_build_is_named_as_the_engine_has_it() {
+        let text = "FROM x AS Wanted\nFROM --platform=y z as other\nFROM other\n";
+        let target = |target| {
+            let asked = Asked { target, base_digest: None };
+            adapt(text, Path::new("/nonexistent"), asked).unwrap().target
+        };
+        for (asked, stage) in
+            [("wanted", "Wanted"), ("OTHER", "other"), ("1", "other"), ("2", "2"), ("x", "x")]
+        {
+            assert_eq!(target(Some(asked)).unwrap(), stage);
+        }
+        assert_eq!(target(None), None);
     }
 
     #[test]
@@ -326,7 +340,9 @@ mod tests {
             ) else {
                 continue;
             };
-            let found = adapt(&text, &dir, None).map(|_| ()).map_err(|refused| refused.to_string());
+            let found = adapt(&text, &dir, Asked::default())
+                .map(|_| ())
+                .map_err(|refused| refused.to_string());
             let by_line = expected
                 .strip_prefix("fails as dockerfile_invalid\n")
                 .filter(|rest| rest.starts_with("Dockerfile line "));

@@ -1,13 +1,13 @@
-//! Stages: their names, and references to earlier ones by number. Pure.
+//! Stages: their names, references to earlier ones by number, and the one to build. Pure.
 //!
 //! Docker takes names without regard to case and the engine does not; of two with one name one takes the first and
 //! the other the last. Where a number is no earlier stage's, Docker says so and the engine breaks down.
 
 use super::words::{Flag, Words};
 
-/// The names of the stages so far.
+/// The stages so far, each with its name where it has one.
 #[derive(Default)]
-pub struct Names(Vec<String>);
+pub struct Names(Vec<Option<String>>);
 
 impl Names {
     /// Takes the arguments of a `FROM`; or tells why they could be read in two ways.
@@ -18,12 +18,13 @@ impl Names {
         }
         let mut words = arguments.split_ascii_whitespace();
         let image = words.next().unwrap_or_default();
-        if let Some(name) = self.0.iter().find(|name| name.eq_ignore_ascii_case(image))
+        if let Some(name) = self.known(image)
             && name != image
         {
             return Err(format!("FROM {image}: the stage's name is {name}, in these letters"));
         }
         if words.next().is_none_or(|word| !word.eq_ignore_ascii_case("as")) {
+            self.0.push(None);
             return Ok(());
         }
         let name = words.next().unwrap_or_default();
@@ -33,11 +34,23 @@ impl Names {
                 "FROM … AS {name}: a stage's name is of letters, digits, `_`, `.` and `-`, the first a letter"
             ));
         }
-        if self.0.iter().any(|known| known.eq_ignore_ascii_case(name)) {
+        if self.known(name).is_some() {
             return Err(format!("FROM … AS {name}: an earlier stage has that name"));
         }
-        self.0.push(name.to_owned());
+        self.0.push(Some(name.to_owned()));
         Ok(())
+    }
+
+    /// The stage to build by the name that the engine has for it: in the Dockerfile's letters, and a number only where
+    /// the stage has nothing else. One that is not there stays as it is; the engine says so.
+    pub fn target<'a>(&'a self, target: &'a str) -> &'a str {
+        let numbered = || self.0.get(target.parse::<usize>().ok()?)?.as_deref();
+        self.known(target).or_else(numbered).unwrap_or(target)
+    }
+
+    /// A name in the Dockerfile's own letters.
+    fn known(&self, name: &str) -> Option<&str> {
+        self.0.iter().flatten().find(|known| known.eq_ignore_ascii_case(name)).map(String::as_str)
     }
 }
 
@@ -75,6 +88,28 @@ mod tests {
 
     fn of(line: &str, stage: usize) -> Option<String> {
         refused(&Words::of(&scan(line).unwrap().instructions.remove(0)), stage)
+    }
+
+    #[test]
+    fn a_target_is_found_in_other_letters_and_by_number() {
+        let mut names = Names::default();
+        for from in ["a AS Build", "b", "Build AS run-2"] {
+            names.add(from).unwrap();
+        }
+        for (target, stage) in [
+            ("Build", "Build"),
+            ("build", "Build"),
+            ("RUN-2", "run-2"),
+            ("0", "Build"),
+            ("1", "1"),
+            ("2", "run-2"),
+            ("3", "3"),
+            ("a", "a"),
+            ("buil", "buil"),
+            ("", ""),
+        ] {
+            assert_eq!(names.target(target), stage, "{target}");
+        }
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! Everything that it starts (steps, their monitors) is below one cgroup, so that ending it leaves
 //! nothing behind.
 
+use std::convert::Infallible;
 use std::ffi::OsString;
+use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -14,6 +16,7 @@ use kiln_protocol::event::{Failure, FailureKind};
 use kiln_protocol::name;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tokio::process::Command;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::files::{Files, GATEWAY};
@@ -22,6 +25,7 @@ use super::parse::Cause;
 use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
+use crate::exec::Enterable;
 use crate::runtime::{self, Cgroup, Server, Settings, StepRecord, StepSecret};
 use crate::secrets::Secret;
 
@@ -60,6 +64,8 @@ pub struct Buildah {
     pub image: String,
     /// Where the built image goes, with its transport.
     pub destination: String,
+    /// What sessions enter: the step that runs.
+    pub enterable: Enterable,
 }
 
 impl Default for Buildah {
@@ -80,6 +86,7 @@ impl Default for Buildah {
             mounted_secrets: "/run/kiln/secrets/mounted".into(),
             image: format!("{}/{staging}", name::REGISTRY),
             destination: format!("docker://{GATEWAY}/{staging}"),
+            enterable: Enterable::default(),
         }
     }
 }
@@ -135,7 +142,7 @@ impl Buildah {
         Cgroup::new(&self.cgroup_mount, &self.cgroup)
     }
 
-    fn settings(&self, work: &Work) -> Settings {
+    fn settings(&self, work: &Work, held: watch::Sender<Option<StepRecord>>) -> Settings {
         Settings {
             network: work.network,
             certificates: work.certificates.clone(),
@@ -146,6 +153,9 @@ impl Buildah {
             memory: std::fs::read_to_string("/proc/meminfo").ok().and_then(|m| step_memory(&m)),
             cgroup_mount: self.cgroup_mount.clone(),
             steps_cgroup: self.cgroup.join("steps"),
+            enterable: self.enterable.clone(),
+            keep_failed: work.keep_failed,
+            held,
             scratch: self.storage.clone(),
         }
     }
@@ -215,10 +225,26 @@ impl Run<'_> {
             stop.cancel();
             status
         };
-        let steps = server.run(buildah.settings(work), self.reporter.clone(), stop.clone());
-        let (status, steps) = tokio::join!(engine, steps);
+        let (held, failed) = watch::channel(None);
+        let steps = server.run(buildah.settings(work, held), self.reporter.clone(), stop.clone());
+        let both = async { tokio::join!(engine, steps) };
+        let (status, steps) = tokio::select! {
+            done = both => done,
+            never = self.stays(failed) => match never {},
+        };
         let status = status.map_err(could_not("wait for the build engine"))?;
         if status.success() { Ok(()) } else { Err(Box::new(self.build_failure(status, &steps))) }
+    }
+
+    /// Once a failed step stays: tells that the build has failed. The engine waits for the step's end, which does
+    /// not come.
+    async fn stays(&self, mut failed: watch::Receiver<Option<StepRecord>>) -> Infallible {
+        let record = failed.wait_for(Option::is_some).await.ok().and_then(|record| record.clone());
+        if let Some(record) = record {
+            let failure = failure::of_step(&record, self.last.text());
+            self.reporter.report(Report::Held(Box::new(failure))).await;
+        }
+        pending().await
     }
 
     fn build_failure(&self, status: ExitStatus, steps: &[StepRecord]) -> Failure {
@@ -359,6 +385,7 @@ mod tests {
                 network: StepNetwork::None,
                 processes: 9,
                 secrets: vec![],
+                keep_failed: false,
             }
         }
 

@@ -120,6 +120,7 @@ mod tests {
             certificates: None,
             ignore_file: Some("/build/source/Dockerfile.dockerignore".into()),
             target: Some("final".into()),
+            keep_failed: false,
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],
             network: StepNetwork::Proxy,
             processes: 512,

@@ -59,7 +59,7 @@ pub fn failure(cause: Cause, detail: String) -> Failure {
     }
 }
 
-fn of_step(step: &StepRecord, detail: String) -> Failure {
+pub fn of_step(step: &StepRecord, detail: String) -> Failure {
     let StepRecord { index, name, exit_code, .. } = step;
     let Usage { oom_kills, forks_refused, .. } = step.usage;
     let (kind, message) = if !step.started {

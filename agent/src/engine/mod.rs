@@ -34,6 +34,8 @@ pub struct Work {
     pub ignore_file: Option<PathBuf>,
     /// The stage to build; the last one otherwise.
     pub target: Option<String>,
+    /// Whether a step that fails stays, to be entered.
+    pub keep_failed: bool,
     /// Build arguments, in order. Never to be logged.
     pub build_args: Vec<(String, String)>,
     /// Certificates that steps trust, where they are not their image's own.
@@ -54,6 +56,7 @@ impl std::fmt::Debug for Work {
             .field("ignore_file", &self.ignore_file)
             .field("certificates", &self.certificates)
             .field("target", &self.target)
+            .field("keep_failed", &self.keep_failed)
             .field("build_args", &format_args!("{} of them", self.build_args.len()))
             .field("network", &self.network)
             .field("processes", &self.processes)
@@ -90,6 +93,7 @@ mod tests {
             network: StepNetwork::None,
             processes: 1,
             secrets: vec![],
+            keep_failed: false,
         };
         let shown = format!("{work:?}");
         assert!(

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::inside::{TOLD, Told};
 use super::{NOT_EXECUTABLE, NOT_FOUND, Places, STOP_GRACE};
 use crate::events::{Report, Reporter};
+use crate::exec::Target;
 use crate::runtime::{Cgroup, report_bytes};
 
 /// The container's name, for whoever enters it.
@@ -114,6 +115,7 @@ impl<'a> Container<'a> {
         let ended = async {
             let status =
                 self.watch(&mut child, conversation, &mut state, reporter, cancel, &heard).await;
+            self.places.enterable.close(NAME);
             heard.cancel();
             // What it left must not keep its pipes open.
             self.cgroup.kill();
@@ -132,6 +134,16 @@ impl<'a> Container<'a> {
         self.judge(status, state)
     }
 
+    fn target(&self) -> Target {
+        let files = &self.places.files;
+        let (root, config) = (Some(self.runtime_root()), files.join("config.json"));
+        Target { id: NAME.to_owned(), root, config, secrets: false }
+    }
+
+    fn runtime_root(&self) -> PathBuf {
+        self.places.files.join("crun")
+    }
+
     /// crun with a pipe for each stream of the container, and a socket for what its first process has to say.
     fn spawn(&self, socket: OwnedFd) -> io::Result<Child> {
         let files = &self.places.files;
@@ -141,7 +153,7 @@ impl<'a> Container<'a> {
             flag
         };
         Command::new(&self.places.program)
-            .arg(flag("--root=", files.join("crun")))
+            .arg(flag("--root=", self.runtime_root()))
             // The VM has no systemd.
             .arg("--cgroup-manager=cgroupfs")
             // Not among what the container says.
@@ -178,6 +190,7 @@ impl<'a> Container<'a> {
                 told = &mut hearing, if !heard.is_cancelled() => {
                     state.told = told;
                     if told == Some(Told::Started) {
+                        self.places.enterable.open(self.target());
                         reporter.report(Report::Event(Event::Phase(Phase::Running))).await;
                     }
                     heard.cancel();

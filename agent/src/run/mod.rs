@@ -27,14 +27,18 @@ use kiln_protocol::run::RunJob;
 use tokio_util::sync::CancellationToken;
 
 use self::container::{Container, Ended};
+pub use self::root::Root;
+pub use self::user::User;
 use crate::events::{Report, Reporter};
+use crate::exec::Enterable;
 
 /// How long the program has between its stop signal and SIGKILL, as with other container tools.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
 
-/// What a container runtime or shell says of a program that cannot be executed, and of one that is not there.
-const NOT_EXECUTABLE: u8 = 126;
-const NOT_FOUND: u8 = 127;
+/// What a container runtime or shell says of a program that cannot be executed.
+pub const NOT_EXECUTABLE: u8 = 126;
+/// And of one that is not there.
+pub const NOT_FOUND: u8 = 127;
 
 /// Where things are. The default is how they are in the VM.
 #[derive(Clone, Debug)]
@@ -53,6 +57,8 @@ pub struct Places {
     pub netns: PathBuf,
     /// Where the cgroup hierarchy (version 2) is mounted.
     pub cgroup_mount: PathBuf,
+    /// What sessions enter: the container while it runs.
+    pub enterable: Enterable,
 }
 
 impl Default for Places {
@@ -65,6 +71,7 @@ impl Default for Places {
             agent: "/run/kiln/agent".into(),
             netns: crate::init::net::STEPS.into(),
             cgroup_mount: "/sys/fs/cgroup".into(),
+            enterable: Enterable::default(),
         }
     }
 }

@@ -91,7 +91,8 @@ fn file_system(bytes: &[u8; 2048]) -> anyhow::Result<&'static str> {
 }
 
 impl Root {
-    fn open(path: &Path) -> anyhow::Result<Self> {
+    /// The directory that is the root.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_PATH;
         let directory = open(path, flags, Mode::empty())
             .with_context(|| format!("{} cannot be opened", path.display()))?;

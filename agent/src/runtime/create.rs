@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 use super::config::{ConfigError, StepPolicy, rewrite};
+use super::hold::Hold;
 use super::monitor::{self, Monitor};
 use super::name::step_name;
 use super::secrets;
@@ -18,7 +19,7 @@ use super::sys::{self, Forked};
 use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
 
 /// The container's config inside a bundle.
-const CONFIG: &str = "config.json";
+pub const CONFIG: &str = "config.json";
 /// The pid of the container's init, inside the bundle. The engine's own pid file gets the
 /// monitor's pid.
 const INIT_PID: &str = "kiln-init.pid";
@@ -84,7 +85,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             return Err(CreateError::Refused(refusal));
         }
     };
-    let bundle = place_secrets(spec, &policy, &call)?;
+    let (bundle, secrets) = place_secrets(spec.clone(), &policy, &call)?;
 
     let (ready, ready_writer) = pipe().map_err(system("make a pipe"))?;
     match sys::fork_single_threaded().map_err(system("fork"))? {
@@ -98,6 +99,15 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
                 program: program.to_owned(),
                 args: call.runtime_args(&bundle),
                 id: call.id.clone(),
+                config: bundle.join(CONFIG),
+                secrets,
+                hold: Hold {
+                    program: program.to_owned(),
+                    spec,
+                    policy,
+                    id: call.id.clone(),
+                    bundles: socket.with_file_name("held"),
+                },
                 locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),
                 pid_file: call.pid_file.clone(),
@@ -108,8 +118,12 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
 }
 
 /// Writes the step's config, with its secrets. Gives the bundle for the runtime: the engine's, or one in memory
-/// where the config itself holds a value, for the engine's is on the scratch disk.
-fn place_secrets(mut spec: Spec, policy: &StepPolicy, call: &Call) -> Result<PathBuf, CreateError> {
+/// where the config itself holds a value, for the engine's is on the scratch disk; and whether the step sees secrets.
+fn place_secrets(
+    mut spec: Spec,
+    policy: &StepPolicy,
+    call: &Call,
+) -> Result<(PathBuf, bool), CreateError> {
     let directory = &policy.mounted_secrets;
     if !policy.secrets.is_empty() {
         fs::DirBuilder::new()
@@ -118,16 +132,16 @@ fn place_secrets(mut spec: Spec, policy: &StepPolicy, call: &Call) -> Result<Pat
             .create(directory)
             .map_err(system("make the directory of a step's secrets"))?;
     }
-    let holds_values = secrets::place(&mut spec, &policy.secrets, directory, &call.id)
+    let placed = secrets::place(&mut spec, &policy.secrets, directory, &call.id)
         .map_err(system("give a step its secrets"))?;
     let mut bundle = call.bundle.clone();
-    if holds_values {
+    if placed.in_config {
         bundle = directory.join(&call.id);
         fs::create_dir(&bundle).map_err(system("make a bundle in memory"))?;
     }
     let path = bundle.join(CONFIG);
     spec.save(&path).map_err(|source| CreateError::Config { path, source })?;
-    Ok(bundle)
+    Ok((bundle, placed.any()))
 }
 
 /// The monitor says by one byte how `crun create` went; if it died, nothing comes.
@@ -174,9 +188,14 @@ impl Agent {
 
     /// Waits until the agent has read and reported everything of the step.
     pub fn wait_for_ack(&mut self) -> Result<(), WireError> {
+        if self.order()? == ACK { Ok(()) } else { Err(WireError::Closed) }
+    }
+
+    /// Waits for what the agent wants next.
+    pub fn order(&mut self) -> Result<u8, WireError> {
         let mut byte = [0];
         self.stream.read_exact(&mut byte)?;
-        if byte[0] == ACK { Ok(()) } else { Err(WireError::Closed) }
+        Ok(byte[0])
     }
 }
 

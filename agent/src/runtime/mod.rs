@@ -16,6 +16,7 @@
 mod cgroup;
 mod config;
 mod create;
+mod hold;
 mod lines;
 mod monitor;
 mod name;
@@ -34,10 +35,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 pub use cgroup::{Cgroup, Usage};
+pub use hold::{holder_main, is_holder_call};
 pub use lines::{Part, report_bytes, report_lines};
 pub use seccomp::tighten;
 pub use secrets::{StepSecret, VARIABLE_MOUNTS};
 pub use server::{Server, Settings, StepRecord};
+pub use sys::receive_descriptors;
 
 /// The name that makes the agent's binary the wrapper.
 pub const WRAPPER_NAME: &str = "kiln-oci-runtime";

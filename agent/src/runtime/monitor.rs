@@ -18,9 +18,10 @@ use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 
 use super::create::Agent;
+use super::hold::Hold;
 use super::sys;
 use super::watch::Held;
-use super::wire::FromWrapper;
+use super::wire::{FromWrapper, HOLD, HOLD_WITH_SECRETS};
 
 /// The exit code of a failure of our own, as container tools have it.
 const OWN_FAILURE: u8 = 125;
@@ -34,6 +35,12 @@ pub struct Monitor {
     pub args: Vec<OsString>,
     /// The container's name.
     pub id: OsString,
+    /// Its config.
+    pub config: PathBuf,
+    /// Whether its processes see secrets of the build.
+    pub secrets: bool,
+    /// For when the agent wants the step to stay.
+    pub hold: Hold,
     /// Where the locks of running steps are.
     pub locks: PathBuf,
     /// Where crun writes the pid of the container's init.
@@ -55,12 +62,13 @@ pub fn run(
     match monitor.create(stdout, stderr) {
         Ok((init, held)) => {
             drop(complaint);
+            let _ = agent.tell(&monitor.created());
             let _ = ready.write_all(&[0]);
             drop(ready);
             let end = wait_for(init);
             // Without the agent nobody is left to wait for: the end is still the step's.
             let _ = agent.tell(&FromWrapper::Ended { code: end.code() });
-            let _ = agent.wait_for_ack();
+            monitor.stay(&mut agent);
             held.release();
             end.imitate()
         }
@@ -115,6 +123,23 @@ impl Monitor {
             let _ = Command::new(&self.program).args(["delete", "--force"]).arg(&self.id).status();
             Failed::Own(error)
         })
+    }
+
+    /// Until the agent lets the step go.
+    fn stay(&self, agent: &mut Agent) {
+        while let Ok(order @ (HOLD | HOLD_WITH_SECRETS)) = agent.order() {
+            if agent.tell(&self.hold.make(order == HOLD_WITH_SECRETS)).is_err() {
+                break;
+            }
+        }
+    }
+
+    fn created(&self) -> FromWrapper {
+        FromWrapper::Created {
+            id: self.id.to_string_lossy().into_owned(),
+            config: self.config.clone(),
+            secrets: self.secrets,
+        }
     }
 
     fn take_over(&self) -> io::Result<(Pid, Held)> {

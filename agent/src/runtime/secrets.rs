@@ -28,15 +28,31 @@ pub struct StepSecret {
     pub variable: Option<String>,
 }
 
+/// Where a step sees secrets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// In files.
+    pub mounted: bool,
+    /// In variables, so that its config holds a value itself.
+    pub in_config: bool,
+}
+
+impl Placed {
+    /// Whether it sees any.
+    pub fn any(self) -> bool {
+        self.mounted || self.in_config
+    }
+}
+
 /// Puts the values into a step's config. Copies for its mounts go below `directory`, which is memory, with the mode
-/// and the owner that the engine gave to its own. Tells whether the config now holds a value itself.
+/// and the owner that the engine gave to its own. Tells where the step sees any.
 pub fn place(
     spec: &mut Spec,
     secrets: &[StepSecret],
     directory: &Path,
     container: &OsStr,
-) -> io::Result<bool> {
-    let mut variables = Vec::new();
+) -> io::Result<Placed> {
+    let (mut variables, mut mounted) = (Vec::new(), false);
     for secret in secrets {
         if let Some(name) = &secret.variable {
             variables.push((name.clone(), secret));
@@ -61,11 +77,12 @@ pub fn place(
         name.push(format!("-{index}"));
         let copy = directory.join(name);
         copy_like(&secret.file, &given, &copy)?;
+        mounted = true;
         mount.set_source(Some(copy));
         kept.push(mount);
     }
     spec.set_mounts(Some(kept));
-    let holds_values = !variables.is_empty();
+    let in_config = !variables.is_empty();
     if let Some(mut process) = spec.process().clone() {
         let env = process.env_mut().get_or_insert_default();
         for (name, secret) in variables {
@@ -76,7 +93,7 @@ pub fn place(
         }
         spec.set_process(Some(process));
     }
-    Ok(holds_values)
+    Ok(Placed { mounted, in_config })
 }
 
 /// The secret whose placeholder, or a copy of it, is at `source`.
@@ -128,7 +145,7 @@ mod tests {
             self.dir.path().join(format!("copy of {id}"))
         }
 
-        fn place(&self, mounts: &Value) -> (Value, bool) {
+        fn place(&self, mounts: &Value) -> (Value, Placed) {
             let spec = json!({
                 "ociVersion": "1.0.0",
                 "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["A=1", "PIP=image"]},
@@ -151,7 +168,7 @@ mod tests {
         let other = json!({"destination": "/b", "type": "bind", "source": file});
         let mount = json!({"destination": "/run/secrets/npm", "source": step.source("npm")});
         let (config, held) = step.place(&json!([other, mount]));
-        assert!(held, "the variable of every step");
+        assert!(held.in_config, "the variable of every step");
         assert_eq!(config["mounts"][0]["source"], file.to_str().unwrap());
         let copy = step.dir.path().join("container-1");
         assert_eq!(config["mounts"][1]["source"], copy.to_str().unwrap());
@@ -165,7 +182,7 @@ mod tests {
         let wanted = format!("{VARIABLE_MOUNTS}/NPM_TOKEN");
         let (config, held) =
             step.place(&json!([{"destination": wanted, "source": step.source("npm")}]));
-        assert!(held);
+        assert!(held.in_config);
         assert_eq!(config["mounts"], json!([]));
         assert_eq!(
             config["process"]["env"],
@@ -173,7 +190,7 @@ mod tests {
         );
         step.secrets[1].variable = None;
         let (config, held) = step.place(&json!([]));
-        assert!(!held);
+        assert!(!held.any());
         assert_eq!(config["process"]["env"], json!(["A=1", "PIP=image"]));
     }
 }

@@ -3,6 +3,7 @@
 //! Every step is a task of its own: `Started`, its lines, `Ended`, in this order; only then does
 //! its monitor get its acknowledgement and the engine learn that the step is over.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -17,6 +18,7 @@ use nix::sys::statvfs::statvfs;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -27,8 +29,9 @@ use super::lines::{Part, report_lines};
 use super::secrets::StepSecret;
 use super::sys;
 use super::tail::{Begun, Tail};
-use super::wire::{self, ACK, FromWrapper, HELLO, MAX_LINE, WireError};
+use super::wire::{self, ACK, FromWrapper, HELLO, HOLD, HOLD_WITH_SECRETS, MAX_LINE, WireError};
 use crate::events::{Report, Reporter};
+use crate::exec::{Enterable, Target, Wanted};
 
 /// A wrapper that connected has all it wants to say at hand.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -57,6 +60,12 @@ pub struct Settings {
     pub cgroup_mount: PathBuf,
     /// The cgroup, from the hierarchy's root, that holds one for each step.
     pub steps_cgroup: PathBuf,
+    /// What can be entered: each step while it runs.
+    pub enterable: Enterable,
+    /// Whether a step that fails stays.
+    pub keep_failed: bool,
+    /// The one that stays, once there is one.
+    pub held: watch::Sender<Option<StepRecord>>,
     /// A directory on the disk that steps write to.
     pub scratch: PathBuf,
 }
@@ -210,7 +219,7 @@ impl Announced {
         let wrapper = &mut self.wrapper;
         let (ended, (), ()) = tokio::join!(
             async {
-                let ended = exchange(wrapper, &policy).await;
+                let ended = exchange(wrapper, &policy, &settings.enterable).await;
                 if ended.is_err() {
                     // Its monitor is gone, so nobody waits for the step: it ends here, or its
                     // pipes would never.
@@ -229,6 +238,7 @@ impl Announced {
             }),
         );
 
+        let is_watched = matches!(ended, Ok(FromWrapper::Ended { .. }));
         let (started, exit_code) = match ended {
             Ok(FromWrapper::Ended { code }) => (true, code),
             Ok(FromWrapper::NotStarted { message }) => {
@@ -241,8 +251,9 @@ impl Announced {
                 }
                 (false, not_started_code(&last_words))
             }
-            Ok(FromWrapper::Create { .. }) | Err(_) => (true, KILLED),
+            Ok(_) | Err(_) => (true, KILLED),
         };
+        let is_held = is_watched && exit_code != 0;
         let usage = cgroup.usage();
         let end = StepEnd {
             exit_code,
@@ -261,22 +272,65 @@ impl Announced {
             last_words,
             tail: tail.text(),
         };
+        if settings.keep_failed && is_held {
+            hold(&mut self.wrapper, settings, &record).await;
+        }
         // A monitor that is gone waits for nothing.
         let _ = self.wrapper.write_all(&[ACK]).await;
         record
     }
 }
 
+/// Has a failed step stay, and makes its container again for whoever wants to enter it.
+async fn hold(wrapper: &mut BufReader<UnixStream>, settings: &Settings, record: &StepRecord) {
+    let (ask, mut asked) = mpsc::channel(1);
+    settings.enterable.ask(ask);
+    // A build that is about to end has no use for it.
+    let _ = settings.held.send(Some(record.clone()));
+    let mut made = HashMap::new();
+    while let Some(Wanted { secrets, answer }) = asked.recv().await {
+        let target = match made.get(&secrets) {
+            Some(target) => Ok(Target::clone(target)),
+            None => make_again(wrapper, secrets).await,
+        };
+        if let Ok(target) = &target {
+            made.insert(secrets, target.clone());
+        }
+        // Who asked may be gone.
+        let _ = answer.send(target);
+    }
+}
+
+/// The failed step's container, again.
+async fn make_again(wrapper: &mut BufReader<UnixStream>, secrets: bool) -> Result<Target, String> {
+    let order = if secrets { HOLD_WITH_SECRETS } else { HOLD };
+    let answer = async {
+        wrapper.write_all(&[order]).await?;
+        read_message(wrapper).await
+    };
+    match answer.await {
+        Ok(FromWrapper::Held { id, config }) => Ok(Target { id, root: None, config, secrets }),
+        Ok(FromWrapper::NotHeld { why }) => Err(why),
+        Ok(_) | Err(_) => Err("the failed step's monitor does not answer".to_owned()),
+    }
+}
+
 /// What SIGKILL leaves: the exit code of a step whose monitor was killed.
 const KILLED: i32 = 128 + 9;
 
-/// Gives the wrapper its policy and waits for its last message.
+/// Gives the wrapper its policy and waits for its last message. While the step runs, it can be entered.
 async fn exchange(
     wrapper: &mut BufReader<UnixStream>,
     policy: &StepPolicy,
+    enterable: &Enterable,
 ) -> Result<FromWrapper, WireError> {
     wrapper.write_all(&wire::encode(policy)?).await?;
-    read_message(wrapper).await
+    let first = read_message(wrapper).await?;
+    let FromWrapper::Created { id, config, secrets } = first else { return Ok(first) };
+    enterable.open(Target { id: id.clone(), root: None, config, secrets });
+    let last = read_message(wrapper).await;
+    enterable.close(&id);
+    last
 }
 
 async fn read_message(wrapper: &mut BufReader<UnixStream>) -> Result<FromWrapper, WireError> {
@@ -337,6 +391,9 @@ mod tests {
                 processes: 9,
                 memory: None,
                 cgroup_mount: directory.path().join("cgroup"),
+                enterable: Enterable::default(),
+                keep_failed: false,
+                held: watch::channel(None).0,
                 steps_cgroup: "/kiln/steps".into(),
                 scratch: directory.path().into(),
             };

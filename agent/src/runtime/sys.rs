@@ -64,19 +64,31 @@ pub fn send_with_pipes(socket: impl AsFd, byte: u8, pipes: [BorrowedFd<'_>; 2]) 
 pub fn receive_with_pipes(socket: impl AsFd) -> io::Result<(Option<u8>, Vec<OwnedFd>)> {
     let mut byte = [0];
     let mut data = [IoSliceMut::new(&mut byte)];
+    let (count, pipes) = receive(socket, &mut data)?;
+    Ok(((count == 1).then_some(byte[0]), pipes))
+}
+
+fn receive(socket: impl AsFd, data: &mut [IoSliceMut<'_>]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = cmsg_space!([libc::c_int; 2]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut data, Some(&mut space), flags)?;
-    let mut pipes = Vec::new();
+    let message = recvmsg::<()>(socket.as_fd().as_raw_fd(), data, Some(&mut space), flags)?;
+    let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(received) = control {
             // SAFETY: the kernel has just made these descriptors for this process; nobody else
             // knows their numbers.
-            pipes.extend(received.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
+            descriptors
+                .extend(received.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
-    let count = message.bytes;
-    Ok(((count == 1).then_some(byte[0]), pipes))
+    Ok((message.bytes, descriptors))
+}
+
+/// Receives the descriptors that come with a message, whose bytes nobody wants.
+pub fn receive_descriptors(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
+    let mut bytes = [0; 4096];
+    let mut data = [IoSliceMut::new(&mut bytes)];
+    Ok(receive(socket, &mut data)?.1)
 }
 
 #[cfg(test)]

@@ -7,13 +7,17 @@
 //! wrapper  ── HELLO + stdout, stderr ──▶  agent
 //!          ── FromWrapper::Create    ──▶
 //!          ◀─────── StepPolicy ────────
+//!          ── FromWrapper::Created  ──▶
 //!          ── FromWrapper::Ended or NotStarted ──▶    (the pipes reach their end)
+//!          ◀── HOLD, as often as wanted ──    of a failed step that stays
+//!          ── FromWrapper::Held or NotHeld ──▶
 //!          ◀────── one byte, ACK ──────
 //! ```
 //!
 //! Both sides are Kiln's, but a line holds what a Dockerfile wrote, so lines are bounded.
 
 use std::io;
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -22,6 +26,10 @@ use serde::{Deserialize, Serialize};
 pub const HELLO: u8 = b'K';
 /// The agent has read the pipes to their end and reported the step.
 pub const ACK: u8 = b'A';
+/// Instead: make the step's container again, for people to enter.
+pub const HOLD: u8 = b'H';
+/// The same with the step's secrets.
+pub const HOLD_WITH_SECRETS: u8 = b'S';
 
 /// Longest line in bytes: a step's name of 8 KiB may grow sixfold as JSON.
 pub const MAX_LINE: usize = 64 * 1024;
@@ -34,10 +42,31 @@ pub enum FromWrapper {
         /// The command as people know it, cut to the bound of a report.
         name: String,
     },
+    /// The step's container is there: from now on it can be entered.
+    Created {
+        /// What the container runtime calls it.
+        id: String,
+        /// Its config.
+        config: PathBuf,
+        /// Whether its processes see secrets of the build.
+        secrets: bool,
+    },
     /// The step ran and ended.
     Ended {
         /// Its exit code; 128 + n for signal n.
         code: i32,
+    },
+    /// The answer to [`HOLD`]: it can be entered.
+    Held {
+        /// What the container runtime calls it.
+        id: String,
+        /// The config that sessions are like.
+        config: PathBuf,
+    },
+    /// The other answer.
+    NotHeld {
+        /// Why.
+        why: String,
     },
     /// The step could not be started. What the runtime says about it is on the step's stderr.
     NotStarted {

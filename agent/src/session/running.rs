@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use kiln_protocol::event::{Event, FailureKind, Outcome, cut_text};
+use kiln_protocol::event::{Event, Failure, FailureKind, Outcome, cut_text};
 use kiln_protocol::frame::FrameError;
 use kiln_protocol::hello::{Resume, TOKEN_LEN, Welcome};
 use kiln_protocol::job::{Job, Role};
@@ -59,6 +59,8 @@ pub struct Running<C: Connector, E, P> {
     taken_resync: bool,
     outcome: Option<Outcome>,
     outcome_sent: bool,
+    /// Whether the failed step stays, and with it what runs the build.
+    held: bool,
     /// What it is a deadline for follows from the state.
     deadline: Instant,
 }
@@ -132,6 +134,7 @@ where
             taken_resync: false,
             outcome: None,
             outcome_sent: false,
+            held: false,
             deadline: welcomed + JOB_WAIT,
         }
     }
@@ -197,7 +200,10 @@ where
                 link.send_frame(frame);
             } else if let Some(outcome) = self.outcome.as_ref().filter(|_| !self.outcome_sent) {
                 self.outcome_sent = true;
-                self.deadline = Instant::now() + FINISH_WAIT;
+                self.deadline = if self.held { far() } else { Instant::now() + FINISH_WAIT };
+                if self.held {
+                    link.send(&AgentToHost::Kept).map_err(SessionError::Frame)?;
+                }
                 link.send(&AgentToHost::Usage(usage(self.engine_spawn)))
                     .map_err(SessionError::Frame)?;
                 link.send(&AgentToHost::Outcome(outcome.clone())).map_err(SessionError::Frame)?;
@@ -300,6 +306,10 @@ where
                 self.engine_started.happened = true;
                 return Ok(());
             }
+            Report::Held(failure) => {
+                self.hold(*failure);
+                return Ok(());
+            }
             Report::Ask { id, answer } => {
                 self.asking = Some(Asking { id, answer, sent: false });
                 return Ok(());
@@ -361,6 +371,16 @@ where
         Ok(Then::GoOn)
     }
 
+    /// The build has failed, and its failed step stays until Finish, or until the host switches the VM off.
+    fn hold(&mut self, failure: Failure) {
+        // A build that is being stopped ends.
+        if self.stop.is_none() {
+            self.held = true;
+            self.outcome = Some(fit(Outcome::Failed(failure)));
+            self.deadline = Instant::now() + DELIVERY_WAIT;
+        }
+    }
+
     fn late(&mut self) -> Result<Then, SessionError> {
         match (&self.outcome, &self.working, &self.job) {
             (Some(_), ..) if self.outcome_sent => Ok(Then::Finish),
@@ -379,6 +399,11 @@ where
         match error {
             FrameError::Closed | FrameError::Io(_) => {}
             _ => return Err(SessionError::Frame(error)),
+        }
+        if self.held && self.outcome_sent {
+            // The host has all that there is, and lets the VM be.
+            self.link = None;
+            return Ok(Then::GoOn);
         }
         let Some(token) = self.token else { return Err(SessionError::Broken(error)) };
         tracing::warn!(%error, "the host is gone; dialling again");
@@ -439,9 +464,15 @@ async fn received(reports: &mut mpsc::Receiver<Report>) -> Report {
 
 /// A limit may be so large that no clock can hold it.
 fn after(start: Instant, ms: u64) -> Instant {
-    const FAR: Duration = Duration::from_hours(365 * 24);
     start + Duration::from_millis(ms).min(FAR)
 }
+
+/// No deadline.
+fn far() -> Instant {
+    Instant::now() + FAR
+}
+
+const FAR: Duration = Duration::from_hours(365 * 24);
 
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

@@ -12,7 +12,7 @@ use kiln_protocol::event::{
 use kiln_protocol::job::{BuildJob, Dockerfile, Job, MAX_DOCKERFILE, Role};
 use tokio_util::sync::CancellationToken;
 
-use crate::dockerfile::{self, Adapted, Pin};
+use crate::dockerfile::{self, Adapted, Asked};
 use crate::engine::{Engine, Work};
 use crate::events::{Report, Reporter};
 use crate::secrets::Secrets;
@@ -51,21 +51,31 @@ pub async fn build<E: Engine>(
     let files = places.clone();
     let prepared = {
         let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
-        let pin = build.base_digest.clone().map(|digest| (digest, build.target.clone()));
+        let (target, base_digest) = (build.target.clone(), build.base_digest.clone());
         tokio::task::spawn_blocking(move || {
-            prepare(&places, feed, limits, &dockerfile, pin.as_ref(), &cancel)
+            let asked = Asked { target: target.as_deref(), base_digest: base_digest.as_deref() };
+            prepare(&places, feed, limits, &dockerfile, asked, &cancel)
         })
     };
-    let Prepared { context, dockerfile, ignore_file, notes, lockfiles } = match prepared.await {
-        Ok(Ok(ready)) => ready,
-        Ok(Err(failure)) => return Outcome::Failed(failure),
-        Err(error) => return Outcome::Failed(crashed(&error)),
-    };
+    let Prepared { context, dockerfile, ignore_file, target, notes, lockfiles } =
+        match prepared.await {
+            Ok(Ok(ready)) => ready,
+            Ok(Err(failure)) => return Outcome::Failed(failure),
+            Err(error) => return Outcome::Failed(crashed(&error)),
+        };
     for note in notes {
         reporter.report(Report::Event(Event::Log(own_line(&note)))).await;
     }
-    let BuildJob { target, build_args, network, egress_ca, secrets, dockerfile: _, base_digest: _ } =
-        build;
+    let BuildJob {
+        build_args,
+        network,
+        egress_ca,
+        secrets,
+        keep_failed,
+        dockerfile: _,
+        target: _,
+        base_digest: _,
+    } = build;
     // They live as long as this.
     let secrets = match Secrets::fetch(secrets, &files.secrets, &reporter).await {
         Ok(secrets) => secrets,
@@ -82,6 +92,7 @@ pub async fn build<E: Engine>(
         dockerfile,
         ignore_file,
         target,
+        keep_failed,
         build_args,
         certificates,
         network,
@@ -111,6 +122,8 @@ struct Prepared {
     context: PathBuf,
     dockerfile: PathBuf,
     ignore_file: Option<PathBuf>,
+    /// The stage to build, as the engine names it.
+    target: Option<String>,
     /// For the log.
     notes: Vec<String>,
     /// For the provenance.
@@ -123,7 +136,7 @@ fn prepare(
     feed: Feed,
     limits: SourceLimits,
     dockerfile: &Dockerfile,
-    pin: Option<&(String, Option<String>)>,
+    asked: Asked<'_>,
     cancel: &CancellationToken,
 ) -> Result<Prepared, Failure> {
     let internal = |what: &Path, error: std::io::Error| {
@@ -141,12 +154,12 @@ fn prepare(
         Dockerfile::InSource(path) => find(&places.source, path)?,
     };
     let content = std::fs::read(&found).map_err(|error| internal(&found, error))?;
-    let pin = pin.map(|(digest, target)| Pin { target: target.as_deref(), digest });
-    let adapted = adapt(&content, &places.source, pin)?;
+    let adapted = adapt(&content, &places.source, asked)?;
     let mut ready = Prepared {
         context: places.source.clone(),
         ignore_file: own_ignore_file(&places.source, &found),
         dockerfile: found,
+        target: adapted.target,
         notes: adapted.notes,
         lockfiles: source::lockfiles(&places.source),
     };
@@ -158,17 +171,13 @@ fn prepare(
     Ok(ready)
 }
 
-fn adapt<'a>(
-    content: &'a [u8],
-    source: &Path,
-    pin: Option<Pin<'_>>,
-) -> Result<Adapted<'a>, Failure> {
+fn adapt<'a>(content: &'a [u8], source: &Path, asked: Asked<'_>) -> Result<Adapted<'a>, Failure> {
     let invalid = |problem: String| fail(FailureKind::DockerfileInvalid, problem);
     let text = std::str::from_utf8(content).map_err(|error| {
         let line = content[..=error.valid_up_to()].split(|byte| *byte == b'\n').count();
         invalid(format!("Dockerfile line {line}: it is not UTF-8"))
     })?;
-    dockerfile::adapt(text, source, pin).map_err(|refused| {
+    dockerfile::adapt(text, source, asked).map_err(|refused| {
         let kind = if refused.base {
             FailureKind::BaseDigestMismatch
         } else {

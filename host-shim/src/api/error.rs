@@ -151,6 +151,9 @@ impl From<StoreError> for ApiError {
             | StoreError::InstanceRefused(_)
             | StoreError::Taken(_)
             | StoreError::Fenced => Self::conflict("conflict", error.to_string()),
+            StoreError::TooMany { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many", error.to_string())
+            }
             StoreError::Database { .. } => Self::internal(&error),
         }
     }

@@ -33,6 +33,9 @@ const MAX_TARGET: usize = 128;
 /// Longest name of a build argument.
 const MAX_ARG_NAME: usize = 256;
 
+/// Longest time that a failed step stays: a day.
+pub(super) const MAX_KEEP_SECONDS: u32 = 24 * 60 * 60;
+
 /// Every text part there is.
 const NAMES: [&str; 19] = [
     "dockerfile",
@@ -101,6 +104,7 @@ impl Fields {
             memory_mb: number("memory_mb", 2048, 256..=limits.max_memory_mb)?,
             cpus: number("cpus", 2, 1..=limits.max_cpus)?,
             disk_gb: number("disk_gb", 10, 1..=limits.max_disk_gb)?,
+            keep_failed_seconds: number("keep_failed_seconds", 0, 0..=MAX_KEEP_SECONDS)?,
             source_digest: String::new(),
             source_bytes: 0,
         })
@@ -148,9 +152,6 @@ impl Fields {
                 Ok(_) => return Err(ApiError::not_supported(name, "leave it out, or send []")),
                 Err(_) => return Err(ApiError::invalid(name, text, "a JSON array")),
             }
-        }
-        if self.number("keep_failed_seconds", 0, 0..=u32::MAX)? > 0 {
-            return Err(ApiError::not_supported("keep_failed_seconds", "leave it out, or send 0"));
         }
         Ok(())
     }

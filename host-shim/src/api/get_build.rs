@@ -45,5 +45,7 @@ pub(super) async fn shape(api: &Api, build: &Build) -> Result<types::Build, Stor
         Status::Queued => api.state.store.queue_position(&build.id).await?,
         _ => None,
     };
-    Ok(types::Build::new(build, position, &api.state.public_host))
+    let mut shape = types::Build::new(build, position, &api.state.public_host);
+    shape.kept_until = api.state.kept.lease(&build.id).map(|lease| types::rfc3339(lease.until));
+    Ok(shape)
 }

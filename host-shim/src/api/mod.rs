@@ -19,6 +19,7 @@ mod fields;
 mod get_build;
 mod health;
 pub mod instances;
+mod kept;
 mod layers;
 mod list_builds;
 mod multipart;
@@ -46,6 +47,7 @@ use crate::events::EventLog;
 use crate::exec::{Entrance, Sessions};
 use crate::gateway::Backing;
 use crate::instances::Instances;
+use crate::kept::Kept;
 use crate::secrets::Vault;
 use crate::store::Store;
 
@@ -67,6 +69,8 @@ pub fn router(state: ApiState) -> Router {
         .route("/builds/{id}/exec", get(exec::build_exec))
         .route("/instances/{id}/exec", get(exec::instance_exec))
         .route("/sessions", get(sessions::list_sessions))
+        .route("/kept", get(kept::list_kept))
+        .route("/kept/{id}", put(kept::extend_kept).delete(kept::release_kept))
         .route("/instances", create_instance.get(instances::list::list_instances))
         .route(
             "/instances/{id}",
@@ -113,6 +117,8 @@ pub struct ApiState {
     pub instances: Instances,
     /// Those who are in VMs.
     pub sessions: Sessions,
+    /// Failed builds that can still be entered.
+    pub kept: Kept,
     /// Where images are.
     pub backing: Backing,
     /// Seals secrets.

@@ -61,6 +61,9 @@ pub struct Build {
     /// How often it was taken by a VM.
     #[serde(default)]
     pub attempt: u32,
+    /// Until when its failed step can be entered (`kiln exec`), RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_until: Option<String>,
     /// Whether somebody entered its VM while it ran (`kiln exec`).
     #[serde(default)]
     pub entered: bool,
@@ -72,6 +75,10 @@ pub struct Provenance {
     /// SHA-256 over the source as it was sent, `sha256:…`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_hash: Option<String>,
+    /// SHA-256 over what was asked for beside the source, `sha256:…`: a Dockerfile that was sent apart, the stage, the
+    /// build arguments, the base's digest, the secrets' names (`docs/PROVENANCE.md` has the form).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_hash: Option<String>,
     /// When the build was completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<String>,
@@ -102,6 +109,7 @@ impl Provenance {
         let said = guest.map(|_| vec!["engine_version".into(), "lockfile_hashes".into()]);
         Self {
             source_hash: Some(build.request.source_digest.clone()),
+            request_hash: Some(build.request.hash()),
             timestamp,
             base_image_digest: build.request.base_image_digest.clone(),
             builder_digest: made.builder_digest.clone(),
@@ -141,6 +149,7 @@ impl Build {
             usage: build.usage,
             pulled: build.pulled.clone(),
             attempt: build.attempt,
+            kept_until: None,
             entered: build.entered,
         }
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn request() -> Request {
+pub(super) fn request() -> Request {
     Request {
         dockerfile: None,
         target: None,
@@ -21,6 +21,7 @@ fn request() -> Request {
         memory_mb: 2048,
         cpus: 2,
         disk_gb: 10,
+        keep_failed_seconds: 0,
         source_digest: "sha256:00".into(),
         source_bytes: 1,
     }

@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::absent;
 use super::client::{CallError, Client};
 use super::context::{self, Context};
 use super::error::{CliError, print_line};
@@ -63,6 +64,9 @@ pub struct BuildArgs {
     /// Of the VM [default: the server's, 10]
     #[arg(long, value_name = "GB", value_parser = clap::value_parser!(u32).range(1..))]
     disk: Option<u32>,
+    /// When a step fails, keep its VM for so long, to be entered with kiln exec
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    keep_failed: Option<u32>,
     /// Print the build's id and do not wait
     #[arg(long)]
     detach: bool,
@@ -72,6 +76,13 @@ pub struct BuildArgs {
     /// Write the image's digest to a file
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     iidfile: Option<PathBuf>,
+}
+
+impl BuildArgs {
+    /// Whether everything on stderr is to be JSON.
+    pub fn is_json(&self) -> bool {
+        self.progress == Progress::Json
+    }
 }
 
 /// Runs the command.
@@ -89,7 +100,7 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
     let source = source(&args.path, args.file.as_deref(), missing)?;
     let mut renderer = Renderer::new(args.progress);
     if let Some(path) = missing {
-        renderer.note(&format!("warning: {}", not_there(path)));
+        renderer.note(&format!("warning: {}", absent::not_there(path)));
     }
     let fields = form_fields(&args);
     let secrets = args.secrets.iter().map(SecretFlag::part);
@@ -101,13 +112,10 @@ pub async fn run(client: &Client, patience: Duration, args: BuildArgs) -> Result
         return print_line(&escape(&build.id)).map(drop);
     }
     renderer.note(&format!("build {}", build.id));
-    let build = watch(client, &build.id, patience, &mut renderer, &mut interrupts).await?;
+    let watched = watch(client, &build.id, patience, missing, &mut renderer, &mut interrupts);
+    let build = watched.await?;
     renderer.finish();
-    let found_missing = build.failure.as_ref().is_some_and(|f| f.kind == "dockerfile_missing");
-    build.verdict().map_err(|error| match missing.filter(|_| found_missing) {
-        Some(path) => error.hint(not_there(path)),
-        None => error,
-    })?;
+    build.verdict()?;
     let reference = build.image_ref.ok_or_else(|| {
         CliError::host(format!("the server gives build {} no reference", build.id))
     })?;
@@ -151,6 +159,7 @@ async fn watch(
     client: &Client,
     id: &str,
     patience: Duration,
+    missing: Option<&Path>,
     renderer: &mut Renderer,
     interrupts: &mut Interrupts,
 ) -> Result<BuildView, CliError> {
@@ -158,7 +167,10 @@ async fn watch(
     loop {
         let mut see = |seen: Seen<'_>| {
             match seen {
-                Seen::Event(received) => renderer.event(received),
+                Seen::Event(received) => {
+                    let named = missing.and_then(|path| absent::named_in_event(received, path));
+                    renderer.event(named.as_ref().unwrap_or(received));
+                }
                 Seen::Reconnecting(why) => renderer.reconnecting(why),
             }
             Ok(())
@@ -200,16 +212,11 @@ async fn watch(
                 .hint(format!("see how: kiln show {id}")));
         }
     };
-    BuildView::of(&answer)
-}
-
-/// What to tell of a Dockerfile of `-f` that is missing. The build finds it out, not the client: it is
-/// sent a source without any.
-fn not_there(dockerfile: &Path) -> String {
-    format!(
-        "the Dockerfile {} does not exist; -f is relative to the current directory, not to the source",
-        dockerfile.display()
-    )
+    let build = BuildView::of(&answer)?;
+    Ok(match missing {
+        Some(path) => absent::named_in_build(build, path),
+        None => build,
+    })
 }
 
 fn source(
@@ -220,7 +227,7 @@ fn source(
     if path == Path::new("-") {
         if let Some(missing) = missing {
             // An archive is passed on as it is, and may have a Dockerfile that was not asked for.
-            return Err(CliError::failed(not_there(missing))
+            return Err(CliError::failed(absent::not_there(missing))
                 .hint("with an archive on standard input, -f is a file beside it, not one in it"));
         }
         if std::io::stdin().is_terminal() {
@@ -258,5 +265,6 @@ fn form_fields(args: &BuildArgs) -> Fields {
     field("memory_mb", args.memory.map(|n| n.to_string()));
     field("cpus", args.cpus.map(|n| n.to_string()));
     field("disk_gb", args.disk.map(|n| n.to_string()));
+    field("keep_failed_seconds", args.keep_failed.map(|n| n.to_string()));
     fields
 }

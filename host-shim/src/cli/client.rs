@@ -232,10 +232,25 @@ impl Client {
         self.stream(url, after).await
     }
 
-    /// Opens the stream of what an instance prints, up to its end.
-    pub async fn instance_log(&self, id: &str, after: Option<&str>) -> Result<Response, CallError> {
+    /// Instances, newest first, as the API shows them.
+    pub async fn instances(&self, state: Option<&str>) -> Result<Vec<Value>, CallError> {
+        let mut url = self.url(&["instances"]);
+        if let Some(state) = state {
+            url.query_pairs_mut().append_pair("state", state);
+        }
+        self.call(self.http.get(url).timeout(CALL_TIMEOUT)).await
+    }
+
+    /// Opens the stream of what an instance prints: what there is, or up to its end.
+    pub async fn instance_log(
+        &self,
+        id: &str,
+        follow: bool,
+        after: Option<&str>,
+    ) -> Result<Response, CallError> {
         let mut url = self.url(&["instances", id, "logs"]);
-        url.query_pairs_mut().append_pair("follow", "true").append_pair("format", "events");
+        let follow = if follow { "true" } else { "false" };
+        url.query_pairs_mut().append_pair("follow", follow).append_pair("format", "events");
         self.stream(url, after).await
     }
 

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 use super::escape::escape;
+use super::json_line;
 
 /// The exit codes that scripts rely on (0 is success).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +72,13 @@ impl CliError {
     pub fn report(&self) -> ExitCode {
         // Nobody is left to tell when stderr is closed.
         let _ = std::io::stderr().lock().write_all(self.text().as_bytes());
+        ExitCode::from(self.exit as u8)
+    }
+
+    /// The same as a line of JSON.
+    pub fn report_json(&self) -> ExitCode {
+        let line = json_line::error(self, crate::clock::now());
+        let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
         ExitCode::from(self.exit as u8)
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::escape::escape;
+use super::flag_names::in_failure;
 use super::view::{EventView, duration};
 
 /// Longest line that is put together from parts, in bytes; longer ones are broken.
@@ -38,6 +39,7 @@ impl Lines {
             }
             EventView::Failure { kind, message } => {
                 let mut lines = self.end(None);
+                let message = in_failure(kind, message);
                 lines.push(kiln(&format!("failed ({kind}): {message}")));
                 lines
             }

@@ -28,8 +28,10 @@ pub struct LsArgs {
     format: Format,
 }
 
+/// How a list is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
+#[expect(missing_docs, reason = "clap would take it for help")]
+pub enum Format {
     Table,
     Json,
 }
@@ -81,7 +83,7 @@ fn listing(builds: &[BuildView], now: Timestamp) -> String {
 }
 
 /// A time in its largest unit: seconds of a build of yesterday tell nothing.
-fn age(ms: u64) -> String {
+pub(super) fn age(ms: u64) -> String {
     let seconds = ms / 1000;
     let units = [(86400, "d"), (3600, "h"), (60, "m")];
     match units.into_iter().find(|(length, _)| seconds >= *length) {

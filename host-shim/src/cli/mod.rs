@@ -13,6 +13,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+pub mod absent;
 pub mod build;
 pub mod cancel;
 pub mod client;
@@ -22,8 +23,12 @@ pub mod error;
 pub mod escape;
 pub mod exec;
 pub mod fields;
+pub mod flag_names;
 pub mod follow;
+pub mod instances;
 pub mod interrupt;
+pub mod json_line;
+pub mod kept;
 pub mod lines;
 pub mod logs;
 pub mod ls;
@@ -55,6 +60,8 @@ pub enum ClientCommand {
     Run(run::RunArgs),
     Exec(Box<exec::ExecArgs>),
     Sessions(sessions::SessionsArgs),
+    Instances(instances::InstancesArgs),
+    Kept(kept::KeptArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
 }
@@ -72,8 +79,10 @@ pub struct Global {
 impl ClientCommand {
     /// Runs the command; its errors are reported.
     pub async fn run(self, global: &Global) -> ExitCode {
+        let json = matches!(&self, Self::Build(args) if args.is_json());
         match self.try_run(global).await {
             Ok(code) => ExitCode::from(code),
+            Err(error) if json => error.report_json(),
             Err(error) => error.report(),
         }
     }
@@ -104,6 +113,8 @@ impl ClientCommand {
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
+            Self::Kept(args) => kept::run(client, args).await,
+            Self::Instances(args) => instances::run(client, patience, args).await,
             Self::Secret(args) => secret::run(client, args).await,
             Self::Sessions(args) => sessions::run(client, args).await,
             Self::Run(_) | Self::Exec(_) | Self::Token(_) => Ok(()),

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::escape::{escape, escape_json};
 use super::follow::Received;
+use super::json_line;
 use super::lines::{Lines, step_name, step_state};
 use super::view::{EventView, size};
 
@@ -17,7 +18,7 @@ pub enum Progress {
     Auto,
     /// One line for everything that happens.
     Plain,
-    /// The server's events, one JSON object a line.
+    /// One JSON object a line: the server's events, and what kiln itself has to say.
     Json,
 }
 
@@ -66,13 +67,13 @@ impl Renderer {
         }
     }
 
-    /// Shows a text of the client's own. Not in JSON, where each line is the server's.
+    /// Shows a text of the client's own.
     pub fn note(&self, text: &str) {
-        let text = format!("kiln | {}", escape(text));
+        let shown = format!("kiln | {}", escape(text));
         match &self.view {
-            View::Json => {}
-            View::Plain => line(&text),
-            View::Live(bar) => bar.println(text),
+            View::Json => line(&json_line::note(text, crate::clock::now())),
+            View::Plain => line(&shown),
+            View::Live(bar) => bar.println(shown),
         }
     }
 

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::client::Client;
 use super::error::{CliError, print_line};
 use super::escape::{escape, escape_json};
+use super::flag_names::in_failure;
 use super::view::{BuildView, duration, size};
 
 /// Show a build
@@ -57,6 +58,8 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
     put("attempt", build.attempt.filter(|n| *n > 1).map(|n| n.to_string()));
     let entered = build.entered.then(|| format!("yes, while it ran: kiln sessions {}", build.id));
     put("entered", entered);
+    let kept = build.kept_until.as_ref();
+    put("kept", kept.map(|until| format!("until {until}: kiln exec -it {} -- sh", build.id)));
     let tags = build.tags.iter().flatten().map(|(key, value)| format!("{key}={value}"));
     put("tags", Some(tags.collect::<Vec<_>>().join(" ")));
     if let Some(usage) = &build.usage {
@@ -68,8 +71,10 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
         put("step", failure.step.map(|n| n.to_string()));
         put("exit code", failure.exit_code.map(|n| n.to_string()));
     }
-    let error = build.error.clone().or(build.failure.as_ref().map(|f| f.message.clone()));
-    put("error", error);
+    let failure = build.failure.as_ref();
+    let error = build.error.as_ref().or(failure.map(|failure| &failure.message));
+    let kind = failure.map_or("", |failure| &failure.kind);
+    put("error", error.map(|message| in_failure(kind, message)));
     let detail = build.failure.as_ref().and_then(|failure| failure.detail.as_deref());
     for line in detail.unwrap_or_default().lines() {
         put("", Some(line.to_owned()));
@@ -104,5 +109,11 @@ mod tests {
                         exit code 7\n\
                         error     step 2 failed\\x07\n          x\n          y";
         assert_eq!(sheet(&BuildView::of(&build).unwrap(), now), expected);
+
+        let failure =
+            serde_json::json!({"kind": "disk_full", "message": "ask for more with disk_gb"});
+        let full = serde_json::json!({"id": "b1", "status": "failed", "failure": failure});
+        let shown = sheet(&BuildView::of(&full).unwrap(), now);
+        assert!(shown.ends_with("error     ask for more with --disk"), "{shown}");
     }
 }

@@ -8,6 +8,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::client::{CallError, Client};
 use super::error::CliError;
+use super::flag_names::with_flags;
 use super::interrupt::Interrupts;
 use super::pack::{self, Meter, Packing, Source, Summary};
 use super::render::Renderer;
@@ -67,7 +68,9 @@ pub async fn submit(
             BuildView::of(&build)
         }
         // A refusal stands by itself; a body that broke has its reason in the thread.
-        Err(error @ CallError::Refused { .. }) => Err(error.into()),
+        Err(CallError::Refused { status, detail }) => {
+            Err(CallError::Refused { status, detail: with_flags(&detail) }.into())
+        }
         Err(error) => match tokio::time::timeout(LAST_WORDS, task).await {
             Ok(Ok(Err(why))) if why.kind() != std::io::ErrorKind::BrokenPipe => {
                 Err(CliError::failed(format!("cannot send the source: {why}")))

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::error::CliError;
+use super::flag_names::in_failure;
 use crate::build::Status;
 
 /// The parts of a build that commands use.
@@ -26,6 +27,8 @@ pub struct BuildView {
     pub duration_ms: Option<u64>,
     pub attempt: Option<u64>,
     pub entered: bool,
+    #[serde(default)]
+    pub kept_until: Option<String>,
     pub tags: Option<std::collections::BTreeMap<String, String>>,
     pub usage: Option<UsageView>,
 }
@@ -142,6 +145,7 @@ impl BuildView {
             (_, "") => "the server gives no cause".to_owned(),
             (_, message) => message.to_owned(),
         };
+        let message = in_failure(&failure.kind, &message);
         // A server's message names step and exit code already; this is for one that does not.
         let blame = match (failure.step, failure.exit_code) {
             (Some(step), Some(code)) => Some(format!("step {step}, exit code {code}")),

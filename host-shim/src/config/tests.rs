@@ -41,6 +41,7 @@ fn defaults_need_nothing() {
     assert_eq!(config.builder, "/var/lib/kiln/builder");
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (2, Accel::Auto, false));
     assert_eq!(config.log_limit_bytes, 256 * 1024 * 1024);
+    assert_eq!(config.instance_disks_bytes, 100 << 30);
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
 }
@@ -78,6 +79,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_memory_mb = 512
         max_cpus = 4
         max_disk_gb = 5
+        instance_disks_gb = 9
         max_queued = 6
         max_uploads = 8
         qemu = "/bin/sh"
@@ -89,6 +91,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (7, Accel::Kvm, true));
     assert_eq!(config.egress_permit, ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
+    assert_eq!(config.instance_disks_bytes, 9 << 30);
     assert_eq!(
         config.limits,
         Limits {

@@ -34,6 +34,7 @@ async fn bench(quiet: Duration) -> Bench {
         memory_mb: 256,
         cpus: 1,
         disk_gb: 1,
+        keep_failed_seconds: 0,
         source_digest: String::new(),
         source_bytes: 0,
     };

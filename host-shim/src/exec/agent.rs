@@ -17,6 +17,8 @@ pub(super) enum Heard {
     Started,
     /// The command printed this; never nothing.
     Output(Stream, Vec<u8>),
+    /// So many bytes of input have been taken since the start.
+    Taken(u64),
     /// The command ended.
     Exited(u8),
     /// No command was started, or the session failed.
@@ -79,6 +81,10 @@ impl<R: AsyncRead + Unpin> Agent<R> {
             }
             SessionToHost::Output { bytes, .. } if bytes.is_empty() => Ok(None),
             SessionToHost::Output { stream, bytes } => Ok(Some(Heard::Output(stream, bytes))),
+            SessionToHost::InputTaken { .. } if !self.started => {
+                protocol("a command took input that was not started")
+            }
+            SessionToHost::InputTaken { total } => Ok(Some(Heard::Taken(total))),
             SessionToHost::Ended(Ended::Exited { .. }) if !self.started => {
                 protocol("a command ended that was not started")
             }
@@ -150,6 +156,7 @@ mod tests {
             vec![failed(MAX_WHY + 1)],
             vec![output(1)],
             vec![EXITED],
+            vec![SessionToHost::InputTaken { total: 1 }],
             vec![started.clone(), started.clone()],
         ] {
             let end = heard(&broken).await.1.unwrap_err();

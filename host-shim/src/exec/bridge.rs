@@ -5,22 +5,22 @@
 //!   client ──┤                                              ├── the VM's connection
 //!            └─ output ◀─── outward ──── one frame at a time
 //! ```
-//! The two directions flow by themselves, and each holds one piece at a time: who does not read holds back only
-//! what comes to it. The VM's connection is closed whatever the end is, and the agent ends what runs there.
+//! The two directions flow by themselves, and each holds little: who does not read holds back only what comes to it.
+//! Input that the command does not take stays within the agent's window, and some waits here, so that a signal
+//! overtakes it. The VM's connection is closed whatever the end is, and the agent ends what runs there.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use kiln_protocol::exec::{Cause, HostToSession, MAX_CHUNK, Open, Stream, Terminal};
-use kiln_protocol::frame;
+use kiln_protocol::exec::{Cause, Open, Stream, Terminal};
 use kiln_protocol::preamble::{Channel, Preamble};
-use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::agent::{Agent, Deaf, Heard, START_DEADLINE};
-use super::entrance::Entrance;
+use super::entrance::{Entrance, Line};
+use super::inward::inward;
 use super::record::How;
 
 /// How often the client is written to, so that one that is lost is noticed although its input is stuck behind a
@@ -181,8 +181,9 @@ async fn converse<I: ClientInput, O: ClientOutput>(
     input: &mut I,
     output: &mut O,
 ) -> Outcome {
-    let stream: UnixStream = match entrance.dial().await {
-        Ok(stream) => stream,
+    // What is held goes when this returns.
+    let Line { stream, hold: _hold } = match entrance.dial().await {
+        Ok(line) => line,
         Err(error) => {
             tracing::warn!(error = crate::causes::chain(&error), "a VM cannot be entered");
             return Outcome::refused(format!("the VM cannot be entered: {error}; try again"));
@@ -193,16 +194,18 @@ async fn converse<I: ClientInput, O: ClientOutput>(
     }
     let (reader, writer) = stream.into_split();
     let preamble = Preamble { channel: Channel::Exec, nonce: entrance.nonce() };
+    let (taken, window) = watch::channel(0);
     tokio::select! {
         biased;
-        outcome = outward(Agent::new(reader), entrance, ping, output) => outcome,
-        gone = inward(writer, preamble, open, input) => gone.into(),
+        outcome = outward(Agent::new(reader), &taken, entrance, ping, output) => outcome,
+        gone = inward(writer, preamble, open, window, input) => gone.into(),
     }
 }
 
 /// Takes the session's output to the client, up to the end.
 async fn outward<O: ClientOutput>(
     mut agent: Agent<impl tokio::io::AsyncRead + Unpin + Send>,
+    taken: &watch::Sender<u64>,
     entrance: &Entrance,
     ping: Duration,
     output: &mut O,
@@ -225,6 +228,7 @@ async fn outward<O: ClientOutput>(
         };
         match heard {
             Ok(Heard::Started) => {}
+            Ok(Heard::Taken(total)) => drop(taken.send_replace(total)),
             Ok(Heard::Output(stream, bytes)) => {
                 if let Err(gone) = output.output(stream, bytes).await {
                     return gone.into();
@@ -254,96 +258,5 @@ fn exit_code(cause: Cause) -> u8 {
         Cause::NotFound => NOT_FOUND,
         Cause::NotExecutable => NOT_EXECUTABLE,
         Cause::NoStep | Cause::Invalid | Cause::Internal => OWN,
-    }
-}
-
-/// Takes what the client says to the VM, until the client is gone.
-async fn inward<I: ClientInput>(
-    mut writer: impl AsyncWrite + Unpin + Send,
-    preamble: Preamble,
-    open: Open,
-    input: &mut I,
-) -> Gone {
-    let mut sieve = Sieve::of(&open);
-    let opened = async {
-        writer.write_all(&preamble.encode()).await.map_err(frame::FrameError::Io)?;
-        frame::write(&mut writer, &HostToSession::Open(Box::new(open))).await
-    };
-    // What cannot be written any more was closed by the agent, whose last word the other direction hears.
-    let mut writable = opened.await.is_ok();
-    loop {
-        let said = match input.next().await {
-            Ok(said) => said,
-            Err(gone) => return gone,
-        };
-        if writable && sieve.passes(&said) {
-            writable = say(&mut writer, said).await.is_ok();
-        }
-    }
-}
-
-/// Leaves out what a client may say and an agent need not hear.
-struct Sieve {
-    terminal: bool,
-    input_ended: bool,
-}
-
-impl Sieve {
-    fn of(open: &Open) -> Self {
-        let terminal = matches!(open, Open::Exec(exec) if exec.terminal.is_some());
-        Self { terminal, input_ended: false }
-    }
-
-    fn passes(&mut self, said: &Said) -> bool {
-        match said {
-            Said::Input(_) => !self.input_ended,
-            Said::InputEnd => !std::mem::replace(&mut self.input_ended, true),
-            // Without a terminal there is nothing that has a size.
-            Said::Resize(_) => self.terminal,
-            Said::Signal(_) => true,
-        }
-    }
-}
-
-async fn say(writer: &mut (impl AsyncWrite + Unpin), said: Said) -> Result<(), frame::FrameError> {
-    let message = match said {
-        Said::Input(bytes) => {
-            for chunk in bytes.chunks(MAX_CHUNK) {
-                frame::write(writer, &HostToSession::Input(chunk.to_vec())).await?;
-            }
-            return Ok(());
-        }
-        Said::InputEnd => HostToSession::InputEnd,
-        Said::Resize(terminal) => HostToSession::Resize(terminal),
-        Said::Signal(signal) => HostToSession::Signal(signal),
-    };
-    frame::write(writer, &message).await
-}
-
-#[cfg(test)]
-mod tests {
-    use kiln_protocol::exec::{Exec, Place};
-
-    use super::*;
-
-    #[test]
-    fn sizes_are_of_terminals_and_input_ends_once() {
-        let size = Terminal { rows: 1, cols: 2 };
-        for terminal in [None, Some(size)] {
-            let exec = Exec {
-                place: Place::Vm,
-                command: vec![],
-                env: vec![],
-                directory: None,
-                user: None,
-                terminal,
-            };
-            let mut sieve = Sieve::of(&Open::Exec(exec));
-            assert_eq!(sieve.passes(&Said::Resize(size)), terminal.is_some());
-            let input = Said::Input(Bytes::from_static(b"x"));
-            assert!(sieve.passes(&input) && sieve.passes(&Said::InputEnd));
-            assert!(!sieve.passes(&input) && !sieve.passes(&Said::InputEnd));
-            assert!(sieve.passes(&Said::Signal(2)));
-        }
     }
 }

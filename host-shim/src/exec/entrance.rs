@@ -21,13 +21,21 @@ use crate::vmm::{DialError, Dialer};
 #[async_trait]
 pub trait Dial: Send + Sync + 'static {
     /// A new connection. It has a deadline of its own.
-    async fn dial(&self) -> Result<UnixStream, DialError>;
+    async fn dial(&self) -> Result<Line, DialError>;
+}
+
+/// A connection into a VM.
+pub struct Line {
+    /// Its bytes.
+    pub stream: UnixStream,
+    /// What is held as long as the session lasts.
+    pub hold: Option<Box<dyn Send>>,
 }
 
 #[async_trait]
 impl Dial for Dialer {
-    async fn dial(&self) -> Result<UnixStream, DialError> {
-        Self::dial(self, port::EXEC).await
+    async fn dial(&self) -> Result<Line, DialError> {
+        Ok(Line { stream: Self::dial(self, port::EXEC).await?, hold: None })
     }
 }
 
@@ -46,13 +54,18 @@ impl Entrance {
     }
 
     /// Connects to the agent, which has not been spoken to yet.
-    pub async fn dial(&self) -> Result<UnixStream, DialError> {
+    pub async fn dial(&self) -> Result<Line, DialError> {
         self.dial.dial().await
     }
 
     /// What the agent wants to see first.
     pub fn nonce(&self) -> [u8; TOKEN_LEN] {
         self.nonce
+    }
+
+    /// From now on the VM takes no sessions.
+    pub fn close(&self) {
+        self.closed.cancel();
     }
 
     /// Resolves when the VM takes no sessions any more, and ends those that it has.
@@ -133,7 +146,7 @@ mod tests {
 
     #[async_trait]
     impl Dial for Nowhere {
-        async fn dial(&self) -> Result<UnixStream, DialError> {
+        async fn dial(&self) -> Result<Line, DialError> {
             Err(DialError::NotTheDevice)
         }
     }

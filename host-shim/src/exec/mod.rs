@@ -13,6 +13,7 @@
 mod agent;
 pub mod bridge;
 pub mod entrance;
+mod inward;
 pub mod record;
 mod revoked;
 pub mod room;
@@ -26,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use self::bridge::{ClientInput, ClientOutput, Gone, Outcome, Said};
-pub use self::entrance::{Dial, Door, Doorway, Entrance, Opened};
+pub use self::entrance::{Dial, Door, Doorway, Entrance, Line, Opened};
 pub use self::record::{End, How, Session, Subject, Who};
 use self::revoked::{Inside, Tokens};
 use self::room::{Full, Place, Room};

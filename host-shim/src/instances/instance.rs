@@ -140,6 +140,16 @@ impl End {
         Self { exit_code: Some(code), message: None }
     }
 
+    /// The same of an instance that was not asked to end by anybody but the server, which stops.
+    #[must_use]
+    pub fn with_the_server(self) -> Self {
+        let message = match self.message {
+            None => "the server stopped".to_owned(),
+            Some(why) => format!("the server stopped; {why}"),
+        };
+        Self { message: Some(message), ..self }
+    }
+
     /// Kiln could not run it, or ended it.
     pub fn failed(message: impl Into<String>) -> Self {
         Self { exit_code: None, message: Some(message.into()) }
@@ -231,6 +241,17 @@ mod tests {
         let stopped = running.apply(Change::Stop(end), 8).unwrap();
         assert_eq!((stopped.started_at, stopped.stopped_at), (Some(5), Some(8)));
         assert_eq!((stopped.exit_code, stopped.exit_message.as_deref()), (Some(7), Some("m")));
+    }
+
+    #[test]
+    fn what_ends_with_the_server_says_so_and_keeps_its_code() {
+        let end = End::exited(143).with_the_server();
+        assert_eq!(
+            (end.exit_code, end.message.as_deref()),
+            (Some(143), Some("the server stopped"))
+        );
+        let end = End::failed("it was killed").with_the_server();
+        assert_eq!(end, End::failed("the server stopped; it was killed"));
     }
 
     #[test]

@@ -1,9 +1,5 @@
 //! Runs an instance in a VM: room, image, disk, VM, session. Whatever happens, the VM is gone at the end.
-//!
-//! Builds and instances share the host's room for VMs. Instances have no end of their own, so they take all but
-//! one place of it (where there is only one, that one): builds go on however many instances there are.
 
-use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +8,15 @@ use kiln_protocol::event::{Event, NumberedEvent, Outcome, Phase};
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::job::{Job, Limits, Role};
 use kiln_protocol::message::AgentUsage;
+use kiln_protocol::run::RunJob;
 use kiln_protocol::secret::{SecretAnswer, SecretId};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::disk;
+use super::disk::{self, Disk, DiskError};
 use super::instance::{Change, End, State};
+use super::places::Places;
+use super::quota::Quota;
 use super::{Owner, Runner, Work};
 use crate::causes::chain;
 use crate::events::payload;
@@ -39,68 +37,52 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const MAX_PROCESSES: u32 = 4096;
 /// Of the disk for what an instance writes, in GiB. It is sparse, and builds have a template of this size.
 const SCRATCH_GB: u32 = 10;
+/// What the agent says of a program that is not there.
+const NOT_FOUND: u8 = 127;
+/// As much of a program's name as is repeated, in characters.
+const MAX_NAME: usize = 200;
 /// Of SIGKILL.
 const KILLED: u8 = 128 + 9;
 
 /// Runs instances in VMs.
 pub struct Machines {
     workshop: Arc<Workshop>,
-    /// Of the host, builds included.
-    room: Arc<Semaphore>,
-    /// Of instances.
-    own: Arc<Semaphore>,
+    places: Places,
+    quota: Quota,
     /// The server ends now.
     abandon: CancellationToken,
 }
 
 impl Machines {
-    /// Shares `room`, of which there are `max_vms` places, with builds.
+    /// In these places; their disks count in this quota.
     pub fn new(
         workshop: Arc<Workshop>,
-        room: Arc<Semaphore>,
-        max_vms: usize,
+        places: Places,
+        quota: Quota,
         abandon: CancellationToken,
     ) -> Self {
-        let own = Arc::new(Semaphore::new(max_vms.saturating_sub(1).max(1)));
-        Self { workshop, room, own, abandon }
+        Self { workshop, places, quota, abandon }
     }
 
-    async fn place(&self) -> Option<[OwnedSemaphorePermit; 2]> {
-        let own = Arc::clone(&self.own).acquire_owned().await.ok()?;
-        let room = Arc::clone(&self.room).acquire_owned().await.ok()?;
-        Some([own, room])
-    }
-
-    /// The image's disk. It has no name any more: it goes with its last descriptor.
-    async fn disk(&self, work: &Work, owner: &Owner) -> Result<Arc<File>, End> {
-        let (layout, path) = (owner.dir().join("layout"), owner.dir().join("disk"));
-        let failed = |what: &str, error: &dyn std::error::Error| {
-            tracing::error!(id = %owner.instance().id, error = chain(error), "{what}");
-            End::failed(format!("{what}: {}", chain(error)))
-        };
-        let pulling = work.image.write_layout(&self.workshop.backing, &layout);
-        match owner.cancel().run_until_cancelled(pulling).await {
-            None => return Err(never_ran()),
-            Some(Ok(())) => {}
-            Some(Err(error)) => return Err(failed("the image could not be pulled", &error)),
-        }
-        let made = disk::make(layout.clone(), path, owner.cancel().clone()).await;
-        let disk = made.map_err(|error| {
-            if error.is_cancelled() {
-                return never_ran();
+    async fn disk(&self, work: &Work, owner: &Owner) -> Result<Disk, End> {
+        let held = self.quota.hold(&owner.instance().tenant);
+        let (backing, cancel) = (&self.workshop.backing, owner.cancel());
+        let disk = disk::prepare(backing, &work.image, owner.dir(), held, cancel).await;
+        disk.map_err(|error| match error {
+            DiskError::Cancelled => never_ran(),
+            error => {
+                let why = chain(&error);
+                tracing::error!(id = %owner.instance().id, error = why, "an instance has no disk");
+                End::failed(why)
             }
-            failed("the image's disk could not be made", &error)
-        })?;
-        let removed = tokio::fs::remove_dir_all(&layout).await;
-        removed.map_err(|error| failed("the image's layout could not be removed", &error))?;
-        Ok(Arc::new(disk))
+        })
     }
 
     /// Runs a VM to its end. Tells besides whether it hung before it began.
-    async fn attend(&self, vm: Vm, owner: &mut Owner, job: Job) -> (End, bool) {
+    async fn attend(&self, vm: Vm, owner: &mut Owner, run: &RunJob) -> (End, bool) {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let params = session::Params {
-            job,
+            job: self.job(owner, run),
             started: vm.started().into(),
             source: None,
             nonce,
@@ -117,7 +99,7 @@ impl Machines {
             tokio::pin!(session);
             tokio::select! {
                 biased;
-                () = self.abandon.cancelled() => Err(End::failed("the host was shut down while the instance ran")),
+                () = self.abandon.cancelled() => Err(End::failed("it did not end in time, and was killed")),
                 end = &mut session => Ok(end),
                 exit = vm.exited() => {
                     ended = true;
@@ -133,7 +115,8 @@ impl Machines {
         // Nobody is let in any more, and who is inside is told.
         drop(sink);
         let ran = owner.instance().state == State::Running;
-        let end = over.map_or_else(|end| end, |over| of_session(over, ran));
+        let program = run.args.first().filter(|_| !ran).map(String::as_str);
+        let end = over.map_or_else(|end| end, |over| of_session(over, program));
         if !begun && let Some(console) = vm.console_tail().await {
             tracing::warn!(vm = vm.id(), console, "the VM did not begin");
         }
@@ -143,7 +126,7 @@ impl Machines {
         (end, !begun && !ended)
     }
 
-    fn job(&self, owner: &Owner, work: &Work) -> Job {
+    fn job(&self, owner: &Owner, run: &RunJob) -> Job {
         let limits = Limits {
             // It ends when it ends, or when somebody ends it.
             timeout_ms: u64::MAX,
@@ -154,7 +137,7 @@ impl Machines {
             source_entries: 0,
         };
         let build = owner.instance().id.as_job().clone();
-        Job { build, role: Role::Run(work.job.clone()), limits }
+        Job { build, role: Role::Run(run.clone()), limits }
     }
 }
 
@@ -163,7 +146,8 @@ impl Runner for Machines {
     #[tracing::instrument(name = "instance", skip_all, fields(id = %owner.instance().id, tenant = %owner.instance().tenant))]
     async fn run(&self, owner: &mut Owner, work: Work) -> End {
         let cancel = owner.cancel().clone();
-        let Some(Some(_place)) = cancel.run_until_cancelled(self.place()).await else {
+        let place = self.places.place(&owner.instance().tenant);
+        let Some(Some(_place)) = cancel.run_until_cancelled(place).await else {
             return never_ran();
         };
         if let Err(error) = owner.change(Change::Initialize).await {
@@ -180,9 +164,9 @@ impl Runner for Machines {
                 memory_mb: owner.instance().memory_mb,
                 cpus: owner.instance().vcpus,
                 disk_gb: SCRATCH_GB,
-                image: Some(Arc::clone(&disk)),
+                image: Some(Arc::clone(&disk.file)),
             };
-            let vm = match cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await {
+            let vm = match cancel.run_until_cancelled(self.workshop.start(spec)).await {
                 None => return never_ran(),
                 Some(Ok(vm)) => vm,
                 Some(Err(error)) => {
@@ -190,7 +174,7 @@ impl Runner for Machines {
                     return End::failed(format!("the host could not start a VM: {error}"));
                 }
             };
-            let (end, hung) = self.attend(vm, owner, self.job(owner, &work)).await;
+            let (end, hung) = self.attend(vm, owner, &work.job).await;
             if !hung || boots == BOOTS || cancel.is_cancelled() || self.abandon.is_cancelled() {
                 return end;
             }
@@ -205,13 +189,13 @@ fn never_ran() -> End {
     End::failed("it was stopped before its program ran")
 }
 
-/// What the end of a session says of the instance, whose program has run or not.
-fn of_session(end: session::End, ran: bool) -> End {
+/// What the end of a session says of the instance; with the program where that has not run.
+fn of_session(end: session::End, not_run: Option<&str>) -> End {
     match end {
         session::End::Outcome(outcome) | session::End::Cancelled(Some(outcome)) => {
-            of_outcome(outcome)
+            of_outcome(outcome, not_run)
         }
-        session::End::Cancelled(None) if !ran => never_ran(),
+        session::End::Cancelled(None) if not_run.is_some() => never_ran(),
         session::End::Cancelled(None) => End {
             exit_code: Some(KILLED),
             message: Some("it did not end in time after it was asked to, and was killed".into()),
@@ -220,17 +204,33 @@ fn of_session(end: session::End, ran: bool) -> End {
         session::End::Protocol(why) => {
             End::failed(format!("the VM's agent broke the protocol: {why}"))
         }
+        session::End::Kept(_) => End::failed("the VM's agent kept a build's step"),
         session::End::Version(why) => End::failed(why),
         session::End::Store(error) => End::failed(format!("{error:#}")),
     }
 }
 
-fn of_outcome(outcome: Outcome) -> End {
+fn of_outcome(outcome: Outcome, not_run: Option<&str>) -> End {
     match outcome {
-        Outcome::Exited(exited) => End::exited(exited.code),
+        Outcome::Exited(exited) => End {
+            exit_code: Some(exited.code),
+            message: not_run.map(|program| not_started(program, exited.code)),
+        },
         Outcome::Failed(failure) => End::failed(failure.message),
         Outcome::Cancelled => never_ran(),
         Outcome::Built(_) => End::failed("the VM's agent ended an instance as if it were a build"),
+    }
+}
+
+/// The program has not run, and the agent says by its exit code why; its words are in the log.
+fn not_started(program: &str, code: u8) -> String {
+    let mut name: String = program.chars().take(MAX_NAME).collect();
+    if name.len() < program.len() {
+        name.push('…');
+    }
+    match code {
+        NOT_FOUND => format!("the program {name:?} was not found in the image"),
+        _ => format!("the program {name:?} cannot be executed"),
     }
 }
 
@@ -300,11 +300,11 @@ mod tests {
     fn every_end_of_a_session_is_an_instances_end() {
         let exited = Outcome::Exited(Exited { code: 3 });
         for end in [session::End::Outcome(exited.clone()), session::End::Cancelled(Some(exited))] {
-            assert_eq!(of_session(end, true), End::exited(3));
+            assert_eq!(of_session(end, None), End::exited(3));
         }
-        let killed = of_session(session::End::Cancelled(None), true);
+        let killed = of_session(session::End::Cancelled(None), None);
         assert_eq!(killed.exit_code, Some(137));
-        assert_eq!(of_session(session::End::Cancelled(None), false), never_ran());
+        assert_eq!(of_session(session::End::Cancelled(None), Some("sh")), never_ran());
         let failed = Outcome::Failed(Failure {
             kind: FailureKind::Internal,
             message: "why".into(),
@@ -312,7 +312,7 @@ mod tests {
             exit_code: None,
             detail: None,
         });
-        assert_eq!(of_session(session::End::Outcome(failed), true), End::failed("why"));
+        assert_eq!(of_session(session::End::Outcome(failed), None), End::failed("why"));
         let built = Built { digest: String::new(), engine: String::new(), lockfiles: vec![] };
         for end in [
             session::End::Outcome(Outcome::Built(built)),
@@ -322,8 +322,26 @@ mod tests {
             session::End::Version("x".into()),
             session::End::Store(LogLimit(1).into()),
         ] {
-            let end = of_session(end, true);
+            let end = of_session(end, None);
             assert!(end.exit_code.is_none() && end.message.is_some(), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn a_program_that_did_not_start_is_told_by_its_name() {
+        let ended = |program: &str, code| {
+            let outcome = Outcome::Exited(Exited { code });
+            of_session(session::End::Outcome(outcome), Some(program))
+        };
+        let missing = ended("none\u{1b}such", 127);
+        assert_eq!(missing.exit_code, Some(127));
+        let expected = "the program \"none\\u{1b}such\" was not found in the image";
+        assert_eq!(missing.message.as_deref(), Some(expected));
+        let denied = ended("/etc/passwd", 126).message.unwrap_or_default();
+        assert_eq!(denied, "the program \"/etc/passwd\" cannot be executed");
+        for (length, cut) in [(MAX_NAME, false), (MAX_NAME + 1, true)] {
+            let message = ended(&"ä".repeat(length), 127).message.unwrap_or_default();
+            assert_eq!(message.contains('…'), cut, "{length}");
         }
     }
 }

@@ -13,13 +13,15 @@
 //! **Invariant**: what was made for an instance is gone when it is deleted: its VM, its directory (log, layout,
 //! disk), its row.
 
-mod disk;
+pub mod disk;
 pub mod instance;
 pub mod launch;
 pub mod log;
 mod machine;
 mod owner;
+mod places;
 pub mod pull;
+pub mod quota;
 pub mod reference;
 
 use std::collections::HashMap;
@@ -36,13 +38,18 @@ use tokio_util::task::TaskTracker;
 pub use self::instance::{Change, End, Instance, InstanceId, State};
 use self::log::{Reader, Seen};
 pub use self::machine::Machines;
-pub use self::owner::Owner;
+pub use self::owner::{Owner, PrintError};
+pub use self::places::Places;
 use self::pull::Resolved;
+use self::quota::{Held, Quota};
 use crate::exec::{Door, Entrance};
 use crate::store::{Store, StoreError};
 
 /// An instance's log, in its directory.
 const LOG: &str = "log";
+
+/// Instances of one tenant, stopped ones too: each keeps its log until it is deleted.
+const MAX_OF_TENANT: u32 = 100;
 
 /// What an instance's task does with it.
 #[derive(Clone, Debug)]
@@ -93,7 +100,10 @@ struct Inner {
     runner: Arc<dyn Runner>,
     /// One directory for each instance.
     dir: PathBuf,
+    quota: Quota,
     live: Mutex<HashMap<InstanceId, Live>>,
+    /// What the logs of stopped instances take.
+    kept: Mutex<HashMap<InstanceId, Held>>,
     tasks: TaskTracker,
     /// The server ends: nothing is begun any more, and every instance is cancelled with it.
     stop: CancellationToken,
@@ -110,13 +120,15 @@ struct Live {
 }
 
 impl Instances {
-    /// Over a store and a directory.
-    pub fn new(store: Arc<dyn Store>, runner: Arc<dyn Runner>, dir: PathBuf) -> Self {
+    /// Over a store and a directory. Logs count in the quota until their instance is deleted.
+    pub fn new(store: Arc<dyn Store>, runner: Arc<dyn Runner>, dir: PathBuf, quota: Quota) -> Self {
         let inner = Inner {
             store,
             runner,
             dir,
+            quota,
             live: Mutex::default(),
+            kept: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         };
@@ -149,17 +161,23 @@ impl Instances {
         let door = Door::default();
         let live = Live { cancel: cancel.clone(), changes, door: door.clone() };
         inner.live().insert(id.clone(), live);
-        if let Err(error) = inner.store.insert_instance(&instance).await {
+        if let Err(error) = inner.store.insert_instance(&instance, MAX_OF_TENANT).await {
             inner.live().remove(&id);
             return Err(error.into());
         }
+        let log = (log, inner.quota.hold(&instance.tenant));
         let mut owner =
             Owner::new(instance, Arc::clone(&inner.store), dir.to_owned(), log, seen, cancel, door);
         let this = self.clone();
         inner.tasks.spawn(async move {
             let end = this.inner.runner.run(&mut owner, work).await;
-            owner.end(end).await;
+            let stopping = this.inner.stop.is_cancelled();
+            let end = if stopping { end.with_the_server() } else { end };
+            let (log, seen) = owner.end(end).await;
+            this.inner.kept().insert(id.clone(), log);
             this.inner.live().remove(&id);
+            // Whoever deletes it waits for this.
+            drop(seen);
         });
         Ok(())
     }
@@ -173,6 +191,7 @@ impl Instances {
         }
         let dir = self.dir(id);
         remove(&dir).await.map_err(failed("remove the directory", &dir))?;
+        self.inner.kept().remove(id);
         Ok(self.inner.store.delete_instance(id).await?)
     }
 
@@ -200,7 +219,7 @@ impl Instances {
     }
 
     /// Ends what an earlier server left: instances that were not stopped, and directories that nobody owns. VMs
-    /// were swept before.
+    /// were swept before. Counts the logs that are kept.
     pub async fn recover(&self) -> Result<(), InstanceError> {
         let end = End::failed("the host was restarted while the instance ran");
         let now = crate::clock::now();
@@ -208,6 +227,17 @@ impl Instances {
         for instance in instances.iter().filter(|instance| instance.state != State::Stopped) {
             tracing::info!(id = %instance.id, "ended an instance of an earlier server");
             self.inner.store.change_instance(&instance.id, Change::Stop(end.clone()), now).await?;
+        }
+        for instance in &instances {
+            let path = self.dir(&instance.id).join(LOG);
+            let bytes = match tokio::fs::metadata(&path).await {
+                Ok(log) => log.len(),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(source) => return Err(failed("look at", &path)(source)),
+            };
+            let mut log = self.inner.quota.hold(&instance.tenant);
+            log.found(bytes);
+            self.inner.kept().insert(instance.id.clone(), log);
         }
         let dir = &self.inner.dir;
         let known = |name: &str| instances.iter().any(|instance| instance.id.as_str() == name);
@@ -245,6 +275,10 @@ impl Instances {
 }
 
 impl Inner {
+    fn kept(&self) -> MutexGuard<'_, HashMap<InstanceId, Held>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn live(&self) -> MutexGuard<'_, HashMap<InstanceId, Live>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }

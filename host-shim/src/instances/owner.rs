@@ -9,11 +9,31 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::LOG;
+use super::disk;
 use super::instance::{Change, End, Instance};
 use super::log::{Seen, Writer};
+use super::quota::{Full, Held};
 use crate::causes::chain;
 use crate::exec::Door;
 use crate::store::{Store, StoreError};
+
+/// What logs leave free in the file system of the data directory: less than disks do, so that a new disk does not end
+/// what runs already.
+const KEEP_FREE: u64 = 256 << 20;
+
+/// Why a line is not in the log.
+#[derive(Debug, thiserror::Error)]
+pub enum PrintError {
+    /// The host's disk is nearly full.
+    #[error("the host has no room for the instance's log")]
+    Room(#[source] io::Error),
+    /// Instances take as much as they may.
+    #[error("there is no room for the instance's log")]
+    Full(#[from] Full),
+    /// The file failed.
+    #[error("the instance's log cannot be written")]
+    Write(#[source] io::Error),
+}
 
 /// Held by an instance's task for as long as it is not stopped.
 pub struct Owner {
@@ -21,6 +41,7 @@ pub struct Owner {
     store: Arc<dyn Store>,
     dir: PathBuf,
     log: Writer,
+    kept: Held,
     seen: watch::Sender<Seen>,
     cancel: CancellationToken,
     door: Door,
@@ -31,12 +52,13 @@ impl Owner {
         instance: Instance,
         store: Arc<dyn Store>,
         dir: PathBuf,
-        log: Writer,
+        log: (Writer, Held),
         seen: watch::Sender<Seen>,
         cancel: CancellationToken,
         door: Door,
     ) -> Self {
-        Self { instance, store, dir, log, seen, cancel, door }
+        let (log, kept) = log;
+        Self { instance, store, dir, log, kept, seen, cancel, door }
     }
 
     /// The instance as it is now.
@@ -69,15 +91,17 @@ impl Owner {
         Ok(())
     }
 
-    /// Appends to its log, and tells.
-    pub async fn print(&mut self, lines: &[Value]) -> io::Result<()> {
-        let bytes = self.log.append(lines).await?;
+    /// Appends to its log, and tells. What is over the bound is told after it was written: a batch at most.
+    pub async fn print(&mut self, lines: &[Value]) -> Result<(), PrintError> {
+        disk::require_room(&self.dir, KEEP_FREE, 0).map_err(PrintError::Room)?;
+        let bytes = self.log.append(lines).await.map_err(PrintError::Write)?;
         self.seen.send_modify(|seen| seen.bytes = bytes);
-        Ok(())
+        Ok(self.kept.resize(bytes)?)
     }
 
-    /// Records how it ended, once what was made for it is gone.
-    pub(super) async fn end(mut self, end: End) {
+    /// Records how it ended, once what was made for it is gone. What its log takes is the caller's to keep; whoever
+    /// waits for the end waits until the sender is dropped.
+    pub(super) async fn end(mut self, end: End) -> (Held, watch::Sender<Seen>) {
         if let Err(error) = remove_all_but_log(&self.dir).await {
             tracing::error!(id = %self.instance.id, %error, "an instance's files are left");
         }
@@ -91,6 +115,7 @@ impl Owner {
                 tracing::error!(id = %self.instance.id, error = chain(&error), "cannot record the instance's end");
             }
         }
+        (self.kept, self.seen)
     }
 }
 

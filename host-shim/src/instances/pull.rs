@@ -254,6 +254,12 @@ async fn blob(
 }
 
 impl Resolved {
+    /// Of all of it as it is stored, which is what its layout takes.
+    pub fn stored_bytes(&self) -> u64 {
+        let blobs = self.blobs.iter().map(|(_, size)| *size);
+        blobs.fold(self.manifest.len() as u64, u64::saturating_add)
+    }
+
     /// Writes the whole image into a directory, as an OCI layout. Dropping the future stops it; what it has
     /// written is the caller's to remove.
     pub async fn write_layout(&self, backing: &Backing, dir: &Path) -> Result<(), PullError> {

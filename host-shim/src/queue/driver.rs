@@ -26,13 +26,14 @@ use crate::events::{EventLog, payload};
 use crate::exec::Doorway;
 use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
+use crate::kept::{Guest, Kept};
 use crate::publish;
 use crate::secrets::{Masker, Vault};
 use crate::session::{self, End};
 use crate::staging::{self, Staging};
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
 use crate::tunnel;
-use crate::vmm::{Vm, VmSpec, Vmm};
+use crate::vmm::{Vm, VmSpec, Vmm, VmmError};
 
 /// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on
 /// a busy host a boot takes up to 12 s, and a VM that dies is noticed at once anyway.
@@ -71,6 +72,8 @@ pub struct Workshop {
     pub events: EventLog,
     /// Starts VMs.
     pub vmm: Vmm,
+    /// Takes those of builds that failed.
+    pub kept: Kept,
     /// The registry behind the gateway.
     pub backing: Backing,
     /// Opens secrets.
@@ -99,6 +102,12 @@ pub struct Egress {
 }
 
 impl Workshop {
+    /// Starts a VM. Kept ones give way where its memory would not be there.
+    pub async fn start(&self, spec: VmSpec) -> Result<Vm, VmmError> {
+        self.kept.make_room(spec.memory_mb).await;
+        self.vmm.start(spec).await
+    }
+
     /// Where a build's source and staging are.
     pub fn build_dir(&self, build: &Build) -> PathBuf {
         self.builds_dir.join(build.id.as_str())
@@ -231,7 +240,7 @@ impl Driver {
             disk_gb: self.build.request.disk_gb,
             image: None,
         };
-        let started = cancel.run_until_cancelled(self.workshop.vmm.start(spec)).await;
+        let started = cancel.run_until_cancelled(self.workshop.start(spec)).await;
         let vm = match started {
             None => {
                 let masker = Masker::default();
@@ -299,6 +308,8 @@ impl Driver {
     ) -> (Next, Masker, bool) {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
+        // A failed step that is entered may go on to fetch what it needs.
+        let offline = CancellationToken::new();
         let tunnels = TaskTracker::new();
         {
             let (context, stop) = (Arc::clone(&context), gone.clone());
@@ -312,12 +323,12 @@ impl Driver {
         }
         if self.build.request.network != NetworkMode::None {
             let context = Arc::new(self.egress());
-            let stop = gone.clone();
-            tunnels.spawn(tunnel::accept(
+            let stop = offline.clone();
+            tokio::spawn(tunnel::accept(
                 Arc::clone(&vm.egress),
                 Channel::Egress,
                 nonce,
-                gone.clone(),
+                offline.clone(),
                 move |stream| egress::serve(stream, Arc::clone(&context), stop.clone()),
             ));
         }
@@ -337,7 +348,7 @@ impl Driver {
         // A VM that hangs before it begins is told by then, however short the timeout is.
         let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
         let cancel = self.entry.cancel.clone();
-        let mut ended = false;
+        let (mut ended, mut kept) = (false, false);
         let next = {
             let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
             tokio::pin!(session);
@@ -347,7 +358,10 @@ impl Driver {
                     FailureKind::HostRestarted,
                     "the host was shut down while the build ran; submit it again",
                 )),
-                end = &mut session => outcome::next(end),
+                end = &mut session => {
+                    kept = matches!(end, End::Kept(_));
+                    outcome::next(end)
+                }
                 exit = vm.exited() => {
                     ended = true;
                     // What the VM had sent before it ended is still in the sockets.
@@ -387,8 +401,14 @@ impl Driver {
         gone.cancel();
         tunnels.close();
         tunnels.wait().await;
-        if let Err(error) = vm.destroy().await {
-            tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
+        if kept {
+            let guest = self.lodger(nonce, Box::new(offline.drop_guard()));
+            self.workshop.kept.keep(vm, guest).await;
+        } else {
+            offline.cancel();
+            if let Err(error) = vm.destroy().await {
+                tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
+            }
         }
         (next, masker, !begun && !ended)
     }
@@ -459,6 +479,19 @@ impl Driver {
         staging::Limits { max_bytes, max_blobs: MAX_STAGED_BLOBS }
     }
 
+    /// How a VM with the step that failed is kept.
+    fn lodger(&self, nonce: [u8; TOKEN_LEN], with_it: Box<dyn Send + Sync>) -> Guest {
+        let request = &self.build.request;
+        Guest {
+            id: self.build.id.clone(),
+            tenant: self.build.tenant.clone(),
+            memory_mb: request.memory_mb,
+            seconds: request.keep_failed_seconds,
+            nonce,
+            with_it,
+        }
+    }
+
     fn egress(&self) -> EgressContext {
         let Egress { permitted, own, ca: _ } = self.workshop.egress.clone();
         EgressContext::new(
@@ -486,6 +519,7 @@ impl Driver {
             base_digest: request.base_image_digest.clone(),
             egress_ca: self.workshop.egress.ca.clone(),
             secrets: request.secrets.clone(),
+            keep_failed: request.keep_failed_seconds > 0 && self.workshop.kept.is_open(),
         };
         let limits = Limits {
             timeout_ms: u64::from(request.timeout_seconds) * 1000,

@@ -29,7 +29,9 @@ pub(super) fn next(end: End) -> Next {
         End::Outcome(Outcome::Built(built)) => {
             Next::Publish { guest: GuestSays::from(&built), digest: built.digest }
         }
-        End::Outcome(Outcome::Failed(failure)) => Next::Fail(host_checked(failure.into())),
+        End::Outcome(Outcome::Failed(failure)) | End::Kept(failure) => {
+            Next::Fail(host_checked(failure.into()))
+        }
         End::Outcome(Outcome::Exited(_)) => fail(
             FailureKind::Internal,
             "the VM's agent ended a build as if it were an instance".into(),

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
@@ -65,11 +66,11 @@ pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
-/// What VMs run: from a directory, or pulled from a registry into the data directory.
+/// What VMs run, its digests checked: from a directory, or pulled from a registry into the data directory.
 pub(super) async fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
     let dir = Path::new(&config.builder);
     let bundle = if dir.is_dir() {
-        Bundle::open(dir)?
+        measured(dir).await?
     } else {
         let reference = parse_reference(&config.builder).map_err(|_| {
             let allowed = "a bundle's directory, as kiln-image build makes one, or a reference";
@@ -83,6 +84,21 @@ pub(super) async fn bundle(config: &ServeConfig) -> anyhow::Result<Bundle> {
             .with_context(|| format!("cannot pull --builder {}", config.builder))?
     };
     bundle.check_protocol()?;
+    Ok(bundle)
+}
+
+/// A directory's bundle, once its files are what it says of them: builds are told its digests as what they ran
+/// in. What is pulled is measured on its way.
+async fn measured(dir: &Path) -> anyhow::Result<Bundle> {
+    let bundle = Bundle::open(dir)?;
+    let begun = Instant::now();
+    let files = bundle.clone();
+    tokio::task::spawn_blocking(move || files.measure())
+        .await
+        .context("the measuring of the builder bundle broke down")?
+        .context("the builder bundle is not what it says")?;
+    let milliseconds = begun.elapsed().as_millis();
+    tracing::info!(digest = %bundle.digest, milliseconds, "measured the builder bundle");
     Ok(bundle)
 }
 

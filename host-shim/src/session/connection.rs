@@ -31,6 +31,7 @@ pub(super) enum Event {
     Event(NumberedEvent),
     EngineStarted,
     Usage(AgentUsage),
+    Kept,
     SecretRequest(SecretId),
     Outcome(Outcome),
 }
@@ -125,6 +126,7 @@ impl<T: Stream> Connection<T> {
                 None => break,
                 Some(Ok(AgentToHost::Event(event))) => heard.push(Event::Event(event)),
                 Some(Ok(AgentToHost::EngineStarted)) => heard.push(Event::EngineStarted),
+                Some(Ok(AgentToHost::Kept)) => heard.push(Event::Kept),
                 Some(Ok(AgentToHost::Usage(usage))) => heard.push(Event::Usage(usage)),
                 Some(Ok(AgentToHost::SecretRequest { id })) => {
                     heard.push(Event::SecretRequest(id));

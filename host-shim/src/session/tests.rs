@@ -79,6 +79,7 @@ fn host(source: usize) -> Host {
         base_digest: None,
         egress_ca: vec![],
         secrets: vec![],
+        keep_failed: false,
     };
     let limits = Limits {
         timeout_ms: 1000,

@@ -177,6 +177,14 @@ pub enum StoreError {
     /// The tenant has used this idempotency key, or this id, before.
     #[error("{0} is taken already")]
     Taken(&'static str),
+    /// The tenant has as many as it may have.
+    #[error("the tenant has {limit} {what}, which is the limit")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many it may have.
+        limit: u32,
+    },
     /// Another driver has claimed the build since.
     #[error("the claim on the build is not current any more")]
     Fenced,
@@ -283,8 +291,9 @@ pub trait Store: Send + Sync + 'static {
         id: &SecretId,
     ) -> Result<Option<Sealed>, StoreError>;
 
-    /// Stores an instance. Its name is its tenant's only one.
-    async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError>;
+    /// Stores an instance. Its name is its tenant's only one, and the tenant has `at_most` so many: both are
+    /// looked at in the transaction that stores it.
+    async fn insert_instance(&self, instance: &Instance, at_most: u32) -> Result<(), StoreError>;
     /// One instance.
     async fn instance(&self, id: &InstanceId) -> Result<Option<Instance>, StoreError>;
     /// The tenant's instances, or all, newest first.

@@ -338,8 +338,13 @@ impl Store for SqliteStore {
         secrets::own(&self.readers, build, id).await
     }
 
-    async fn insert_instance(&self, instance: &Instance) -> Result<(), StoreError> {
-        instances::insert(&self.writer, instance).await
+    async fn insert_instance(&self, instance: &Instance, at_most: u32) -> Result<(), StoreError> {
+        let mut tx = self.write("store an instance").await?;
+        if instances::count(&mut tx, &instance.tenant).await? >= i64::from(at_most) {
+            return Err(StoreError::TooMany { what: "instances", limit: at_most });
+        }
+        instances::insert(&mut tx, instance).await?;
+        tx.commit().await.map_err(failed("store an instance"))
     }
 
     async fn instance(&self, id: &InstanceId) -> Result<Option<Instance>, StoreError> {

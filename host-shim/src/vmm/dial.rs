@@ -34,6 +34,9 @@ pub enum DialError {
     /// Nobody listens on that port in the guest.
     #[error("nothing in the VM takes connections on port {0}")]
     Nobody(u32),
+    /// It was paused, and stays so.
+    #[error("the VM could not be woken: {0}")]
+    Asleep(String),
     /// The device or the guest's kernel does not answer.
     #[error("the VM did not take a connection within {DEADLINE:?}")]
     Deadline,

@@ -142,6 +142,16 @@ pub enum VmmError {
         /// Its own words, when it had any.
         said: String,
     },
+    /// QEMU did not stop or go on.
+    #[error("VM {id}: QEMU did not {command} its CPUs: {why}")]
+    Unmoved {
+        /// Which VM.
+        id: String,
+        /// `stop` or `cont`.
+        command: &'static str,
+        /// What happened.
+        why: String,
+    },
     /// A removed VM left something.
     #[error("VM {id} was not wholly removed: {what}")]
     Left {

@@ -114,6 +114,24 @@ impl Vm {
         }
     }
 
+    /// Stops its CPUs: it takes no more time of the host's, and keeps its memory.
+    pub async fn pause(&self) -> Result<(), VmmError> {
+        self.tell("stop").await
+    }
+
+    /// Lets its CPUs run on.
+    pub async fn resume(&self) -> Result<(), VmmError> {
+        self.tell("cont").await
+    }
+
+    async fn tell(&self, command: &'static str) -> Result<(), VmmError> {
+        self.qmp.tell(command).await.map_err(|error| VmmError::Unmoved {
+            id: self.id.clone(),
+            command,
+            why: error.to_string(),
+        })
+    }
+
     /// The last of what the guest's console said, as plain text: hostile all the same. `None` when it said
     /// nothing, or QEMU was gone before anybody asked.
     pub async fn console_tail(&self) -> Option<String> {

@@ -71,6 +71,35 @@ async fn create_build_with_build_policy() {
 }
 
 #[tokio::test]
+async fn the_provenance_tells_what_was_asked_for_beside_the_source() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let hash = async |parts: &[(&'static str, &'static str)]| {
+        let form = parts.iter().fold(form(), |form, (name, text)| form.text(*name, *text));
+        let build = client.submit(form).await;
+        build["provenance"]["request_hash"].as_str().unwrap().to_owned()
+    };
+    let args = ("build_args", r#"{"A":"1","B":"2"}"#);
+    let plain = hash(&[]).await;
+    assert_eq!(
+        plain,
+        hash(&[("tags", r#"{"k":"v"}"#), ("image_name", "app"), ("cpus", "1")]).await
+    );
+    let asked = hash(&[("dockerfile", "FROM a\n"), ("target", "t"), args]).await;
+    let other_way = ("build_args", r#"{ "B": "2", "A": "1" }"#);
+    assert_eq!(asked, hash(&[other_way, ("target", "t"), ("dockerfile", "FROM a\n")]).await);
+    let others = [
+        hash(&[("dockerfile", "FROM b\n"), ("target", "t"), args]).await,
+        hash(&[("dockerfile", "FROM a\n"), ("target", "u"), args]).await,
+        hash(&[("dockerfile", "FROM a\n"), ("target", "t"), ("build_args", r#"{"A":"1"}"#)]).await,
+        hash(&[("secrets", r#"[{"id":"npm"}]"#)]).await,
+        asked,
+        plain,
+    ];
+    assert_eq!(BTreeSet::from(others).len(), 6, "each is another");
+}
+
+#[tokio::test]
 async fn parts_come_in_any_order_and_archives_in_any_form() {
     let server = server().await;
     let client = server.client("acme", Role::Tenant).await;

@@ -1,12 +1,16 @@
 //! `/instances`, over a registry with a few images and a runner that does as it is told.
 
 use futures_util::StreamExt;
+use kiln::build::Tenant;
+use kiln::instances::disk::{self, DiskError};
+use kiln::instances::quota::{Full, Quota};
 use kiln::instances::{Change, End, InstanceId, State};
 use kiln::store::Role;
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
-use crate::support::{Client, HOST, Pull, Server, refusal, server};
+use crate::support::{Client, HOST, Pull, QUOTA, Server, refusal, server};
 
 async fn create(client: &Client<'_>, body: Value) -> Response {
     client.request(Method::POST, "/instances").json(&body).send().await.unwrap()
@@ -239,11 +243,13 @@ async fn a_server_that_stops_ends_its_instances_and_the_next_one_cleans_up() {
     let mut left = server.store.instance(&id).await.unwrap().unwrap();
     left.id = InstanceId::parse("left").unwrap();
     left.name = "left".into();
-    server.store.insert_instance(&left).await.unwrap();
+    server.store.insert_instance(&left, 100).await.unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     stop.cancel();
     server.instances.clone().run(stop).await;
-    assert_eq!(client.json(&path(&new)).await["state"], "Stopped");
+    let ended = client.json(&path(&new)).await;
+    assert_eq!((&ended["state"], &ended["exit_code"]), (&json!("Stopped"), &json!(143)));
+    assert_eq!(ended["exit_message"], "the server stopped");
     refusal(create(&client, json!({ "image": "app" })).await, 503, "stopping").await;
 
     for (dir, file) in [("left", "log"), ("left", "disk"), ("nobody", "disk")] {
@@ -264,14 +270,99 @@ async fn a_server_that_stops_ends_its_instances_and_the_next_one_cleans_up() {
 async fn a_tenant_has_only_so_many() {
     let server = server().await;
     let client = server.client("a", Role::Tenant).await;
-    for _ in 0..100 {
+    for _ in 0..98 {
         created(&client, json!({ "image": "app" })).await;
     }
+    // However many ask at one time, no more get in than there is room for.
+    let asked = (0..6).map(|_| create(&client, json!({ "image": "app" })));
+    let answers = futures_util::future::join_all(asked).await;
+    let of = |status| answers.iter().filter(|answer| answer.status() == status).count();
+    let counts = (of(StatusCode::CREATED), of(StatusCode::TOO_MANY_REQUESTS));
+    assert_eq!(counts, (2, 4));
+    assert_eq!(std::fs::read_dir(&server.instances_dir).unwrap().count(), 100);
     refusal(create(&client, json!({ "image": "app" })).await, 429, "too_many_instances").await;
+    // Another tenant's do not count.
+    let other = server.client("b", Role::Tenant).await;
+    created(&other, json!({ "image": "app" })).await;
     let one = &client.json("/instances").await[0];
     assert_eq!(client.delete(&path(one)).await.status(), StatusCode::NO_CONTENT);
     created(&client, json!({ "image": "app" })).await;
     drop_all(&server).await;
+}
+
+/// Half of what there is for all.
+#[tokio::test]
+async fn logs_of_a_tenant_have_a_bound_and_count_until_they_are_deleted() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let half = usize::try_from(QUOTA / 2).unwrap();
+    let first = created(&client, json!({ "image": "app", "name": "first" })).await;
+    server.runner.pull("first", line(&"x".repeat(half - 1000))).await;
+    server.runner.pull("first", Pull::End(End::exited(0))).await;
+    assert_eq!(stopped(&client, &first).await["exit_code"], 0);
+    let second = created(&client, json!({ "image": "app", "name": "second" })).await;
+    server.runner.pull("second", line(&"x".repeat(1000))).await;
+    let message = stopped(&client, &second).await["exit_message"].clone();
+    let message = message.as_str().unwrap();
+    assert!(message.contains("log") && message.contains("--instance-disks-gb"), "{message}");
+    // Another tenant is not in the way of it.
+    let other = server.client("b", Role::Tenant).await;
+    let others = created(&other, json!({ "image": "app", "name": "other" })).await;
+    server.runner.pull("other", line(&"x".repeat(half - 1000))).await;
+    server.runner.pull("other", Pull::End(End::exited(0))).await;
+    assert_eq!(stopped(&other, &others).await["exit_code"], 0);
+
+    // A server that begins anew counts what there is.
+    let mut held = server.quota.hold(&Tenant::new("a").unwrap());
+    assert!(held.resize(2000).is_err());
+    server.instances.recover().await.unwrap();
+    assert!(held.resize(2000).is_err());
+    for instance in [&first, &second] {
+        assert_eq!(client.delete(&path(instance)).await.status(), StatusCode::NO_CONTENT);
+    }
+    held.resize(2000).unwrap();
+}
+
+#[tokio::test]
+async fn an_images_disk_is_made_counted_and_gone_with_its_last_user() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let new = created(&client, json!({ "image": "a/real", "name": "web" })).await;
+    server.runner.pull("web", line("x")).await;
+    let image = server.runner.work.lock().unwrap().remove("web").unwrap().image;
+    let url = crate::registry::start().await;
+    let backing = kiln::gateway::Backing::external(&url, None).unwrap();
+    let tenant = Tenant::new("a").unwrap();
+    let make = async |most: u64, cancel: &CancellationToken| {
+        let quota = Quota::new(most);
+        let dir = tempfile::tempdir().unwrap();
+        let disk = disk::prepare(&backing, &image, dir.path(), quota.hold(&tenant), cancel).await;
+        (quota, dir, disk)
+    };
+    let never = CancellationToken::new();
+    let (quota, dir, ready) = make(1 << 30, &never).await;
+    let ready = ready.unwrap();
+    assert!(ready.file.metadata().unwrap().len() > 1 << 20);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let fits = |bytes| quota.hold(&tenant).resize(bytes).is_ok();
+    assert!(!fits(1 << 29), "the disk counts");
+    drop(ready);
+    assert!(fits(1 << 29));
+
+    // Too large as it is stored, and as a disk.
+    for most in [100, image.stored_bytes() * 2] {
+        let (quota, _dir, refused) = make(most, &never).await;
+        let share = Err(Full::Tenant { share: most.div_ceil(2) });
+        assert!(matches!(refused, Err(DiskError::Full(Full::Tenant { .. }))), "{refused:?}");
+        let mut all = quota.hold(&tenant);
+        all.resize(most / 2).unwrap();
+        assert_eq!(all.resize(most / 2 + 1), share);
+    }
+    let cancelled = CancellationToken::new();
+    cancelled.cancel();
+    let (_, _, gone) = make(1 << 30, &cancelled).await;
+    assert!(matches!(gone, Err(DiskError::Cancelled)), "{gone:?}");
+    assert_eq!(client.delete(&path(&new)).await.status(), StatusCode::NO_CONTENT);
 }
 
 async fn drop_all(server: &Server) {

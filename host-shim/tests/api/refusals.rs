@@ -33,6 +33,41 @@ async fn without_a_token_there_are_only_health_and_ready() {
     }
 }
 
+/// The real `kiln build` against the real API.
+#[tokio::test]
+async fn the_command_line_names_its_own_flags() {
+    let server = server().await;
+    let client = server.client("acme", Role::Tenant).await;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").unwrap();
+    let tags: Vec<_> = (0..65).flat_map(|n| ["--tag".to_owned(), format!("t{n}=x")]).collect();
+    let tags: Vec<_> = tags.iter().map(String::as_str).collect();
+    let cases: [(&[&str], &str); 9] = [
+        (&["--memory", "1"], "kiln: --memory is \"1\"; it must be a number from 256 to 65536\n"),
+        (&["--disk", "501"], "kiln: --disk is \"501\"; it must be a number from 1 to 500\n"),
+        (&["--timeout", "86401"], "kiln: --timeout is \"86401\"; "),
+        (&["--cpus", "65"], "kiln: --cpus is \"65\"; "),
+        (&["--network", "allowlist"], "kiln: --network allowlist is not available yet; "),
+        (&["--allow", "example.com"], "kiln: --allow is not available yet; "),
+        (&["--target", "memory_mb!"], "kiln: --target is \"memory_mb!\"; "),
+        (&["--secret", "id=a,env_var=1"], "kiln: env_var of the secret a is \"1\"; "),
+        (&tags, "kiln: --tag has more than 64 tags\n"),
+    ];
+    for (args, said) in cases {
+        let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .arg("build")
+            .arg(dir.path())
+            .args(args)
+            .env("KILN_URL", &server.url)
+            .env("KILN_TOKEN", &client.token)
+            .output()
+            .await
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && stderr.contains(said), "{args:?}: {stderr}");
+    }
+}
+
 #[tokio::test]
 async fn no_address_and_no_header_is_believed() {
     let server = server().await;

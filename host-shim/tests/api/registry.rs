@@ -37,9 +37,25 @@ impl Content {
     }
 
     fn image(&mut self, name: &str, tag: &str, architecture: &str, config: &Value) -> Value {
-        let file = json!({ "os": "linux", "architecture": architecture, "config": config });
-        let config = self.blob(name, file.to_string().as_bytes());
-        let layer = self.blob(name, b"a layer");
+        self.image_of(name, tag, architecture, config, b"a layer")
+    }
+
+    fn image_of(
+        &mut self,
+        name: &str,
+        tag: &str,
+        architecture: &str,
+        config: &Value,
+        layer: &[u8],
+    ) -> Value {
+        let rootfs = json!({ "type": "layers", "diff_ids": [Digest::of(layer).to_string()] });
+        let file = json!({
+            "os": "linux", "architecture": architecture, "config": config, "rootfs": rootfs,
+        });
+        let mut config = self.blob(name, file.to_string().as_bytes());
+        config["mediaType"] = json!("application/vnd.oci.image.config.v1+json");
+        let mut layer = self.blob(name, layer);
+        layer["mediaType"] = json!("application/vnd.oci.image.layer.v1.tar");
         let manifest = json!({
             "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer],
         });
@@ -56,6 +72,8 @@ pub async fn start() -> String {
     for name in ["a/app", "b/app", "base/debian", "builds/b1"] {
         content.image(name, "latest", "amd64", &app);
     }
+    // An archive without entries.
+    content.image_of("a/real", "latest", "amd64", &app, &[0; 1024]);
     content.image("a/bare", "latest", "amd64", &Value::Null);
     content.image("a/arm", "latest", "arm64", &app);
     let mut listed = content.image("a/many", "x", "amd64", &app);

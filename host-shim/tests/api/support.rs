@@ -11,12 +11,16 @@ use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, s
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
 use kiln::exec::{Door, Entrance, Sessions};
+use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
 use reqwest::multipart::{Form, Part};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
+
+/// Of disks and logs of all instances.
+pub const QUOTA: u64 = 64 * 1024;
 
 pub const HOST: &str = "kiln.example:4973";
 
@@ -32,6 +36,7 @@ pub struct Server {
     /// Where the database is.
     pub data: PathBuf,
     pub instances: Instances,
+    pub quota: Quota,
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
     task: tokio::task::JoinHandle<()>,
@@ -64,7 +69,9 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let sources = dir.path().join("builds");
     let runner = Arc::new(Puppet::default());
     let instances_dir = dir.path().join("instances");
-    let instances = Instances::new(store.clone(), runner.clone(), instances_dir.clone());
+    let quota = Quota::new(QUOTA);
+    let instances =
+        Instances::new(store.clone(), runner.clone(), instances_dir.clone(), quota.clone());
     let registry = crate::registry::start().await;
     let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
     let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));
@@ -79,6 +86,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         clock: system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
+        kept: kiln::kept::Kept::new(1),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
     });
@@ -97,6 +105,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         vault,
         data: dir.path().to_owned(),
         instances,
+        quota,
         instances_dir,
         sessions,
         task,
@@ -222,7 +231,6 @@ impl Runner for Puppet {
             };
             match pull {
                 Pull::Change(change) => owner.change(change).await.unwrap(),
-                Pull::Print(line) => owner.print(&[line]).await.unwrap(),
                 Pull::Open(entrance, told) => {
                     opened = Some(owner.door().open(entrance));
                     told.send(()).unwrap();
@@ -230,6 +238,12 @@ impl Runner for Puppet {
                 Pull::End(end) => {
                     drop(opened);
                     return end;
+                }
+                Pull::Print(line) => {
+                    if let Err(error) = owner.print(&[line]).await {
+                        let why = std::error::Error::source(&error).unwrap();
+                        return End::failed(format!("{error}: {why}"));
+                    }
                 }
             }
         }
@@ -255,7 +269,7 @@ impl Puppet {
 /// Somebody with a token.
 pub struct Client<'a> {
     server: &'a Server,
-    token: String,
+    pub token: String,
 }
 
 impl Server {

@@ -206,7 +206,21 @@ async fn patience_with_a_lost_server_ends_and_says_how_to_go_on() {
 }
 
 #[tokio::test]
-async fn json_progress_is_the_servers_events_one_a_line() {
+async fn a_build_that_wants_more_names_the_flag() {
+    let message = "step 1 ran out of memory: RUN make: ask for more with memory_mb";
+    let failure = json!({"type": "failure", "kind": "out_of_memory", "message": message});
+    let server = Server::start(script(&[failure], failed("out_of_memory", message))).await;
+    let dir = source();
+    let output = output(kiln(&server, &["build", text(dir.path())])).await;
+    let said = [
+        "kiln | failed (out_of_memory): step 1 ran out of memory: RUN make: ask for more with --memory\n",
+        "kiln: build b1 failed: step 1 ran out of memory: RUN make: ask for more with --memory\n",
+    ];
+    ended(&output, 1, "", &said);
+}
+
+#[tokio::test]
+async fn json_progress_is_one_object_a_line() {
     let events = [status("building"), log("a\u{1b}[2J\u{9b}\u{202e}")];
     let server = Server::start(script(&events, ready())).await;
     let dir = source();
@@ -216,7 +230,45 @@ async fn json_progress_is_the_servers_events_one_a_line() {
     assert!(!said.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{said}");
     let lines: Vec<serde_json::Value> =
         said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(lines, [events[0].clone(), events[1].clone(), status("ready")]);
+    let (notes, of_the_server): (Vec<_>, Vec<_>) =
+        lines.into_iter().partition(|line| line["type"] == "note");
+    assert_eq!(of_the_server, [events[0].clone(), events[1].clone(), status("ready")]);
+    let notes: Vec<_> = notes.iter().map(|note| note["message"].as_str().unwrap()).collect();
+    assert!(
+        matches!(notes[..], [sent, "build b1"] if sent.starts_with("source sent: ")),
+        "{notes:?}"
+    );
+}
+
+#[tokio::test]
+async fn json_progress_ends_with_an_error_as_json_whatever_is_wrong() {
+    let dir = source();
+    let refuse_post = Some(problem(StatusCode::UNPROCESSABLE_ENTITY, "cpus is \"99\"\n\u{1b}"));
+    let refusing = Server::start(Script { refuse_post, ..Script::default() }).await;
+    let mut build = failed("step_failed", "the command failed");
+    build["failure"]["detail"] = json!("one\ntwo");
+    let failing = Server::start(script(&[status("building")], build)).await;
+    let cases: [(&Server, &[&str], i32, &str); 5] = [
+        (&refusing, &[], 2, "--cpus is \"99\"\n\u{1b}"),
+        (&failing, &[], 1, "build b1 failed: the command failed"),
+        (&failing, &["--iidfile", "/none/such"], 2, "--iidfile /none/such cannot be written"),
+        (&failing, &["--nothing"], 2, "unexpected argument '--nothing' found"),
+        (&failing, &["--url", "ftp://x"], 2, "ftp://x"),
+    ];
+    for (server, args, code, said) in cases {
+        let args = [&["build", text(dir.path()), "--progress", "json"], args].concat();
+        let output = output(kiln(server, &args)).await;
+        ended(&output, code, "", &[]);
+        let lines: Vec<serde_json::Value> = stderr(&output)
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{args:?}: {line}")))
+            .collect();
+        let last = lines.last().unwrap();
+        assert_eq!((&last["type"], &last["exit_code"]), (&json!("error"), &json!(code)), "{last}");
+        assert!(last["message"].as_str().unwrap().contains(said), "{last}");
+        let errors = lines.iter().filter(|line| line["type"] == "error").count();
+        assert_eq!(errors, 1, "{lines:?}");
+    }
 }
 
 #[tokio::test]

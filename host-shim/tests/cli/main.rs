@@ -6,6 +6,8 @@
 mod server;
 
 mod building;
+mod bundle;
+mod instances;
 mod interrupting;
 mod looking;
 mod offline;

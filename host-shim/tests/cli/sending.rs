@@ -117,14 +117,20 @@ async fn a_missing_dockerfile_of_f_is_found_by_the_build_and_no_other_is_taken()
     assert!(!server.script().parts.contains_key("dockerfile"));
     ended(&detached, 0, "b1\n", &["warning: the Dockerfile /none/such does not exist"]);
 
-    let build = failed("dockerfile_missing", "the Dockerfile is not in the source");
-    let server = Server::start(script(&[], build)).await;
-    let args = ["build", text(dir.path()), "-f", "/none/such", "--progress", "json"];
+    let message = "the Dockerfile `Dockerfile` is not in the source; name another with -f";
+    let failure = json!({"type": "failure", "kind": "dockerfile_missing", "message": message});
+    let build = failed("dockerfile_missing", message);
+    let server = Server::start(script(&[failure], build)).await;
+    let args = ["build", text(dir.path()), "-f", "/none/such"];
+    let named = "the Dockerfile /none/such does not exist; -f is relative to the current directory";
     let said = [
-        "kiln: build b1 failed: the Dockerfile is not in the source\n",
-        "kiln: the Dockerfile /none/such does not exist; -f is relative to the current directory",
+        format!("kiln | warning: {named}"),
+        format!("kiln | failed (dockerfile_missing): {named}"),
+        format!("kiln: build b1 failed: {named}"),
     ];
-    ended(&output(kiln(&server, &args)).await, 1, "", &said);
+    let output = output(kiln(&server, &args)).await;
+    ended(&output, 1, "", &said.each_ref().map(String::as_str));
+    assert!(!stderr(&output).contains("`Dockerfile`"), "{}", stderr(&output));
 }
 
 #[tokio::test]

@@ -82,6 +82,9 @@ impl Server {
             .route("/builds", get(list).post(create))
             .route("/builds/{id}", get(show).delete(cancel))
             .route("/builds/{id}/events", get(events))
+            .route("/instances", get(list_instances).post(create_instance))
+            .route("/instances/{id}", axum::routing::delete(delete_instance))
+            .route("/instances/{id}/logs", get(events))
             .route("/tokens", get(tokens).post(create_token))
             .route("/tokens/{id}", axum::routing::delete(revoke_token))
             .layer(DefaultBodyLimit::disable())
@@ -256,6 +259,24 @@ async fn list(
     } else {
         axum::Json(builds).into_response()
     }
+}
+
+async fn list_instances(Query(query): Query<BTreeMap<String, String>>) -> axum::Json<Value> {
+    let all = [
+        json!({"id": "i2", "name": "web", "state": "Running", "image": "app\u{1b}[2J"}),
+        json!({"id": "i1", "name": "db", "state": "Stopped", "exit_code": 3, "image": "db"}),
+    ];
+    let wanted = |i: &Value| query.get("state").is_none_or(|state| i["state"] == **state);
+    axum::Json(all.into_iter().filter(wanted).collect())
+}
+
+async fn create_instance() -> Response {
+    (StatusCode::CREATED, axum::Json(json!({"id": "i1", "state": "Created"}))).into_response()
+}
+
+/// There is one.
+async fn delete_instance(server: State<Server>, id: Path<String>) -> Response {
+    if *id == "i1" { cancel(server, id).await } else { not_found() }
 }
 
 async fn tokens() -> axum::Json<Value> {

@@ -71,7 +71,8 @@ impl Server {
             .open(dir.path().join("serve.log"))
             .unwrap();
         let child = Command::new(kiln())
-            .args(["serve", "--listen", "127.0.0.1:0", "--max-vms", "2", "--data-dir"])
+            .env("KILN_MAX_VMS", "2")
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(dir.path().join("data"))
             .arg("--run-dir")
             .arg(dir.path().join("run"))

@@ -18,6 +18,7 @@ use std::io::{self, BufWriter, Write};
 
 use tokio_util::sync::CancellationToken;
 
+use super::room::Room;
 use super::spool::Spooled;
 use super::tree::{Content, EPOCH, Id, Node, ROOT, Tree};
 
@@ -65,9 +66,11 @@ pub fn write(
     contents: &Spooled,
     output: &File,
     uuid: [u8; 16],
+    room: Room,
     cancel: &CancellationToken,
 ) -> Result<(u64, u64), ErofsError> {
     let image = Image::plan(tree)?;
+    room.require(output, u64::from(image.blocks) * BLOCK as u64)?;
     let mut output = Blocks { file: BufWriter::with_capacity(BUFFER, output), at: 0 };
     output.write_all(&image.superblock(uuid))?;
     for plan in &image.plans {

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt as _;
 use mkext4::{FsBuilder, InodeCount, InodeHandle, RegionSink, SpecialKind};
 use tokio_util::sync::CancellationToken;
 
+use super::room::Room;
 use super::spool::Spooled;
 use super::tree::{Content, EPOCH, Id, Meta, ROOT, Tree};
 use super::xattr;
@@ -57,31 +58,46 @@ pub enum Ext4Error {
     Write(#[from] io::Error),
 }
 
+/// What is wanted of a file system, besides its content.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Its id.
+    pub uuid: [u8; 16],
+    /// Bytes of free room in it.
+    pub free: u64,
+    /// Looks after the room for its file.
+    pub room: Room,
+}
+
 /// Writes the file system to an empty file; gives its length in bytes and how many nodes it has.
 pub fn write(
     tree: &Tree,
     contents: &Spooled,
     output: &File,
-    uuid: [u8; 16],
-    free: u64,
+    wanted: Wanted,
     cancel: &CancellationToken,
 ) -> Result<(u64, u64), Ext4Error> {
+    let Wanted { uuid, free, room } = wanted;
     let need = Need::of(tree);
+    // Free room is holes.
+    room.require(output, need.size(0))?;
     let size = need.size(free);
     let layout_error = |source| Ext4Error::Layout { size, source };
     let mut builder = FsBuilder::new(options(&need, uuid, free)).map_err(layout_error)?;
-    let files = declare(tree, &mut builder)?;
+    let files = declare(tree, &mut builder, cancel)?;
     let layout = builder.seal().map_err(layout_error)?;
     output.set_len(size)?;
-    let mut writer = layout.writer(Disk(output)).map_err(write_error)?;
+    let mut writer = layout.writer(Disk { file: output, room }).map_err(write_error)?;
     for (handle, at, size) in files {
-        if cancel.is_cancelled() {
-            return Err(io::Error::other("cancelled").into());
-        }
+        check(cancel)?;
         writer.fill(handle, &mut contents.content(at, size)).map_err(write_error)?;
     }
     writer.finish().map_err(write_error)?;
     Ok((size, need.nodes))
+}
+
+fn check(cancel: &CancellationToken) -> io::Result<()> {
+    if cancel.is_cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
 }
 
 fn options(need: &Need, uuid: [u8; 16], free: u64) -> mkext4::Options {
@@ -96,7 +112,11 @@ fn options(need: &Need, uuid: [u8; 16], free: u64) -> mkext4::Options {
 type Files = Vec<(InodeHandle, u64, u64)>;
 
 /// Depth first, names in order.
-fn declare(tree: &Tree, builder: &mut FsBuilder) -> Result<Files, Ext4Error> {
+fn declare(
+    tree: &Tree,
+    builder: &mut FsBuilder,
+    cancel: &CancellationToken,
+) -> Result<Files, Ext4Error> {
     let mut files = Files::new();
     let mut known: HashMap<Id, InodeHandle> = HashMap::new();
     set(builder, mkext4::ROOT, &tree.node(ROOT).meta).map_err(|source| node_error("/", source))?;
@@ -105,6 +125,7 @@ fn declare(tree: &Tree, builder: &mut FsBuilder) -> Result<Files, Ext4Error> {
     while let Some((dir, parent, path)) = open.pop() {
         let first = open.len();
         for (name, &child) in &tree.node(dir).children {
+            check(cancel)?;
             let failed = |source| node_error(&format!("{path}/{name}"), source);
             let node = tree.node(child);
             if dir == ROOT && &**name == LOST_FOUND {
@@ -179,11 +200,15 @@ fn write_error(error: mkext4::Error) -> Ext4Error {
 }
 
 /// The disk's file, empty before: what is zero need not be written.
-struct Disk<'a>(&'a File);
+struct Disk<'a> {
+    file: &'a File,
+    room: Room,
+}
 
 impl RegionSink for Disk<'_> {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.room.before(self.file, bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset)
     }
 
     fn zeros(&mut self, _: u64, _: u64) -> io::Result<()> {
@@ -295,10 +320,11 @@ mod tests {
         };
         let diff = Diff { entries: entries.map(put).collect(), ..Diff::default() };
         let mut tree = Tree::default();
-        tree.apply(diff, &mut Budget::new(Limits::default())).unwrap();
+        let never = CancellationToken::new();
+        tree.apply(diff, &mut Budget::new(Limits::default()), &never).unwrap();
         let need = Need::of(&tree);
         let mut builder = FsBuilder::new(options(&need, [7; 16], free)).unwrap();
-        declare(&tree, &mut builder).unwrap();
+        declare(&tree, &mut builder, &never).unwrap();
         builder.seal().unwrap().image_len()
     }
 

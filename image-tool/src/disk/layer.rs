@@ -131,6 +131,8 @@ pub fn read(
 fn content_error(entry: &str, error: io::Error) -> LayerError {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => tar_error(entry, TarError::Truncated),
+        // Of the room that must stay, or the system's own.
+        io::ErrorKind::StorageFull => LayerError::Spool { entry: entry.to_owned(), source: error },
         // Errors of the unpacking side are not the system's.
         _ if error.raw_os_error().is_none() => error.into(),
         _ => LayerError::Spool { entry: entry.to_owned(), source: error },

@@ -39,6 +39,7 @@ mod manifest;
 mod output;
 mod path;
 mod pull;
+mod room;
 mod source;
 mod spool;
 mod tar;
@@ -61,6 +62,7 @@ pub use manifest::{ManifestError, host_architecture};
 pub use output::OutputError;
 pub use path::PathProblem;
 pub use pull::pull;
+pub use room::{NoRoom, Room};
 pub use source::{Source, SourceError};
 pub use tar::TarError;
 pub use tree::Conflict;
@@ -93,6 +95,11 @@ pub struct Options {
     pub limits: Limits,
     /// Bytes of free room in the file system. They are holes of the disk's file and take no room in it.
     pub free_bytes: u64,
+    /// Bytes that must stay free in the file system that the disk is made in; 0: it may be filled.
+    pub keep_free: u64,
+    /// Whether it is written out before it appears. One that does not outlive its user need not be, and a cancel cannot
+    /// hurry that.
+    pub durable: bool,
     /// Which image of several, in Go's words (`amd64`, `arm64`); the configuration must say the same.
     pub architecture: String,
 }
@@ -106,6 +113,8 @@ impl Default for Options {
             format: Format::default(),
             limits: Limits::default(),
             free_bytes: FREE_BYTES,
+            keep_free: 0,
+            durable: true,
             architecture: host_architecture().to_owned(),
         }
     }
@@ -244,7 +253,11 @@ fn make_from(
         return Err(DiskError::Cancelled);
     }
     let made = made?;
-    output.commit()?;
+    if options.durable {
+        output.commit_durably()?;
+    } else {
+        output.commit()?;
+    }
     Ok(made)
 }
 
@@ -256,7 +269,8 @@ fn merge_and_write(
 ) -> Result<Made, DiskError> {
     let config = check_config(image, options)?;
     let mut budget = Budget::new(options.limits);
-    let mut spool = Spool::create(output.dir()).map_err(DiskError::Spool)?;
+    let room = Room::new(options.keep_free);
+    let mut spool = Spool::create(output.dir(), room).map_err(DiskError::Spool)?;
     let mut tree = Tree::default();
     for (i, (layer, diff_id)) in image.layers.iter().zip(&config.rootfs.diff_ids).enumerate() {
         let number = i + 1;
@@ -279,16 +293,19 @@ fn merge_and_write(
             _ if *diff_id != unpacked.0 => return differs("diff_id", diff_id, unpacked.0),
             _ => budget.layer(unpacked.1)?,
         }
-        tree.apply(diff, &mut budget).map_err(|(entry, source)| {
+        tree.apply(diff, &mut budget, cancel).map_err(|(entry, source)| {
             let entry = crate::text::printable(&entry);
             DiskError::Conflict { number, diff_id: diff_id.clone(), entry, source }
         })?;
     }
-    let contents = spool.finish().map_err(DiskError::Spool)?;
+    let contents = spool.finish(cancel).map_err(DiskError::Spool)?;
     let (file, uuid) = (output.file(), uuid(&image.digest));
     let (size, nodes) = match options.format {
-        Format::Ext4 => ext4::write(&tree, &contents, file, uuid, options.free_bytes, cancel)?,
-        Format::Erofs => erofs::write(&tree, &contents, file, uuid, cancel)?,
+        Format::Ext4 => {
+            let wanted = ext4::Wanted { uuid, free: options.free_bytes, room };
+            ext4::write(&tree, &contents, file, wanted, cancel)?
+        }
+        Format::Erofs => erofs::write(&tree, &contents, file, uuid, room, cancel)?,
     };
     let (digest, layers) = (image.digest.clone(), image.layers.len());
     Ok(Made { digest, config: config.config, size, layers, nodes })

@@ -1,4 +1,4 @@
-//! The disk's place: made beside it under a name of its own, made durable, then renamed over.
+//! The disk's place: made beside it under a name of its own, made durable where that is wanted, then renamed over.
 
 use std::fs::{self, File};
 use std::io;
@@ -66,12 +66,20 @@ impl Output {
     }
 
     /// Makes the disk durable and visible; replaces an older one.
+    pub fn commit_durably(self) -> Result<(), OutputError> {
+        let written = self.temp.as_file().sync_all();
+        written.map_err(|e| FileError::new("write out", &self.out, e))?;
+        let dir = self.dir.clone();
+        self.commit()?;
+        let synced = fs::File::open(&dir).and_then(|dir| dir.sync_all());
+        synced.map_err(|e| FileError::new("write out", &dir, e))?;
+        Ok(())
+    }
+
+    /// Makes the disk visible; replaces an older one.
     pub fn commit(self) -> Result<(), OutputError> {
-        let failed = |operation, e| FileError::new(operation, &self.out, e);
-        self.temp.as_file().sync_all().map_err(|e| failed("write out", e))?;
-        self.temp.persist(&self.out).map_err(|e| failed("replace", e.error))?;
-        let synced = fs::File::open(&self.dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|e| FileError::new("write out", &self.dir, e))?;
+        let persisted = self.temp.persist(&self.out);
+        persisted.map_err(|e| FileError::new("replace", &self.out, e.error))?;
         Ok(())
     }
 }
@@ -97,7 +105,11 @@ mod tests {
             let output = Output::prepare(&out).unwrap();
             output.file().write_all(text.as_bytes()).unwrap();
             assert_ne!(fs::read_to_string(&out).ok().as_deref(), Some(text));
-            output.commit().unwrap();
+            if text == "one" {
+                output.commit_durably().unwrap();
+            } else {
+                output.commit().unwrap();
+            }
             assert_eq!(fs::read_to_string(&out).unwrap(), text);
         }
         let output = Output::prepare(&out).unwrap();

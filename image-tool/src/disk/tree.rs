@@ -15,6 +15,8 @@
 
 use std::collections::BTreeMap;
 
+use tokio_util::sync::CancellationToken;
+
 use super::limits::{Budget, TooLarge};
 use super::xattr::Xattrs;
 
@@ -105,6 +107,9 @@ pub enum Conflict {
     /// The root is a directory.
     #[error("the root of the image is something else than a directory")]
     Root,
+    /// The caller's wish.
+    #[error("it was cancelled")]
+    Cancelled,
 }
 
 /// A node's number.
@@ -153,20 +158,35 @@ impl Tree {
         &self.nodes[id]
     }
 
-    /// Applies the next layer. An error names the entry that does not fit; the tree is of no use then.
-    pub fn apply(&mut self, diff: Diff, budget: &mut Budget) -> Result<(), (Box<str>, Conflict)> {
+    /// Applies the next layer. An error names the entry that does not fit, or before which it was cancelled; the tree
+    /// is of no use then.
+    pub fn apply(
+        &mut self,
+        diff: Diff,
+        budget: &mut Budget,
+        cancel: &CancellationToken,
+    ) -> Result<(), (Box<str>, Conflict)> {
         for path in diff.whiteouts {
+            if cancel.is_cancelled() {
+                return Err((path, Conflict::Cancelled));
+            }
             let (parent, name) = split(&path);
             if let Some(parent) = self.find(parent) {
                 self.nodes[parent].children.remove(name);
             }
         }
         for path in diff.opaques {
+            if cancel.is_cancelled() {
+                return Err((path, Conflict::Cancelled));
+            }
             if let Some(dir) = self.find(&path) {
                 self.nodes[dir].children.clear();
             }
         }
         for (path, change) in diff.entries {
+            if cancel.is_cancelled() {
+                return Err((path, Conflict::Cancelled));
+            }
             if let Err(conflict) = self.change(&path, change, budget) {
                 return Err((path, conflict));
             }
@@ -342,8 +362,9 @@ mod tests {
         fn merging_is_what_the_flat_model_says(layers in prop::collection::vec(diff(), 1..5)) {
             let mut tree = Tree::default();
             let mut budget = Budget::new(Limits::default());
+            let never = CancellationToken::new();
             let merged: Result<(), _> =
-                layers.iter().try_for_each(|layer| tree.apply(layer.clone(), &mut budget));
+                layers.iter().try_for_each(|layer| tree.apply(layer.clone(), &mut budget, &never));
             let expected = oracle(&layers);
             prop_assert_eq!(merged.is_ok(), expected.is_some(), "{:?}", merged);
             if let Some(expected) = expected {
@@ -356,13 +377,32 @@ mod tests {
     fn the_root_can_be_emptied_and_stays_a_directory() {
         let mut tree = Tree::default();
         let mut budget = Budget::new(Limits::default());
+        let never = CancellationToken::new();
         let file = || Change::Put(Meta::default(), Content::File { at: 0, size: 0 });
         let lower = Diff { entries: vec![("a/b".into(), file())], ..Diff::default() };
-        tree.apply(lower, &mut budget).unwrap();
+        tree.apply(lower, &mut budget, &never).unwrap();
         let opaque = Diff { opaques: vec!["".into()], ..Diff::default() };
-        tree.apply(opaque, &mut budget).unwrap();
+        tree.apply(opaque, &mut budget, &never).unwrap();
         assert!(tree.node(ROOT).children.is_empty());
         let root = Diff { entries: vec![("".into(), file())], ..Diff::default() };
-        assert_eq!(tree.apply(root, &mut budget), Err(("".into(), Conflict::Root)));
+        assert_eq!(tree.apply(root, &mut budget, &never), Err(("".into(), Conflict::Root)));
+    }
+
+    #[test]
+    fn a_cancelled_layer_is_not_gone_on_with() {
+        let cancelled = CancellationToken::new();
+        cancelled.cancel();
+        let dir = || ("a".into(), Change::Put(Meta::default(), Content::Dir));
+        for diff in [
+            Diff { whiteouts: vec!["a".into()], ..Diff::default() },
+            Diff { opaques: vec!["a".into()], ..Diff::default() },
+            Diff { entries: vec![dir()], ..Diff::default() },
+        ] {
+            let mut tree = Tree::default();
+            let mut budget = Budget::new(Limits::default());
+            let applied = tree.apply(diff, &mut budget, &cancelled);
+            assert_eq!(applied, Err(("a".into(), Conflict::Cancelled)));
+            assert!(tree.node(ROOT).children.is_empty());
+        }
     }
 }

@@ -163,6 +163,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             base_digest: inline.then(|| "sha256:ef".into()),
             egress_ca: if inline { b"PEM".to_vec() } else { vec![] },
             secrets: inline.then(secrets).unwrap_or_default(),
+            keep_failed: inline,
         }),
         limits: limits(),
     }))
@@ -223,6 +224,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         event(Event::Phase(Phase::Running)),
         AgentToHost::SourceTaken { total: 262_144 },
         AgentToHost::EngineStarted,
+        AgentToHost::Kept,
         AgentToHost::SecretRequest { id: SecretId::new("npm.token").unwrap() },
         AgentToHost::Outcome(Outcome::Built(Built {
             digest: "sha256:abcd".into(),
@@ -285,6 +287,7 @@ fn of_session() -> Vec<SessionToHost> {
     let output = |stream| SessionToHost::Output { stream, bytes: b"caf\xc3\xa9 \xff\x1b".to_vec() };
     let mut all = vec![
         SessionToHost::Started,
+        SessionToHost::InputTaken { total: 1_000_000 },
         output(Stream::Out),
         output(Stream::Err),
         SessionToHost::Ended(Ended::Exited { code: 137 }),
@@ -354,6 +357,7 @@ fn agent_name(message: &AgentToHost) -> String {
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",
+        AgentToHost::Kept => "kept",
         AgentToHost::SecretRequest { .. } => "secret-request",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: Some(_), .. }) => "usage",
         AgentToHost::Usage(AgentUsage { engine_spawn_us: None, .. }) => "usage-without-engine",
@@ -386,6 +390,7 @@ fn to_session_name(message: &HostToSession) -> String {
 fn of_session_name(message: &SessionToHost) -> String {
     let name = match message {
         SessionToHost::Started => "started",
+        SessionToHost::InputTaken { .. } => "input-taken",
         SessionToHost::Output { stream: Stream::Out, .. } => "output-out",
         SessionToHost::Output { stream: Stream::Err, .. } => "output-err",
         SessionToHost::Ended(Ended::Exited { .. }) => "ended-exited",

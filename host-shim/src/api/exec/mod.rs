@@ -26,7 +26,7 @@ use super::error::ApiError;
 use super::get_build::{self, Wanted};
 use super::instances::get as get_instance;
 use super::{Api, Shared};
-use crate::build::Status;
+use crate::build::{BuildId, Status};
 use crate::exec::{Admitted, Entrance, NotAdmitted, Outcome, Subject};
 use crate::instances::State as Lifecycle;
 use crate::store::Role;
@@ -51,13 +51,10 @@ pub(super) async fn build_exec(
             return Err(ApiError::conflict("not_started", message));
         }
         Status::Building | Status::Pushing => api.state.scheduler.entrance(&id),
-        Status::Ready | Status::Failed | Status::Cancelled => {
-            let status = build.status;
-            let message = format!(
-                "{id} is {status}, and its VM was not kept; only a running build can be entered"
-            );
-            return Err(ApiError::conflict("finished", message));
-        }
+        Status::Ready | Status::Failed | Status::Cancelled => match api.state.kept.entrance(&id) {
+            Some(entrance) => Some(entrance),
+            None => return Err(not_kept(&id, build.status)),
+        },
     };
     let entrance = entrance.ok_or_else(|| not_open(id.as_str()))?;
     let admitted = admit(&api, entrance, build.tenant, Subject::Build(id), caller)?;
@@ -86,6 +83,15 @@ pub(super) async fn instance_exec(
     let entrance = entrance.ok_or_else(|| not_open(id.as_str()))?;
     let admitted = admit(&api, entrance, instance.tenant, Subject::Instance(id), caller)?;
     upgraded(&api, upgrade, admitted)
+}
+
+/// It has ended, and its VM is gone.
+fn not_kept(id: &BuildId, status: Status) -> ApiError {
+    let message = format!(
+        "{id} is {status}, and its VM is not there to be entered; to keep that of a build that fails, submit it with \
+         --keep-failed SECONDS"
+    );
+    ApiError::conflict("finished", message)
 }
 
 /// Its VM boots, or is on its way out.

@@ -192,7 +192,6 @@ fn what_comes_later_is_refused_and_not_ignored() {
         ("builder_id", "", "b"),
         ("global_cache_key", "", "node"),
         ("is_admin_build", "false", "true"),
-        ("keep_failed_seconds", "0", "60"),
         ("allowed_domains", "[]", "[\"a.example\"]"),
     ] {
         assert_eq!(code(&[(name, nothing)]), "fine", "{name}");

@@ -18,12 +18,9 @@ use crate::gateway::rights::{Action, Caller as Who, Space, allowed};
 use crate::instances::launch;
 use crate::instances::pull::{self, PullError};
 use crate::instances::reference::{BadImage, Image};
-use crate::instances::{Instance as Stored, InstanceId, State as Lifecycle, Work};
+use crate::instances::{Instance as Stored, InstanceError, InstanceId, State as Lifecycle, Work};
 use crate::store::{Role, StoreError};
 use crate::token::Caller;
-
-/// Instances of one tenant, stopped ones too: each keeps its log until it is deleted.
-const MAX_INSTANCES: usize = 100;
 
 pub(in crate::api) async fn create_instance(
     State(api): State<Shared>,
@@ -45,12 +42,6 @@ pub(in crate::api) async fn create_instance(
     if !may_run(&api, &caller, &image.name).await? {
         // Whether it is there is not for them to know.
         return Err(no_such_image(&image));
-    }
-    if api.state.store.instances(Some(&caller.tenant)).await?.len() >= MAX_INSTANCES {
-        let message = format!(
-            "the tenant has {MAX_INSTANCES} instances, which is the limit; delete some, stopped ones count too"
-        );
-        return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_instances", message));
     }
     let resolved = pull::resolve(&api.state.backing, &image).await;
     let resolved = resolved.map_err(|error| no_image(&image, &error))?;
@@ -79,15 +70,23 @@ pub(in crate::api) async fn create_instance(
     let (instances, work) = (api.state.instances.clone(), Work { image: resolved, job });
     // A task of its own: a client that goes away leaves no half of one.
     let created = tokio::spawn(async move { instances.create(instance, work).await });
-    created.await.map_err(|error| ApiError::internal(&error))?.map_err(|error| match error {
-        crate::instances::InstanceError::Store(StoreError::Taken(_)) => {
-            let message = format!("the tenant has an instance {} already", shape.name);
-            ApiError::conflict("name_taken", message)
-        }
-        error => error.into(),
-    })?;
+    let created = created.await.map_err(|error| ApiError::internal(&error))?;
+    created.map_err(|error| not_created(error, &shape.name))?;
     let location = format!("/instances/{}", shape.id);
     Ok((StatusCode::CREATED, [(LOCATION, location)], Json(shape)).into_response())
+}
+
+fn not_created(error: InstanceError, name: &str) -> ApiError {
+    match error {
+        InstanceError::Store(StoreError::Taken(_)) => {
+            ApiError::conflict("name_taken", format!("the tenant has an instance {name} already"))
+        }
+        InstanceError::Store(error @ StoreError::TooMany { .. }) => {
+            let message = format!("{error}; delete some, stopped ones count too");
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_instances", message)
+        }
+        error => error.into(),
+    }
 }
 
 /// Who may pull an image may run it.

@@ -9,7 +9,19 @@ use crate::build::Tenant;
 use crate::instances::{Instance, InstanceId, State};
 use crate::store::StoreError;
 
-pub(super) async fn insert(db: &SqlitePool, instance: &Instance) -> Result<(), StoreError> {
+/// How many the tenant has, stopped ones too, in a transaction that holds the write lock.
+pub(super) async fn count(db: &mut SqliteConnection, tenant: &Tenant) -> Result<i64, StoreError> {
+    sqlx::query_scalar("SELECT COUNT(*) FROM instances WHERE tenant = $1")
+        .bind(tenant.as_str())
+        .fetch_one(db)
+        .await
+        .map_err(failed("count a tenant's instances"))
+}
+
+pub(super) async fn insert(
+    db: &mut SqliteConnection,
+    instance: &Instance,
+) -> Result<(), StoreError> {
     let inserted = sqlx::query(
         "INSERT INTO instances (id, tenant, name, image, image_digest, vcpus, memory_mb, state, created_at)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING",

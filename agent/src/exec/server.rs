@@ -1,0 +1,104 @@
+//! Takes the host's dials on port 5002.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_protocol::hello::TOKEN_LEN;
+use kiln_protocol::port;
+use kiln_protocol::preamble::{self, Channel, Preamble};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+use super::launch::Places;
+use super::session;
+use super::target::Enterable;
+
+/// Most sessions at one time. More wait in the listener's backlog.
+const MAX_SESSIONS: usize = 128;
+
+/// The host sends a preamble at once.
+const PREAMBLE_WAIT: Duration = Duration::from_secs(10);
+
+/// A pause after `accept` failed for want of memory or descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Listens for the host.
+pub fn listen() -> io::Result<VsockListener> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port::EXEC))
+}
+
+/// What sessions are served with.
+#[derive(Debug)]
+pub struct Server {
+    nonce: [u8; TOKEN_LEN],
+    places: Places,
+    enterable: Enterable,
+}
+
+impl Server {
+    /// For the host that knows the nonce.
+    pub fn new(nonce: [u8; TOKEN_LEN], enterable: Enterable) -> Self {
+        Self { nonce, places: Places::default(), enterable }
+    }
+
+    /// Serves sessions until it is cancelled.
+    pub async fn serve(self, listener: VsockListener, cancel: CancellationToken) {
+        let server = Arc::new(self);
+        let room = Arc::new(Semaphore::new(MAX_SESSIONS));
+        loop {
+            let next = async {
+                // The semaphore is never closed, so that this waits for a place and no more.
+                let place = Arc::clone(&room).acquire_owned().await.ok();
+                (place, listener.accept().await)
+            };
+            let (place, accepted) = tokio::select! {
+                next = next => next,
+                () = cancel.cancelled() => return,
+            };
+            match accepted {
+                Ok((stream, from)) if from.cid() == port::HOST_CID => {
+                    let server = Arc::clone(&server);
+                    tokio::spawn(async move {
+                        server.session(stream).await;
+                        drop(place);
+                    });
+                }
+                Ok((_, from)) => tracing::warn!(cid = from.cid(), "only the host may enter"),
+                Err(error) => {
+                    tracing::warn!(%error, "a session could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn session<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, mut stream: S) {
+        match timeout(PREAMBLE_WAIT, self.admitted(&mut stream)).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => {
+                return tracing::warn!("a session that did not show the nonce");
+            }
+            Ok(Err(error)) => return tracing::debug!(%error, "a session that did not begin"),
+        }
+        if let Err(error) = session::serve(stream, &self.places, &self.enterable).await {
+            tracing::info!(%error, "a session was cut off");
+        }
+    }
+
+    async fn admitted<S: AsyncRead + Unpin>(&self, stream: &mut S) -> io::Result<bool> {
+        let mut bytes = [0; preamble::LEN];
+        stream.read_exact(&mut bytes).await?;
+        Ok(Preamble::decode(&bytes).is_ok_and(|preamble| {
+            preamble.channel == Channel::Exec && same(&preamble.nonce, &self.nonce)
+        }))
+    }
+}
+
+/// Compares in a time that does not tell where they differ.
+fn same(a: &[u8; TOKEN_LEN], b: &[u8; TOKEN_LEN]) -> bool {
+    a.iter().zip(b).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
+}

@@ -1,0 +1,188 @@
+//! The VMs of builds that failed, for as long as somebody may want to look around in the step that failed.
+//!
+//! ```text
+//! driver ── a failed step that stays ──▶ Kept ──▶ one task for each VM: paused, resumed for a session, paused …
+//! api::exec ── entrance(build) ──────────▶ │                            └─ until its lease ends, it is released,
+//! api::kept ── list, extend, release ────▶ │                               or room is needed: the oldest goes first
+//! ```
+//! A VM that is paused takes no CPU and no build's place, and all of its memory. Nothing that it says counts any more:
+//! its build has ended, its control connection and its way to the registry are closed.
+
+mod room;
+mod stay;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kiln_protocol::hello::TOKEN_LEN;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::stay::{Ask, Stay};
+use crate::build::{BuildId, Millis, Tenant};
+use crate::clock;
+use crate::exec::Entrance;
+use crate::vmm::Vm;
+
+/// Kept VMs of a server. Cheap to clone.
+#[derive(Clone)]
+pub struct Kept {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    most: usize,
+    /// The oldest first.
+    vms: Mutex<Vec<Lodger>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What is known of a kept VM.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    /// The build that failed.
+    pub id: BuildId,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// Of the VM.
+    pub memory_mb: u32,
+    /// Since when it is kept.
+    pub since: Millis,
+    /// When it goes.
+    pub until: Millis,
+    /// Sessions in it now.
+    pub sessions: usize,
+}
+
+/// Whose VM is kept, and for how long.
+pub struct Guest {
+    /// The build that failed.
+    pub id: BuildId,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// Of the VM.
+    pub memory_mb: u32,
+    /// How long it stays, in seconds.
+    pub seconds: u32,
+    /// What its agent wants to see first.
+    pub nonce: [u8; TOKEN_LEN],
+    /// Goes when the VM goes.
+    pub with_it: Box<dyn Send + Sync>,
+}
+
+struct Lodger {
+    lease: Lease,
+    entrance: Entrance,
+    asks: mpsc::UnboundedSender<Ask>,
+}
+
+impl Kept {
+    /// For at most so many VMs at one time.
+    pub fn new(most: usize) -> Self {
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        Self { inner: Arc::new(Inner { most, vms: Mutex::default(), tasks, stop }) }
+    }
+
+    /// Whether any VM may be kept.
+    pub fn is_open(&self) -> bool {
+        self.inner.most > 0
+    }
+
+    /// Lets VMs go, the oldest first, until the host has memory for another one, or there are none left.
+    pub async fn make_room(&self, memory_mb: u32) {
+        while !self.lock().is_empty() && !room::has_room_for(memory_mb) {
+            self.release_oldest("a VM is about to start and needs its memory").await;
+        }
+    }
+
+    /// Keeps a VM. Where there are as many as may be, the oldest goes.
+    pub async fn keep(&self, vm: Vm, guest: Guest) {
+        let dialer = match vm.dialer() {
+            Ok(dialer) if self.inner.most > 0 && !self.inner.stop.is_cancelled() => dialer,
+            refused => {
+                if let Err(error) = refused {
+                    tracing::error!(%error, "a VM is not kept: its sockets are not to be had");
+                }
+                return stay::remove(vm).await;
+            }
+        };
+        while self.lock().len() >= self.inner.most {
+            if !self.release_oldest("there are as many kept VMs as there may be").await {
+                break;
+            }
+        }
+        let Guest { id, tenant, memory_mb, seconds, nonce, with_it } = guest;
+        let since = clock::now();
+        let until = since + i64::from(seconds) * 1000;
+        let lease = Lease { id: id.clone(), tenant, memory_mb, since, until, sessions: 0 };
+        let (asks, asked) = mpsc::unbounded_channel();
+        let entrance = Entrance::new(stay::Door::new(dialer, asks.clone()), nonce);
+        let stay = Stay { kept: self.clone(), id, entrance: entrance.clone(), until, with_it };
+        self.lock().push(Lodger { lease, entrance, asks });
+        let stop = self.inner.stop.clone();
+        self.inner.tasks.spawn(stay.run(vm, asked, stop));
+    }
+
+    /// The way into a build's VM.
+    pub fn entrance(&self, id: &BuildId) -> Option<Entrance> {
+        let vms = self.lock();
+        vms.iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.entrance.clone())
+    }
+
+    /// Those of a tenant, or all. The oldest first.
+    pub fn list(&self, tenant: Option<&Tenant>) -> Vec<Lease> {
+        let vms = self.lock();
+        let leases = vms.iter().map(|lodger| &lodger.lease);
+        leases
+            .filter(|lease| tenant.is_none_or(|tenant| lease.tenant == *tenant))
+            .cloned()
+            .collect()
+    }
+
+    /// The lease of a build's VM.
+    pub fn lease(&self, id: &BuildId) -> Option<Lease> {
+        self.lock().iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.lease.clone())
+    }
+
+    /// Lets a VM stay for so many seconds from now. `None` when it is not kept.
+    pub fn extend(&self, id: &BuildId, seconds: u32) -> Option<Lease> {
+        let mut vms = self.lock();
+        let lodger = vms.iter_mut().find(|lodger| lodger.lease.id == *id)?;
+        let until = clock::now() + i64::from(seconds) * 1000;
+        lodger.lease.until = until;
+        lodger.asks.send(Ask::Until(until)).ok().map(|()| lodger.lease.clone())
+    }
+
+    /// Lets a VM go, and waits until it is gone. False when it is not kept.
+    pub async fn release(&self, id: &BuildId) -> bool {
+        let asks = {
+            let vms = self.lock();
+            vms.iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.asks.clone())
+        };
+        let Some(asks) = asks else { return false };
+        // Fails when it goes already, which is waited for as well.
+        let _ = asks.send(Ask::Go);
+        asks.closed().await;
+        true
+    }
+
+    /// Lets the oldest go. False when there is none.
+    pub async fn release_oldest(&self, why: &str) -> bool {
+        let oldest = self.lock().first().map(|lodger| lodger.lease.id.clone());
+        let Some(oldest) = oldest else { return false };
+        tracing::info!(id = %oldest, why, "a kept VM goes before its time");
+        self.release(&oldest).await
+    }
+
+    /// Ends all of them, and waits for that.
+    pub async fn close(&self) {
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Lodger>> {
+        self.inner.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
