@@ -130,6 +130,24 @@ async fn all_that_a_client_says_arrives_in_order_and_in_pieces() {
     agent.hung_up().await;
 }
 
+/// The agent may say that it starts a command before it knows whether it can.
+#[tokio::test]
+async fn a_command_that_could_not_be_started_was_refused() {
+    for (cause, how, code) in [
+        (Cause::NotFound, How::Refused, 127),
+        (Cause::NotExecutable, How::Refused, 126),
+        (Cause::NoStep, How::Refused, 125),
+        (Cause::Invalid, How::Refused, 125),
+        (Cause::Internal, How::Failed, 125),
+    ] {
+        let vm = Vm::new();
+        let session = begin(vm.entrance(), None);
+        vm.started().await.0.fail(cause, "why").await;
+        let outcome = session.end().await.1;
+        assert_eq!(outcome, Outcome { how, exit_code: Some(code), why: Some("why".into()) });
+    }
+}
+
 /// What was printed before the end arrives whole, however slowly it is taken; what comes after the end never does.
 #[tokio::test]
 async fn the_end_comes_after_all_output_and_before_nothing() {

@@ -238,7 +238,11 @@ async fn outward<O: ClientOutput>(
                 return Outcome { how: How::Exited, exit_code: Some(code), why: None };
             }
             Ok(Heard::Failed { cause, why, started }) => {
-                let how = if started { How::Failed } else { How::Refused };
+                // The agent may find only while it starts a command that it cannot be started.
+                let how = match cause {
+                    Cause::Internal if started => How::Failed,
+                    _ => How::Refused,
+                };
                 return Outcome { how, exit_code: Some(exit_code(cause)), why: Some(why) };
             }
             Err(Deaf::Broken) => {
