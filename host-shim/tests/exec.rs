@@ -68,10 +68,13 @@ fn begin(entrance: Entrance, timeout: Option<Duration>) -> Session {
     let (says, said) = mpsc::channel(1);
     let (show, shown) = mpsc::channel(1);
     let stop = CancellationToken::new();
-    let bounds = Bounds { timeout, stop: stop.clone(), ping: PING };
+    let revoked = CancellationToken::new();
+    let bounds = Bounds { timeout, stop: stop.clone(), revoked, ping: PING };
     let running = tokio::spawn(async move {
         let (mut input, mut output) = (Says(said), Takes(show));
-        bridge::run(&entrance, Open::Exec(command()), bounds, &mut input, &mut output).await
+        let open = Open::Exec(command());
+        let before = std::future::ready(Ok(()));
+        bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await
     });
     Session { says, shown, stop, running }
 }
@@ -125,6 +128,24 @@ async fn all_that_a_client_says_arrives_in_order_and_in_pieces() {
     agent.exit(3).await;
     assert_eq!(session.end().await, (vec![0, 255], exited(3)));
     agent.hung_up().await;
+}
+
+/// The agent may say that it starts a command before it knows whether it can.
+#[tokio::test]
+async fn a_command_that_could_not_be_started_was_refused() {
+    for (cause, how, code) in [
+        (Cause::NotFound, How::Refused, 127),
+        (Cause::NotExecutable, How::Refused, 126),
+        (Cause::NoStep, How::Refused, 125),
+        (Cause::Invalid, How::Refused, 125),
+        (Cause::Internal, How::Failed, 125),
+    ] {
+        let vm = Vm::new();
+        let session = begin(vm.entrance(), None);
+        vm.started().await.0.fail(cause, "why").await;
+        let outcome = session.end().await.1;
+        assert_eq!(outcome, Outcome { how, exit_code: Some(code), why: Some("why".into()) });
+    }
 }
 
 /// What was printed before the end arrives whole, however slowly it is taken; what comes after the end never does.
@@ -266,7 +287,7 @@ async fn time_ends_what_is_stuck_in_both_directions() {
     let vm = Vm::new();
     let session = begin(vm.entrance(), Some(Duration::from_millis(500)));
     let (agent, _) = vm.started().await;
-    let Agent { reader, mut writer } = agent;
+    let Agent { reader, mut writer, .. } = agent;
     let piece = SessionToHost::Output { stream: Stream::Out, bytes: vec![b'y'; MAX_CHUNK] };
     let printing = tokio::spawn(async move {
         let mut sent = 0;
@@ -331,7 +352,7 @@ async fn input_that_nobody_takes_any_more_does_not_hide_the_end() {
     let vm = Vm::new();
     let session = begin(vm.entrance(), None);
     let (agent, _) = vm.started().await;
-    let Agent { reader, mut writer } = agent;
+    let Agent { reader, mut writer, .. } = agent;
     drop(reader);
     for _ in 0..10 {
         session.say(Said::Input(Bytes::from_static(b"more"))).await;
@@ -352,6 +373,25 @@ async fn an_agent_that_says_nothing_is_not_waited_for() {
     let mut bytes = vec![];
     stream.read_to_end(&mut bytes).await.unwrap();
     assert!(bytes.starts_with(b"KLNP\x01\x03\0\0") && bytes[8..40] == NONCE);
+}
+
+/// What has to be done first was not done: the VM is reached, and told nothing.
+#[tokio::test]
+async fn nothing_is_begun_that_could_not_be_written_down() {
+    let vm = Vm::new();
+    let (entrance, stop) = (vm.entrance(), CancellationToken::new());
+    let running = tokio::spawn(async move {
+        let (_says, said) = mpsc::channel(1);
+        let (mut input, mut output) = (Says(said), Takes(mpsc::channel(1).0));
+        let bounds = Bounds { timeout: None, revoked: stop.clone(), stop, ping: PING };
+        let open = Open::Exec(command());
+        let before = std::future::ready(Err(Outcome::refused("the disk is full")));
+        bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await
+    });
+    let mut bytes = vec![];
+    vm.stream().await.read_to_end(&mut bytes).await.unwrap();
+    assert!(bytes.is_empty(), "{bytes:?}");
+    assert_eq!(running.await.unwrap(), Outcome::refused("the disk is full"));
 }
 
 struct Unreachable;

@@ -585,16 +585,11 @@ async fn sessions_are_logged_ended_once_and_listed() {
     let first = session("s1", b1.clone(), "a", 5);
     let refused = session("s2", b2.clone(), "a", 6);
     let newest = session("s3", instance.clone(), "b", 6);
-    store.insert_session(&first, true).await.unwrap();
-    store.insert_session(&refused, false).await.unwrap();
-    store.insert_session(&newest, true).await.unwrap();
-    let again = store.insert_session(&first, true).await;
+    store.insert_session(&first).await.unwrap();
+    store.insert_session(&refused).await.unwrap();
+    store.insert_session(&newest).await.unwrap();
+    let again = store.insert_session(&first).await;
     assert!(matches!(again, Err(StoreError::Taken(_))), "{again:?}");
-    // A build that is not there cannot be entered, and then nothing is logged.
-    let nobody = session("s4", Subject::Build(id("b9")), "a", 7);
-    let missing = store.insert_session(&nobody, true).await;
-    assert!(matches!(missing, Err(StoreError::NotFound("build"))), "{missing:?}");
-
     let end = exec::End { at: 9, how: How::Exited, exit_code: Some(255), why: Some("why".into()) };
     store.end_session("s1", &end).await.unwrap();
     let again = store.end_session("s1", &exec::End { at: 10, ..end.clone() }).await;
@@ -633,8 +628,12 @@ async fn a_build_is_marked_as_entered_for_ever() {
     put(&*store, &build("b1", "a", 1)).await;
     let claimed = claim(&*store).await;
     assert!(!claimed.build.entered);
-    let entering = session("s1", Subject::Build(id("b1")), "a", 5);
-    store.insert_session(&entering, true).await.unwrap();
+    store.insert_session(&session("s1", Subject::Build(id("b1")), "a", 5)).await.unwrap();
+    assert!(!store.build(&id("b1")).await.unwrap().unwrap().entered, "it was only asked for");
+    store.mark_entered(&id("b1")).await.unwrap();
+    store.mark_entered(&id("b1")).await.unwrap();
+    let missing = store.mark_entered(&id("b9")).await;
+    assert!(matches!(missing, Err(StoreError::NotFound("build"))), "{missing:?}");
     // The driver does not know, and writes what it knows.
     store.annotate(&claimed.build, claimed.fence).await.unwrap();
     let failed = Change::Fail(Failure::new(FailureKind::Internal, "x"));

@@ -44,7 +44,7 @@ pub(super) async fn list_tokens(
     Ok(Json(api.state.store.tokens().await?.iter().map(Token::new).collect()))
 }
 
-/// DELETE `/tokens/{id}`: from now on it opens nothing.
+/// DELETE `/tokens/{id}`: from now on it opens nothing, and its sessions end.
 pub(super) async fn revoke_token(
     State(api): State<Shared>,
     caller: Caller,
@@ -52,6 +52,7 @@ pub(super) async fn revoke_token(
 ) -> Result<StatusCode, ApiError> {
     caller.require(Role::Admin)?;
     api.state.store.revoke_token(&id).await?;
+    api.state.sessions.revoke(&id);
     tracing::info!(token = id, "a token was revoked");
     Ok(StatusCode::NO_CONTENT)
 }

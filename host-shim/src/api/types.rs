@@ -297,7 +297,7 @@ pub struct Session {
     /// RFC 3339; absent while it goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<String>,
-    /// `exited`, `client_lost`, `timed_out`, `vm_ended`, `server_stopped`, `refused` or `failed`.
+    /// `exited`, `client_lost`, `timed_out`, `vm_ended`, `server_stopped`, `revoked`, `refused` or `failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub how: Option<String>,
     /// What the client was told.

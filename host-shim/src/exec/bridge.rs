@@ -119,26 +119,31 @@ pub struct Bounds {
     pub timeout: Option<Duration>,
     /// The server ends.
     pub stop: CancellationToken,
+    /// The client's token is revoked.
+    pub revoked: CancellationToken,
     /// How often the client is written to.
     pub ping: Duration,
 }
 
-/// Runs a session to its end. Dropping the future ends it at once.
+/// Runs a session to its end. Dropping the future ends it at once. What has to be done `before` anything is
+/// begun in the VM is done once the VM was reached.
 pub async fn run<I: ClientInput, O: ClientOutput>(
     entrance: &Entrance,
     open: Open,
     bounds: Bounds,
+    before: impl Future<Output = Result<(), Outcome>> + Send,
     input: &mut I,
     output: &mut O,
 ) -> Outcome {
-    let Bounds { timeout, stop, ping } = bounds;
+    let Bounds { timeout, stop, revoked, ping } = bounds;
     let deadline = timeout.map(|timeout| (Instant::now() + timeout, timeout));
-    let work = converse(entrance, open, ping, input, output);
+    let work = converse(entrance, open, ping, before, input, output);
     tokio::pin!(work);
     tokio::select! {
         biased;
         outcome = &mut work => outcome,
         () = stop.cancelled() => Outcome::own(How::ServerStopped, "the server is being stopped"),
+        () = revoked.cancelled() => Outcome::own(How::Revoked, "the token that this session was opened with is revoked"),
         timeout = at(deadline) => Outcome {
             how: How::TimedOut,
             exit_code: Some(TIMED_OUT),
@@ -172,6 +177,7 @@ async fn converse<I: ClientInput, O: ClientOutput>(
     entrance: &Entrance,
     open: Open,
     ping: Duration,
+    before: impl Future<Output = Result<(), Outcome>> + Send,
     input: &mut I,
     output: &mut O,
 ) -> Outcome {
@@ -183,6 +189,9 @@ async fn converse<I: ClientInput, O: ClientOutput>(
             return Outcome::refused(format!("the VM cannot be entered: {error}; try again"));
         }
     };
+    if let Err(outcome) = before.await {
+        return outcome;
+    }
     let (reader, writer) = stream.into_split();
     let preamble = Preamble { channel: Channel::Exec, nonce: entrance.nonce() };
     let (taken, window) = watch::channel(0);
@@ -229,7 +238,11 @@ async fn outward<O: ClientOutput>(
                 return Outcome { how: How::Exited, exit_code: Some(code), why: None };
             }
             Ok(Heard::Failed { cause, why, started }) => {
-                let how = if started { How::Failed } else { How::Refused };
+                // The agent may find only while it starts a command that it cannot be started.
+                let how = match cause {
+                    Cause::Internal if started => How::Failed,
+                    _ => How::Refused,
+                };
                 return Outcome { how, exit_code: Some(exit_code(cause)), why: Some(why) };
             }
             Err(Deaf::Broken) => {

@@ -15,6 +15,7 @@ pub mod bridge;
 pub mod entrance;
 mod inward;
 pub mod record;
+mod revoked;
 pub mod room;
 pub mod signal;
 
@@ -28,6 +29,7 @@ use tokio_util::task::TaskTracker;
 pub use self::bridge::{ClientInput, ClientOutput, Gone, Outcome, Said};
 pub use self::entrance::{Dial, Door, Doorway, Entrance, Line, Opened};
 pub use self::record::{End, How, Session, Subject, Who};
+use self::revoked::{Inside, Tokens};
 use self::room::{Full, Place, Room};
 use crate::build::Tenant;
 use crate::causes::chain;
@@ -45,6 +47,7 @@ pub struct Sessions {
 struct Inner {
     store: Arc<dyn Store>,
     room: Room,
+    tokens: Tokens,
     tasks: TaskTracker,
     stop: CancellationToken,
     ping: Duration,
@@ -68,6 +71,7 @@ pub struct Admitted {
     tenant: Tenant,
     subject: Subject,
     who: Who,
+    inside: Inside,
     _place: Place,
 }
 
@@ -82,6 +86,7 @@ impl Sessions {
         let inner = Inner {
             store,
             room: Room::default(),
+            tokens: Tokens::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             ping,
@@ -101,7 +106,21 @@ impl Sessions {
             return Err(NotAdmitted::Stopping);
         }
         let place = self.inner.room.take(&subject, &who.tenant)?;
-        Ok(Admitted { sessions: self.clone(), entrance, tenant, subject, who, _place: place })
+        let inside = self.inner.tokens.enter(&who.token_id);
+        Ok(Admitted {
+            sessions: self.clone(),
+            entrance,
+            tenant,
+            subject,
+            who,
+            inside,
+            _place: place,
+        })
+    }
+
+    /// Ends the sessions that a token has opened, now that it is revoked.
+    pub fn revoke(&self, token_id: &str) {
+        self.inner.tokens.revoke(token_id);
     }
 
     /// Counts a task as a session's: the server waits for it when it stops.
@@ -134,14 +153,16 @@ impl Admitted {
         input: &mut I,
         output: &mut O,
     ) -> Outcome {
-        let session = match self.record(&exec, true).await {
+        let session = match self.record(&exec).await {
             Ok(session) => session,
             Err(outcome) => return outcome,
         };
         let Inner { stop, ping, .. } = &*self.sessions.inner;
-        let bounds = bridge::Bounds { timeout, stop: stop.clone(), ping: *ping };
+        let (stop, revoked) = (stop.clone(), self.inside.revoked.clone());
+        let bounds = bridge::Bounds { timeout, stop, revoked, ping: *ping };
         let open = Open::Exec(exec);
-        let outcome = bridge::run(&self.entrance, open, bounds, input, output).await;
+        let before = self.mark();
+        let outcome = bridge::run(&self.entrance, open, bounds, before, input, output).await;
         self.end(&session, &outcome).await;
         outcome
     }
@@ -149,17 +170,17 @@ impl Admitted {
     /// Records that a command was asked for and refused.
     pub async fn refuse(&self, exec: &Exec, why: String) -> Outcome {
         let outcome = Outcome::refused(why);
-        if let Ok(session) = self.record(exec, false).await {
+        if let Ok(session) = self.record(exec).await {
             self.end(&session, &outcome).await;
         }
         outcome
     }
 
-    async fn record(&self, exec: &Exec, enters: bool) -> Result<Session, Outcome> {
+    async fn record(&self, exec: &Exec) -> Result<Session, Outcome> {
         let now = crate::clock::now();
         let (tenant, subject, who) = (self.tenant.clone(), self.subject.clone(), self.who.clone());
         let session = Session::begin(tenant, subject, who, exec, now);
-        let stored = self.sessions.inner.store.insert_session(&session, enters).await;
+        let stored = self.sessions.inner.store.insert_session(&session).await;
         stored.map_err(|error| {
             tracing::error!(
                 error = chain(&error),
@@ -172,6 +193,20 @@ impl Admitted {
         let Session { id, who, vm, with_secrets, .. } = &session;
         tracing::info!(session = id, subject = %session.subject, token = who.token_id, role = %who.role, vm, with_secrets, "a session begins");
         Ok(session)
+    }
+
+    /// Marks a build before anything is begun in its VM.
+    async fn mark(&self) -> Result<(), Outcome> {
+        let Subject::Build(id) = &self.subject else { return Ok(()) };
+        self.sessions.inner.store.mark_entered(id).await.map_err(|error| {
+            tracing::error!(
+                error = chain(&error),
+                "a build cannot be marked as entered, and is not"
+            );
+            Outcome::refused(
+                "the build cannot be marked as entered, so it was not; the host's log says why",
+            )
+        })
     }
 
     async fn end(&self, session: &Session, outcome: &Outcome) {

@@ -110,6 +110,8 @@ pub enum How {
     VmEnded,
     /// The server was stopped.
     ServerStopped,
+    /// The client's token was revoked.
+    Revoked,
     /// No command was started.
     Refused,
     /// The client or the VM's agent broke the rules, or the host failed.
@@ -118,12 +120,13 @@ pub enum How {
 
 impl How {
     /// Every one.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Exited,
         Self::ClientLost,
         Self::TimedOut,
         Self::VmEnded,
         Self::ServerStopped,
+        Self::Revoked,
         Self::Refused,
         Self::Failed,
     ];
@@ -136,6 +139,7 @@ impl How {
             Self::TimedOut => "timed_out",
             Self::VmEnded => "vm_ended",
             Self::ServerStopped => "server_stopped",
+            Self::Revoked => "revoked",
             Self::Refused => "refused",
             Self::Failed => "failed",
         }

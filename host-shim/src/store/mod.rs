@@ -308,8 +308,10 @@ pub trait Store: Send + Sync + 'static {
     /// Forgets an instance.
     async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError>;
 
-    /// Writes a session into the audit log. Where it `enters` a build, that is marked as entered, for ever.
-    async fn insert_session(&self, session: &Session, enters: bool) -> Result<(), StoreError>;
+    /// Writes a session into the audit log.
+    async fn insert_session(&self, session: &Session) -> Result<(), StoreError>;
+    /// Marks a build as entered, for ever.
+    async fn mark_entered(&self, build: &BuildId) -> Result<(), StoreError>;
     /// Records how a session ended, once.
     async fn end_session(&self, id: &str, end: &End) -> Result<(), StoreError>;
     /// Ends the sessions that an earlier server left open, as `server_stopped`; how many there were. To be

@@ -31,7 +31,7 @@ use super::{
     StoreError, StoredEvent, TokenRecord,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
-use crate::exec::{End, Session, Subject};
+use crate::exec::{End, Session};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
 
@@ -372,15 +372,12 @@ impl Store for SqliteStore {
         instances::delete(&self.writer, id).await
     }
 
-    async fn insert_session(&self, session: &Session, enters: bool) -> Result<(), StoreError> {
-        let mut tx = self.write("store a session").await?;
-        sessions::insert(&mut tx, session).await?;
-        if let Subject::Build(id) = &session.subject
-            && enters
-        {
-            sessions::mark_entered(&mut tx, id).await?;
-        }
-        tx.commit().await.map_err(failed("store a session"))
+    async fn insert_session(&self, session: &Session) -> Result<(), StoreError> {
+        sessions::insert(&self.writer, session).await
+    }
+
+    async fn mark_entered(&self, build: &BuildId) -> Result<(), StoreError> {
+        sessions::mark_entered(&self.writer, build).await
     }
 
     async fn end_session(&self, id: &str, end: &End) -> Result<(), StoreError> {

@@ -266,6 +266,20 @@ async fn what_does_not_run_cannot_be_entered_and_says_why() {
 }
 
 #[tokio::test]
+async fn a_vm_that_was_not_reached_was_not_entered() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let Running { vm, id, opened: _opened } = running(&server, &client).await;
+    drop(vm);
+    let mut socket = enter(&client, &exec(&id), json!({ "command": ["id"] })).await;
+    let last = to_the_end(&mut socket).await.1;
+    assert_eq!(last["exitCode"], 125, "{last}");
+    assert!(last["error"].as_str().unwrap().contains("cannot be entered"), "{last}");
+    assert_eq!(client.json("/sessions").await[0]["how"], "refused");
+    assert_eq!(client.json(&format!("/builds/{id}")).await["entered"], false);
+}
+
+#[tokio::test]
 async fn an_instance_is_entered_likewise() {
     let server = server().await;
     let client = server.client("a", Role::Tenant).await;
@@ -396,6 +410,34 @@ async fn a_server_that_stops_ends_its_sessions_and_takes_no_more() {
     stopping.await.unwrap();
     how(&client, "server_stopped").await;
     refusal(client.get(&exec(&id)).await, 503, "stopping").await;
+}
+
+#[tokio::test]
+async fn a_token_that_is_revoked_ends_its_sessions_and_no_others() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let admin = server.client("ops", Role::Admin).await;
+    let Running { vm, id, opened: _opened } = running(&server, &client).await;
+    let mut socket = enter(&client, &exec(&id), json!({ "command": ["sleep"] })).await;
+    let (mut agent, _) = vm.started().await;
+    let mut other = enter(&admin, &exec(&id), json!({ "command": ["sleep"] })).await;
+    let (mut of_other, _) = vm.started().await;
+    let sessions = admin.json("/sessions").await;
+    let session = sessions.as_array().unwrap().iter().find(|s| s["by"]["tenant"] == "a").unwrap();
+    let token = session["by"]["token"].as_str().unwrap();
+    let revoked = admin.delete(&format!("/tokens/{token}")).await;
+    assert_eq!(revoked.status(), StatusCode::NO_CONTENT);
+    let last = to_the_end(&mut socket).await.1;
+    assert_eq!(last["exitCode"], 125, "{last}");
+    agent.hung_up().await;
+    of_other.exit(0).await;
+    assert_eq!(to_the_end(&mut other).await.1, json!({ "exitCode": 0 }));
+    let sessions = admin.json("/sessions").await;
+    let how = |tenant: &str| {
+        let of = sessions.as_array().unwrap().iter().find(|s| s["by"]["tenant"] == tenant);
+        of.unwrap()["how"].clone()
+    };
+    assert_eq!((how("a"), how("ops")), (json!("revoked"), json!("exited")));
 }
 
 #[tokio::test]

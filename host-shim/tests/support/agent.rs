@@ -56,7 +56,7 @@ impl Vm {
         let expected = Preamble { channel: Channel::Exec, nonce: NONCE };
         assert_eq!(Preamble::decode(&bytes).unwrap(), expected);
         let (reader, writer) = stream.into_split();
-        let mut agent = Agent { reader: FrameReader::new(reader), writer };
+        let mut agent = Agent { reader: FrameReader::new(reader), writer, taken: 0 };
         let HostToSession::Open(open) = agent.hear().await.unwrap() else { panic!("no Open") };
         let Open::Exec(exec) = *open else { panic!("no command") };
         (agent, exec)
@@ -74,6 +74,8 @@ impl Vm {
 pub struct Agent {
     pub reader: FrameReader<OwnedReadHalf>,
     pub writer: OwnedWriteHalf,
+    /// Bytes of input so far.
+    taken: u64,
 }
 
 impl Agent {
@@ -97,10 +99,14 @@ impl Agent {
         self.reader.read().await
     }
 
-    /// The next of the input; `None` at its end.
+    /// The next of the input, which is taken; `None` at its end.
     pub async fn input(&mut self) -> Option<Vec<u8>> {
         match self.hear().await.unwrap() {
-            HostToSession::Input(bytes) => Some(bytes),
+            HostToSession::Input(bytes) => {
+                self.taken += bytes.len() as u64;
+                self.say(SessionToHost::InputTaken { total: self.taken }).await;
+                Some(bytes)
+            }
             HostToSession::InputEnd => None,
             other => panic!("no input but {other:?}"),
         }

@@ -2,7 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
+use sqlx::{QueryBuilder, Row, Sqlite, SqlitePool};
 
 use super::builds::{json, parsed};
 use super::failed;
@@ -11,7 +11,7 @@ use crate::exec::{End, How, Session, Subject, Who};
 use crate::instances::InstanceId;
 use crate::store::{Role, SessionFilter, StoreError};
 
-pub(super) async fn insert(db: &mut SqliteConnection, session: &Session) -> Result<(), StoreError> {
+pub(super) async fn insert(db: &SqlitePool, session: &Session) -> Result<(), StoreError> {
     let (build, instance) = match &session.subject {
         Subject::Build(id) => (Some(id.as_str()), None),
         Subject::Instance(id) => (None, Some(id.as_str())),
@@ -47,10 +47,7 @@ pub(super) async fn insert(db: &mut SqliteConnection, session: &Session) -> Resu
 }
 
 /// Marks a build for ever, if it runs: what is done in a failed step that stays changes nothing of the build.
-pub(super) async fn mark_entered(
-    db: &mut SqliteConnection,
-    build: &BuildId,
-) -> Result<(), StoreError> {
+pub(super) async fn mark_entered(db: &SqlitePool, build: &BuildId) -> Result<(), StoreError> {
     let marked = sqlx::query(
         "UPDATE builds SET entered = (entered OR status IN ('building', 'pushing')) WHERE id = $1",
     )
