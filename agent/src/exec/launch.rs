@@ -27,7 +27,7 @@ use super::sys::watched;
 use super::target::{Enterable, Target, Wanted, Way};
 use super::terminal::Master;
 use crate::run::{Root, User};
-use crate::runtime::receive_descriptors;
+use crate::runtime::{Cgroup, receive_descriptors};
 
 /// As much of the runtime's own words as is repeated.
 const MAX_WORDS: usize = 1024;
@@ -41,6 +41,8 @@ pub struct Places {
     pub agent: PathBuf,
     /// In memory: a directory for each session.
     pub files: PathBuf,
+    /// Where the cgroup hierarchy (version 2) is mounted.
+    pub cgroup_mount: PathBuf,
 }
 
 impl Default for Places {
@@ -49,8 +51,18 @@ impl Default for Places {
             program: crate::runtime::DEFAULT_PROGRAM.into(),
             agent: "/run/kiln/agent".into(),
             files: "/run/kiln/sessions".into(),
+            cgroup_mount: "/sys/fs/cgroup".into(),
         }
     }
+}
+
+/// Holds a cgroup for each session in the VM itself.
+const VM_SESSIONS: &str = "/kiln/sessions";
+
+/// No two sessions have the same.
+fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Why a command was not started.
@@ -87,6 +99,8 @@ pub struct Launched {
     pub leader: Leader,
     /// What it reads and writes.
     pub io: Io,
+    /// Every process of the session is in it.
+    pub cgroup: Cgroup,
 }
 
 /// What a command reads and writes.
@@ -161,8 +175,10 @@ async fn in_container(
         Some(user) => Some(find_user(places, &target, user).await?),
         None => None,
     };
-    let files =
-        Files::make(&places.files).map_err(|e| Refused::internal("make a session's files", &e))?;
+    let name = format!("session-{}", next_number());
+    let cgroup = Cgroup::new(&places.cgroup_mount, &target.cgroup).below(&name);
+    let files = Files::make(places.files.join(&name))
+        .map_err(|e| Refused::internal("make a session's files", &e))?;
     let made = Value::Object(process(own, exec, user.as_ref()));
     files
         .write("process.json", made.to_string().as_bytes())
@@ -170,7 +186,7 @@ async fn in_container(
     let mut command = runtime(places, &target);
     command.arg("--cgroup-manager=cgroupfs").arg("--log").arg(files.path("log"));
     command.args(["--log-format", "json", "exec", "--process"]).arg(files.path("process.json"));
-    command.arg("--pid-file").arg(files.path("pid"));
+    command.arg("--pid-file").arg(files.path("pid")).arg("--cgroup").arg(&name);
     let spawned = if exec.terminal.is_some() {
         UnixListener::bind(files.path("console")).and_then(|console| {
             command.arg("--console-socket").arg(files.path("console")).arg(&target.id);
@@ -183,7 +199,7 @@ async fn in_container(
     };
     let (child, io) =
         spawned.map_err(|error| Refused::internal("start the container runtime", &error))?;
-    Ok(Launched { child, leader: Leader::Written(files), io })
+    Ok(Launched { child, leader: Leader::Written(files), io, cgroup })
 }
 
 /// The container to enter.
@@ -220,9 +236,13 @@ fn in_vm(places: &Places, exec: &Exec) -> Result<Launched, Refused> {
         let why = format!("the VM has no directory {directory:?}");
         return Err(Refused::new(Cause::Invalid, why));
     }
+    let all = Cgroup::new(&places.cgroup_mount, Path::new(VM_SESSIONS));
+    let cgroup = all.below(&next_number().to_string());
+    cgroup.make().map_err(|error| Refused::internal("make a session's cgroup", &error))?;
     let mut command = Command::new(&places.agent);
     command
         .arg0(LEADER_NAME)
+        .arg(cgroup.processes_file())
         .arg(if exec.terminal.is_some() { TERMINAL } else { PIPES })
         .args(&exec.command);
     command.current_dir(directory).envs(exec.env.iter().map(|(name, value)| (name, value)));
@@ -234,7 +254,7 @@ fn in_vm(places: &Places, exec: &Exec) -> Result<Launched, Refused> {
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
     let pid =
         pid.ok_or_else(|| Refused::new(Cause::Internal, "the command's process has no number"))?;
-    Ok(Launched { child, leader: Leader::Known(pid), io })
+    Ok(Launched { child, leader: Leader::Known(pid), io, cgroup })
 }
 
 fn piped(mut command: Command) -> io::Result<(Child, Io)> {
@@ -321,9 +341,7 @@ pub struct Files {
 }
 
 impl Files {
-    fn make(all: &Path) -> io::Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let directory = all.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+    fn make(directory: PathBuf) -> io::Result<Self> {
         DirBuilder::new().mode(0o700).recursive(true).create(&directory)?;
         let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&changes, &directory, WatchFlags::CLOSE_WRITE | WatchFlags::ONLYDIR)?;
@@ -393,7 +411,7 @@ mod tests {
     #[tokio::test]
     async fn a_pid_that_is_written_later_is_found_and_the_files_go() {
         let dir = tempfile::tempdir().unwrap();
-        let files = Files::make(dir.path()).unwrap();
+        let files = Files::make(dir.path().join("one")).unwrap();
         let path = files.path("pid");
         assert!(
             tokio::time::timeout(std::time::Duration::from_millis(20), files.pid()).await.is_err()

@@ -15,7 +15,7 @@ use crate::run::{NOT_EXECUTABLE, NOT_FOUND};
 /// The name that makes the agent's binary this.
 pub const LEADER_NAME: &str = "kiln-session";
 
-/// The first argument when standard input is the session's terminal.
+/// The second argument when standard input is the session's terminal.
 pub const TERMINAL: &str = "terminal";
 /// And when there is none.
 pub const PIPES: &str = "pipes";
@@ -25,12 +25,13 @@ pub fn is_leader_call(argv0: &OsStr) -> bool {
     Path::new(argv0) == Path::new(LEADER_NAME)
 }
 
-/// Its `main`: the arguments are [`TERMINAL`] or [`PIPES`], and the command.
+/// Its `main`: the arguments are the file through which its cgroup is joined, [`TERMINAL`] or [`PIPES`], and the
+/// command.
 pub fn leader_main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let [kind, program, rest @ ..] = args.as_slice() else { return ExitCode::FAILURE };
+    let [cgroup, kind, program, rest @ ..] = args.as_slice() else { return ExitCode::FAILURE };
     // Only comes back when it fails.
-    let error = match begin(kind) {
+    let error = match begin(cgroup, kind) {
         Ok(()) => Command::new(program).args(rest).exec(),
         Err(error) => error,
     };
@@ -39,7 +40,8 @@ pub fn leader_main() -> ExitCode {
     ExitCode::from(if not_found { NOT_FOUND } else { NOT_EXECUTABLE })
 }
 
-fn begin(kind: &OsStr) -> io::Result<()> {
+fn begin(cgroup: &OsStr, kind: &OsStr) -> io::Result<()> {
+    std::fs::write(cgroup, "0")?;
     setsid()?;
     if kind == TERMINAL {
         ioctl_tiocsctty(io::stdin())?;

@@ -1,16 +1,33 @@
-//! The processes of a session, by the kernel's session id: that of the command, which begins one.
+//! The processes of a session: those in its cgroup, and those in the kernel's session that its command began, for
+//! the command may not be in the cgroup yet.
 
 use std::fs;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+
+use crate::runtime::Cgroup;
 
 /// How often what is left is looked for again: a process that forks faster than it is seen is caught by then, or
 /// the limit on processes of its container has it.
 const ROUNDS: usize = 16;
 
+/// How long killed processes may take to be gone.
+const GONE: Duration = Duration::from_secs(10);
+
+/// Ends every process of a session. It blocks.
+pub fn end(leader: Option<Pid>, cgroup: &Cgroup) {
+    if let Some(leader) = leader {
+        end_session_of(leader);
+    }
+    if let Err(error) = cgroup.end(GONE) {
+        tracing::warn!(%error, "the cgroup of a session stays");
+    }
+}
+
 /// Ends every process of the session that `leader` began.
-pub fn end(leader: Pid) {
+fn end_session_of(leader: Pid) {
     for _ in 0..ROUNDS {
         let found = of_session(leader);
         if found.is_empty() {
@@ -40,8 +57,9 @@ fn of_session(leader: Pid) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        session_of(&stat) == Some(leader.as_raw())
+        // A program's name may be any bytes.
+        let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+        session_of(&String::from_utf8_lossy(&stat)) == Some(leader.as_raw())
     })
     .map(Pid::from_raw)
     .collect()
@@ -87,7 +105,7 @@ mod tests {
         output.read_line(&mut line).unwrap();
         let leader = Pid::from_raw(i32::try_from(child.id()).unwrap());
         assert_eq!(of_session(leader).len(), 2);
-        end(leader);
+        end_session_of(leader);
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         // Its output ends, for nobody is left that holds it.
         line.clear();

@@ -28,6 +28,7 @@ use super::launch::{self, Io, Launched, Leader, Places, Refused, launch};
 use super::processes;
 use super::target::Enterable;
 use super::terminal::{END_OF_INPUT, Master};
+use crate::runtime::Cgroup;
 
 /// The host says at once what it wants.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
@@ -104,8 +105,8 @@ async fn exec_session<R>(
 where
     R: AsyncRead + Unpin,
 {
-    let Launched { mut child, leader, io } = launched;
-    let command = Command { leader, io: OnceCell::new(), taken: AtomicU64::new(0) };
+    let Launched { mut child, leader, io, cgroup } = launched;
+    let command = Command { leader, cgroup, io: OnceCell::new(), taken: AtomicU64::new(0) };
     let done = {
         let (input, waiting) = mpsc::unbounded_channel();
         tokio::select! {
@@ -123,6 +124,8 @@ where
 /// A command that runs.
 struct Command {
     leader: Leader,
+    /// Every process of the session is in it.
+    cgroup: Cgroup,
     /// Its terminal, once there is one.
     io: OnceCell<Master>,
     /// Bytes of input that it has taken.
@@ -327,13 +330,12 @@ impl Command {
 
     /// Ends everything: nobody wants it any more.
     async fn end(&self, child: &mut Child) {
-        tokio::select! {
+        let leader = tokio::select! {
             // It is over, and may have left others.
-            _ = child.wait() => self.end_rest().await,
-            leader = timeout(LEADER_WAIT, self.leader.pid()) => if let Ok(Ok(leader)) = leader {
-                end_session(leader).await;
-            },
-        }
+            _ = child.wait() => self.known_leader().await,
+            leader = timeout(LEADER_WAIT, self.leader.pid()) => leader.ok().and_then(Result::ok),
+        };
+        self.end_all(leader).await;
         // The runtime ends with the command.
         let _ = child.start_kill();
         let _ = child.wait().await;
@@ -341,14 +343,23 @@ impl Command {
 
     /// Ends what the command left behind.
     async fn end_rest(&self) {
-        let known = tokio::select! {
+        let leader = self.known_leader().await;
+        self.end_all(leader).await;
+    }
+
+    /// The command's process, if it is known by now.
+    async fn known_leader(&self) -> Option<Pid> {
+        tokio::select! {
             biased;
             leader = self.leader.pid() => leader.ok(),
             () = std::future::ready(()) => None,
-        };
-        if let Some(leader) = known {
-            end_session(leader).await;
         }
+    }
+
+    async fn end_all(&self, leader: Option<Pid>) {
+        let cgroup = self.cgroup.clone();
+        // It reads all of /proc, and waits.
+        let _ = tokio::task::spawn_blocking(move || processes::end(leader, &cgroup)).await;
     }
 
     fn ended(&self, status: ExitStatus) -> Ended {
@@ -364,17 +375,15 @@ impl Command {
     }
 }
 
-async fn end_session(leader: Pid) {
-    // It reads all of /proc.
-    let _ = tokio::task::spawn_blocking(move || processes::end(leader)).await;
-}
-
 /// What the container runtime's words mean.
 fn cause_of(words: &str) -> Cause {
     let lower = words.to_lowercase();
     if lower.contains("executable file") && lower.contains("not found") {
         Cause::NotFound
-    } else if lower.contains("permission denied") || lower.contains("exec format error") {
+    } else if lower.contains("permission denied")
+        || lower.contains("not executable")
+        || lower.contains("exec format error")
+    {
         Cause::NotExecutable
     } else if lower.contains("chdir") {
         Cause::Invalid

@@ -14,6 +14,8 @@ pub struct Target {
     pub root: Option<PathBuf>,
     /// Its config: whose process a session's is like.
     pub config: PathBuf,
+    /// Its cgroup, from the hierarchy's root.
+    pub cgroup: PathBuf,
     /// Whether its processes see secrets of the build.
     pub secrets: bool,
 }
@@ -73,8 +75,13 @@ mod tests {
 
     #[test]
     fn only_the_one_that_ends_is_closed() {
-        let target =
-            |id: &str| Target { id: id.into(), root: None, config: "/c".into(), secrets: false };
+        let target = |id: &str| Target {
+            id: id.into(),
+            root: None,
+            config: "/c".into(),
+            cgroup: "/kiln/steps/1".into(),
+            secrets: false,
+        };
         let (enterable, other) = (Enterable::default(), Enterable::default());
         let clone = enterable.clone();
         enterable.open(target("one"));

@@ -39,9 +39,16 @@ impl Host {
         let own = r#"{"process":{"args":["x"],"env":["STEP=7","PATH=/usr/bin:/bin"],"cwd":"/"}}"#;
         fs::write(&config, own).unwrap();
         let enterable = Enterable::default();
-        enterable.open(Target { id: "step".into(), root: None, config, secrets: false });
+        enterable.open(Target {
+            id: "step".into(),
+            root: None,
+            config,
+            cgroup: "/kiln/steps/1".into(),
+            secrets: false,
+        });
         let files = dir.path().join("sessions");
-        let places = Places { program, agent: "/nowhere".into(), files };
+        let cgroup_mount = dir.path().join("cgroup");
+        let places = Places { program, agent: "/nowhere".into(), files, cgroup_mount };
         let (here, there) = UnixStream::pair().unwrap();
         let served = tokio::spawn(async move { session::serve(there, &places, &enterable).await });
         let (read, write) = here.into_split();

@@ -20,6 +20,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
+use super::config;
 use super::inside::{TOLD, Told};
 use super::{NOT_EXECUTABLE, NOT_FOUND, Places, STOP_GRACE};
 use crate::events::{Report, Reporter};
@@ -136,8 +137,14 @@ impl<'a> Container<'a> {
 
     fn target(&self) -> Target {
         let files = &self.places.files;
-        let (root, config) = (Some(self.runtime_root()), files.join("config.json"));
-        Target { id: NAME.to_owned(), root, config, secrets: false }
+        let (root, file) = (Some(self.runtime_root()), files.join("config.json"));
+        Target {
+            id: NAME.to_owned(),
+            root,
+            config: file,
+            cgroup: config::CGROUP.into(),
+            secrets: false,
+        }
     }
 
     fn runtime_root(&self) -> PathBuf {

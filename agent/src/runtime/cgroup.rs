@@ -4,6 +4,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::io::Errno;
 
 /// A cgroup in the file system.
 #[derive(Clone, Debug)]
@@ -52,6 +57,42 @@ impl Cgroup {
     /// Moves a process into it.
     pub fn adopt(&self, pid: u32) -> io::Result<()> {
         fs::write(self.directory.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// One below it.
+    pub fn below(&self, name: &str) -> Self {
+        Self { directory: self.directory.join(name) }
+    }
+
+    /// The file that says which processes are in it.
+    pub fn processes_file(&self) -> PathBuf {
+        self.directory.join("cgroup.procs")
+    }
+
+    /// Kills every process in it, also those below, and removes it when they are gone. It blocks.
+    pub fn end(&self, within: Duration) -> io::Result<()> {
+        let events = inotify::init(CreateFlags::CLOEXEC)?;
+        let file = self.directory.join("cgroup.events");
+        match inotify::add_watch(&events, file, WatchFlags::MODIFY) {
+            Err(Errno::NOENT) => return Ok(()),
+            watched => watched?,
+        };
+        self.kill();
+        let until = Instant::now() + within;
+        loop {
+            match fs::remove_dir(&self.directory) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => return Ok(()),
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut ready = [PollFd::new(&events, PollFlags::IN)];
+            if rustix::event::poll(&mut ready, Some(&left))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            rustix::io::read(&events, &mut [0; 4096][..])?;
+        }
     }
 
     /// Kills every process in it, also those below. A cgroup that is not there has none.

@@ -52,22 +52,39 @@ impl Hold {
         let mut id = self.id.clone();
         id.push(if with_secrets { "-secrets" } else { "-held" });
         match self.try_make(&id, with_secrets) {
-            Ok(config) => FromWrapper::Held { id: id.to_string_lossy().into_owned(), config },
+            Ok(config) => {
+                let cgroup = self.cgroup(&id);
+                FromWrapper::Held { id: id.to_string_lossy().into_owned(), config, cgroup }
+            }
             Err(error) => FromWrapper::NotHeld { why: error.to_string() },
         }
     }
 
+    fn cgroup(&self, id: &OsStr) -> PathBuf {
+        self.policy.cgroup.join("held").join(id)
+    }
+
     fn try_make(&self, id: &OsStr, with_secrets: bool) -> io::Result<PathBuf> {
         let bundle = self.bundles.join(id);
-        DirBuilder::new().mode(0o700).recursive(true).create(&bundle)?;
+        let made = self.make_in(&bundle, id, with_secrets);
+        if made.is_err() {
+            // So that it can be tried again, and no copy of a secret stays.
+            let _ = Command::new(&self.program).args(["delete", "--force"]).arg(id).status();
+            let _ = fs::remove_dir_all(&bundle);
+        }
+        made
+    }
+
+    fn make_in(&self, bundle: &Path, id: &OsStr, with_secrets: bool) -> io::Result<PathBuf> {
+        DirBuilder::new().mode(0o700).recursive(true).create(bundle)?;
         let mut spec = self.spec.clone();
         if with_secrets {
-            secrets::place(&mut spec, &self.policy.secrets, &bundle, id)?;
+            secrets::place(&mut spec, &self.policy.secrets, bundle, id)?;
         }
         // What sessions are like: the step, not the process that stays.
         let step = bundle.join("step.json");
         spec.save(&step).map_err(io::Error::other)?;
-        let spec = holding(spec, &self.policy.cgroup.join("held").join(id));
+        let spec = holding(spec, &self.cgroup(id));
         spec.save(bundle.join(CONFIG)).map_err(io::Error::other)?;
         let log = bundle.join("log");
         let status = Command::new(&self.program)
@@ -75,7 +92,7 @@ impl Hold {
             .arg("--log")
             .arg(&log)
             .args(["run", "--detach", "--no-new-keyring", "--bundle"])
-            .arg(&bundle)
+            .arg(bundle)
             .arg(id)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -309,7 +309,9 @@ async fn make_again(wrapper: &mut BufReader<UnixStream>, secrets: bool) -> Resul
         read_message(wrapper).await
     };
     match answer.await {
-        Ok(FromWrapper::Held { id, config }) => Ok(Target { id, root: None, config, secrets }),
+        Ok(FromWrapper::Held { id, config, cgroup }) => {
+            Ok(Target { id, root: None, config, cgroup, secrets })
+        }
         Ok(FromWrapper::NotHeld { why }) => Err(why),
         Ok(_) | Err(_) => Err("the failed step's monitor does not answer".to_owned()),
     }
@@ -327,7 +329,8 @@ async fn exchange(
     wrapper.write_all(&wire::encode(policy)?).await?;
     let first = read_message(wrapper).await?;
     let FromWrapper::Created { id, config, secrets } = first else { return Ok(first) };
-    enterable.open(Target { id: id.clone(), root: None, config, secrets });
+    let cgroup = policy.cgroup.clone();
+    enterable.open(Target { id: id.clone(), root: None, config, cgroup, secrets });
     let last = read_message(wrapper).await;
     enterable.close(&id);
     last

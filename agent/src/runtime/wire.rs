@@ -62,6 +62,8 @@ pub enum FromWrapper {
         id: String,
         /// The config that sessions are like.
         config: PathBuf,
+        /// Its cgroup, from the hierarchy's root.
+        cgroup: PathBuf,
     },
     /// The other answer.
     NotHeld {
