@@ -40,11 +40,13 @@ pub(super) enum Deaf {
 pub(super) struct Agent<R> {
     frames: FrameReader<R>,
     started: bool,
+    /// Bytes of input that it has taken.
+    taken: u64,
 }
 
 impl<R: AsyncRead + Unpin> Agent<R> {
     pub(super) fn new(reader: R) -> Self {
-        Self { frames: FrameReader::new(reader), started: false }
+        Self { frames: FrameReader::new(reader), started: false, taken: 0 }
     }
 
     /// Whether the command was started.
@@ -79,12 +81,20 @@ impl<R: AsyncRead + Unpin> Agent<R> {
             SessionToHost::Output { bytes, .. } if bytes.len() > MAX_CHUNK => {
                 protocol("a piece of output is larger than it may be")
             }
-            SessionToHost::Output { bytes, .. } if bytes.is_empty() => Ok(None),
+            SessionToHost::Output { bytes, .. } if bytes.is_empty() => {
+                protocol("a piece of output is empty")
+            }
             SessionToHost::Output { stream, bytes } => Ok(Some(Heard::Output(stream, bytes))),
             SessionToHost::InputTaken { .. } if !self.started => {
                 protocol("a command took input that was not started")
             }
-            SessionToHost::InputTaken { total } => Ok(Some(Heard::Taken(total))),
+            SessionToHost::InputTaken { total } if total <= self.taken => {
+                protocol("it took no more input than it had")
+            }
+            SessionToHost::InputTaken { total } => {
+                self.taken = total;
+                Ok(Some(Heard::Taken(total)))
+            }
             SessionToHost::Ended(Ended::Exited { .. }) if !self.started => {
                 protocol("a command ended that was not started")
             }

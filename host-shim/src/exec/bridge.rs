@@ -140,8 +140,8 @@ pub async fn run<I: ClientInput, O: ClientOutput>(
     let work = converse(entrance, open, ping, before, input, output);
     tokio::pin!(work);
     tokio::select! {
+        // A guest that never stops talking does not keep these from being looked at.
         biased;
-        outcome = &mut work => outcome,
         () = stop.cancelled() => Outcome::own(How::ServerStopped, "the server is being stopped"),
         () = revoked.cancelled() => Outcome::own(How::Revoked, "the token that this session was opened with is revoked"),
         timeout = at(deadline) => Outcome {
@@ -156,6 +156,7 @@ pub async fn run<I: ClientInput, O: ClientOutput>(
                 Err(_) => vm_ended(),
             }
         }
+        outcome = &mut work => outcome,
     }
 }
 
@@ -196,9 +197,10 @@ async fn converse<I: ClientInput, O: ClientOutput>(
     let preamble = Preamble { channel: Channel::Exec, nonce: entrance.nonce() };
     let (taken, window) = watch::channel(0);
     tokio::select! {
+        // A guest that never stops talking does not hide that its client is gone.
         biased;
-        outcome = outward(Agent::new(reader), &taken, entrance, ping, output) => outcome,
         gone = inward(writer, preamble, open, window, input) => gone.into(),
+        outcome = outward(Agent::new(reader), &taken, entrance, ping, output) => outcome,
     }
 }
 
@@ -216,7 +218,6 @@ async fn outward<O: ClientOutput>(
     loop {
         let heard = tokio::select! {
             biased;
-            heard = agent.hear() => heard,
             _ = pings.tick() => match output.ping().await {
                 Ok(()) => continue,
                 Err(gone) => return gone.into(),
@@ -225,6 +226,7 @@ async fn outward<O: ClientOutput>(
                 let seconds = START_DEADLINE.as_secs();
                 return Outcome::refused(format!("the VM's agent did not start the command within {seconds} s"));
             }
+            heard = agent.hear() => heard,
         };
         match heard {
             Ok(Heard::Started) => {}

@@ -102,6 +102,9 @@ impl Sieve {
     }
 }
 
+/// What a piece costs beside its bytes, so that many small ones count as what they are.
+const PIECE: usize = 64;
+
 /// Input that waits for the command to take more.
 #[derive(Default)]
 struct Waiting {
@@ -117,7 +120,7 @@ impl Waiting {
     }
 
     fn input(&mut self, bytes: Bytes) {
-        self.len += bytes.len();
+        self.len += bytes.len() + PIECE;
         self.bytes.push_back(bytes);
     }
 
@@ -127,6 +130,7 @@ impl Waiting {
         let room = usize::try_from(room).unwrap_or(usize::MAX).min(MAX_CHUNK);
         while let Some(first) = self.bytes.front_mut() {
             if first.is_empty() {
+                self.len -= PIECE;
                 self.bytes.pop_front();
                 continue;
             }
@@ -182,8 +186,10 @@ mod tests {
 
     #[test]
     fn what_waits_is_bounded() {
-        assert!(waiting(&[MAX_WAITING - 1]).has_room());
-        assert!(!waiting(&[MAX_WAITING - 1, 1]).has_room());
+        assert!(waiting(&[MAX_WAITING - PIECE - 1]).has_room());
+        assert!(!waiting(&[MAX_WAITING - PIECE - 1, 1]).has_room());
+        let small = vec![0; MAX_WAITING / PIECE];
+        assert!(!waiting(&small).has_room(), "small pieces count too");
     }
 
     #[test]

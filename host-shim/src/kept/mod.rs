@@ -24,6 +24,9 @@ use crate::clock;
 use crate::exec::Entrance;
 use crate::vmm::Vm;
 
+/// Longest time that a VM stays, however often its lease is extended: two days.
+pub const MAX_STAY_SECONDS: u32 = 2 * 24 * 60 * 60;
+
 /// Kept VMs of a server. Cheap to clone.
 #[derive(Clone)]
 pub struct Kept {
@@ -75,6 +78,14 @@ struct Lodger {
     lease: Lease,
     entrance: Entrance,
     asks: mpsc::UnboundedSender<Ask>,
+    /// Its VM is being removed: it takes its place until that is done, and cannot be entered.
+    going: bool,
+}
+
+/// Who cannot come in before somebody else goes.
+struct Waiting {
+    lodger: Lodger,
+    instead: BuildId,
 }
 
 impl Kept {
@@ -91,15 +102,17 @@ impl Kept {
 
     /// Lets VMs go, the oldest first, until the host has memory for another one, or there are none left.
     pub async fn make_room(&self, memory_mb: u32) {
-        while !self.lock().is_empty() && !room::has_room_for(memory_mb) {
-            self.release_oldest("a VM is about to start and needs its memory").await;
+        while !room::has_room_for(memory_mb) {
+            let first = room::first_to_go(self.lock().iter().map(|lodger| &lodger.lease)).cloned();
+            let Some(first) = first else { return };
+            self.let_go(&first, "a VM is about to start and needs its memory").await;
         }
     }
 
-    /// Keeps a VM. Where there are as many as may be, the oldest goes.
+    /// Keeps a VM. Where there are as many as may be, or as many of its tenant, another one goes.
     pub async fn keep(&self, vm: Vm, guest: Guest) {
         let dialer = match vm.dialer() {
-            Ok(dialer) if self.inner.most > 0 && !self.inner.stop.is_cancelled() => dialer,
+            Ok(dialer) if self.is_open() && !self.inner.stop.is_cancelled() => dialer,
             refused => {
                 if let Err(error) = refused {
                     tracing::error!(%error, "a VM is not kept: its sockets are not to be had");
@@ -107,11 +120,6 @@ impl Kept {
                 return stay::remove(vm).await;
             }
         };
-        while self.lock().len() >= self.inner.most {
-            if !self.release_oldest("there are as many kept VMs as there may be").await {
-                break;
-            }
-        }
         let Guest { id, tenant, memory_mb, seconds, nonce, with_it } = guest;
         let since = clock::now();
         let until = since + i64::from(seconds) * 1000;
@@ -119,21 +127,37 @@ impl Kept {
         let (asks, asked) = mpsc::unbounded_channel();
         let entrance = Entrance::new(stay::Door::new(dialer, asks.clone()), nonce);
         let stay = Stay { kept: self.clone(), id, entrance: entrance.clone(), until, with_it };
-        self.lock().push(Lodger { lease, entrance, asks });
+        let mut lodger = Lodger { lease, entrance, asks, going: false };
+        while let Err(waiting) = self.admit(lodger) {
+            lodger = waiting.lodger;
+            self.let_go(&waiting.instead, "there are as many kept VMs as there may be").await;
+        }
         let stop = self.inner.stop.clone();
         self.inner.tasks.spawn(stay.run(vm, asked, stop));
     }
 
+    /// Takes one in, or says which has to go first.
+    fn admit(&self, lodger: Lodger) -> Result<(), Box<Waiting>> {
+        let mut vms = self.lock();
+        let most = self.inner.most;
+        let leases = vms.iter().map(|lodger| &lodger.lease);
+        let instead = room::in_the_way(&leases, &lodger.lease.tenant, most).cloned();
+        if let Some(instead) = instead {
+            return Err(Box::new(Waiting { lodger, instead }));
+        }
+        vms.push(lodger);
+        Ok(())
+    }
+
     /// The way into a build's VM.
     pub fn entrance(&self, id: &BuildId) -> Option<Entrance> {
-        let vms = self.lock();
-        vms.iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.entrance.clone())
+        self.staying(id).map(|(_, entrance)| entrance)
     }
 
     /// Those of a tenant, or all. The oldest first.
     pub fn list(&self, tenant: Option<&Tenant>) -> Vec<Lease> {
         let vms = self.lock();
-        let leases = vms.iter().map(|lodger| &lodger.lease);
+        let leases = vms.iter().filter(|lodger| !lodger.going).map(|lodger| &lodger.lease);
         leases
             .filter(|lease| tenant.is_none_or(|tenant| lease.tenant == *tenant))
             .cloned()
@@ -142,14 +166,21 @@ impl Kept {
 
     /// The lease of a build's VM.
     pub fn lease(&self, id: &BuildId) -> Option<Lease> {
-        self.lock().iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.lease.clone())
+        self.staying(id).map(|(lease, _)| lease)
     }
 
-    /// Lets a VM stay for so many seconds from now. `None` when it is not kept.
+    fn staying(&self, id: &BuildId) -> Option<(Lease, Entrance)> {
+        let vms = self.lock();
+        let lodger = vms.iter().find(|lodger| lodger.lease.id == *id && !lodger.going)?;
+        Some((lodger.lease.clone(), lodger.entrance.clone()))
+    }
+
+    /// Lets a VM stay for so many seconds from now, at most [`MAX_STAY_SECONDS`] in all. `None` when it is not kept.
     pub fn extend(&self, id: &BuildId, seconds: u32) -> Option<Lease> {
         let mut vms = self.lock();
-        let lodger = vms.iter_mut().find(|lodger| lodger.lease.id == *id)?;
-        let until = clock::now() + i64::from(seconds) * 1000;
+        let lodger = vms.iter_mut().find(|lodger| lodger.lease.id == *id && !lodger.going)?;
+        let last = lodger.lease.since + i64::from(MAX_STAY_SECONDS) * 1000;
+        let until = (clock::now() + i64::from(seconds) * 1000).min(last);
         lodger.lease.until = until;
         lodger.asks.send(Ask::Until(until)).ok().map(|()| lodger.lease.clone())
     }
@@ -167,12 +198,9 @@ impl Kept {
         true
     }
 
-    /// Lets the oldest go. False when there is none.
-    pub async fn release_oldest(&self, why: &str) -> bool {
-        let oldest = self.lock().first().map(|lodger| lodger.lease.id.clone());
-        let Some(oldest) = oldest else { return false };
-        tracing::info!(id = %oldest, why, "a kept VM goes before its time");
-        self.release(&oldest).await
+    async fn let_go(&self, id: &BuildId, why: &str) {
+        tracing::info!(%id, why, "a kept VM goes before its time");
+        self.release(id).await;
     }
 
     /// Ends all of them, and waits for that.

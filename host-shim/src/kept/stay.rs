@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Kept;
+use super::{Kept, Lodger};
 use crate::build::{BuildId, Millis};
 use crate::causes::chain;
 use crate::clock;
@@ -91,10 +91,11 @@ impl Stay {
     ) {
         let why = self.stay(&vm, &mut asked, &stop).await;
         tracing::info!(id = %self.id, why, "a kept VM goes");
-        self.kept.lock().retain(|lodger| lodger.lease.id != self.id);
+        self.with_lodger(|lodger| lodger.going = true);
         self.entrance.close();
         drop(self.with_it);
         remove(vm).await;
+        self.kept.lock().retain(|lodger| lodger.lease.id != self.id);
         // Who waits for its end sees this close.
         drop(asked);
     }
@@ -133,10 +134,15 @@ impl Stay {
                 Some(Ask::Enter(answer)) => {
                     sessions += 1;
                     pause_at = None;
-                    let resumed = if paused { vm.resume().await } else { Ok(()) };
-                    paused = resumed.is_err();
+                    if paused && let Err(error) = vm.resume().await {
+                        // Nobody knows whether it runs.
+                        let why = chain(&error);
+                        let _ = answer.send(Err(error));
+                        return why;
+                    }
+                    paused = false;
                     // Who asked may be gone, and leaves then.
-                    let _ = answer.send(resumed);
+                    let _ = answer.send(Ok(()));
                 }
                 Some(Ask::Leave) => {
                     sessions = sessions.saturating_sub(1);
@@ -147,15 +153,13 @@ impl Stay {
                 Some(Ask::Until(then)) => until = deadline(then),
                 Some(Ask::Go) | None => return "it was released".into(),
             }
-            self.count(sessions);
+            self.with_lodger(|lodger| lodger.lease.sessions = sessions);
         }
     }
 
-    fn count(&self, sessions: usize) {
+    fn with_lodger(&self, change: impl FnOnce(&mut Lodger)) {
         let mut vms = self.kept.lock();
-        if let Some(lodger) = vms.iter_mut().find(|lodger| lodger.lease.id == self.id) {
-            lodger.lease.sessions = sessions;
-        }
+        vms.iter_mut().find(|lodger| lodger.lease.id == self.id).map(change);
     }
 }
 
