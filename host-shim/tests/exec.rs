@@ -123,7 +123,6 @@ async fn all_that_a_client_says_arrives_in_order_and_in_pieces() {
         session.say(said).await;
         assert_eq!(agent.hear().await.unwrap(), heard);
     }
-    agent.print(Stream::Out, b"").await;
     agent.print(Stream::Out, &[0, 255]).await;
     agent.exit(3).await;
     assert_eq!(session.end().await, (vec![0, 255], exited(3)));

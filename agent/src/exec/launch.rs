@@ -183,6 +183,10 @@ async fn in_container(
     files
         .write("process.json", made.to_string().as_bytes())
         .map_err(|error| Refused::internal("write the command down", &error))?;
+    cgroup.make_leaf().map_err(|error| {
+        let why = format!("the step is over, or cannot be entered: its cgroup: {error}");
+        Refused::new(Cause::NoStep, why)
+    })?;
     let mut command = runtime(places, &target);
     command.arg("--cgroup-manager=cgroupfs").arg("--log").arg(files.path("log"));
     command.args(["--log-format", "json", "exec", "--process"]).arg(files.path("process.json"));

@@ -48,6 +48,7 @@ impl Host {
         });
         let files = dir.path().join("sessions");
         let cgroup_mount = dir.path().join("cgroup");
+        fs::create_dir_all(cgroup_mount.join("kiln/steps/1")).unwrap();
         let places = Places { program, agent: "/nowhere".into(), files, cgroup_mount };
         let (here, there) = UnixStream::pair().unwrap();
         let served = tokio::spawn(async move { session::serve(there, &places, &enterable).await });

@@ -64,6 +64,11 @@ impl Cgroup {
         Self { directory: self.directory.join(name) }
     }
 
+    /// Makes it, where the one above is there.
+    pub fn make_leaf(&self) -> io::Result<()> {
+        fs::create_dir(&self.directory)
+    }
+
     /// The file that says which processes are in it.
     pub fn processes_file(&self) -> PathBuf {
         self.directory.join("cgroup.procs")

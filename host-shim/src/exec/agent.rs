@@ -146,8 +146,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_session_is_heard_to_its_end_and_no_further() {
-        let (all, end) =
-            heard(&[SessionToHost::Started, output(0), output(1), EXITED, output(5)]).await;
+        let (all, end) = heard(&[SessionToHost::Started, output(1), EXITED, output(5)]).await;
         assert_eq!(end, Ok(()));
         assert_eq!(all, [Heard::Started, Heard::Output(Stream::Err, vec![7]), Heard::Exited(3)]);
         let (all, end) = heard(&[failed(2)]).await;
@@ -163,6 +162,8 @@ mod tests {
         assert!(heard(&[failed(MAX_WHY)]).await.1.is_ok());
         for broken in [
             vec![started.clone(), output(MAX_CHUNK + 1)],
+            vec![started.clone(), output(0)],
+            vec![started.clone(), SessionToHost::InputTaken { total: 0 }],
             vec![failed(MAX_WHY + 1)],
             vec![output(1)],
             vec![EXITED],
