@@ -107,8 +107,14 @@ impl Masker {
 
     /// The id of the first secret in a text.
     pub fn find(&self, text: &[u8]) -> Option<&str> {
+        self.first(text).map(|(secret, _)| secret)
+    }
+
+    /// The id of the first secret in a text, and where it ends.
+    pub(super) fn first(&self, text: &[u8]) -> Option<(&str, usize)> {
         let found = self.search.as_ref()?.find(text)?;
-        self.owners.get(found.pattern().as_usize()).map(String::as_str)
+        let owner = self.owners.get(found.pattern().as_usize())?;
+        Some((owner, found.end()))
     }
 
     /// A whole text, masked.
