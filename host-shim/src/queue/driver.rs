@@ -380,7 +380,8 @@ impl Driver {
             }
         };
         let begun = sink.begun();
-        let masker = sink.into_masker();
+        let mut masker = sink.into_masker();
+        masker.prepare().await;
         let next = match next {
             Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
                 let console = vm.console_tail().await;

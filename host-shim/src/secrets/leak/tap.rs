@@ -4,7 +4,7 @@ use std::io::{self, Read};
 
 use super::{Bounds, CHUNK};
 use crate::secrets::Masker;
-use crate::secrets::mask::REACH;
+use crate::secrets::search::REACH;
 
 /// Unpacked bytes on their way to whoever names them.
 pub(super) struct Tap<'s> {
