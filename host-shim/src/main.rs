@@ -9,6 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use kiln::cli::error::{CliError, Exit};
 use kiln::cli::{ClientCommand, Global, json_line};
 use kiln::serve::ServeCommand;
+use tokio::runtime::Runtime;
 
 /// Builds container images, each in a microVM of its own.
 #[derive(Debug, Parser)]
@@ -91,20 +92,30 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    let code = match cli.command {
-        Command::Client(command) => runtime.block_on(command.run(&cli.global)),
+    match cli.command {
+        Command::Client(command) => {
+            to_the_end(runtime, async { Ok(command.run(&cli.global).await) })
+        }
         Command::Serve(command) => {
             log_to_stderr();
-            runtime.block_on(command.run()).map(|()| ExitCode::SUCCESS)?
+            to_the_end(runtime, command.run()).map(|()| ExitCode::SUCCESS)
         }
         Command::Sweep(settings) => {
             log_to_stderr();
-            runtime.block_on(kiln::serve::sweep(*settings)).map(|_| ExitCode::SUCCESS)?
+            to_the_end(runtime, kiln::serve::sweep(*settings)).map(|_| ExitCode::SUCCESS)
         }
-    };
-    // A thread that waits for standard input must not keep a command that was interrupted.
+    }
+}
+
+/// Runs what a command does, however it ends. A thread that waits, for standard input or for work that nobody wants
+/// any more, must not keep a command that was interrupted or has failed.
+fn to_the_end<T>(
+    runtime: Runtime,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let ended = runtime.block_on(work);
     runtime.shutdown_background();
-    Ok(code)
+    ended
 }
 
 /// The server's log: its level by `RUST_LOG`, and "info" without.
@@ -118,4 +129,30 @@ fn log_to_stderr() {
         // Its complaint about a stderr that is full would be a panic.
         .log_internal_errors(false)
         .init();
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_waits_keeps_no_command_however_it_ends() {
+        for fails in [true, false] {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let (release, wait) = std::sync::mpsc::channel::<()>();
+            let ended = to_the_end(runtime, async {
+                let (started, begun) = tokio::sync::oneshot::channel();
+                tokio::task::spawn_blocking(move || {
+                    let _ = started.send(());
+                    wait.recv()
+                });
+                begun.await?;
+                if fails { Err(anyhow!("it failed")) } else { Ok(()) }
+            });
+            // It is only here that the thread may end.
+            assert_eq!(ended.is_err(), fails);
+            drop(release);
+        }
+    }
 }

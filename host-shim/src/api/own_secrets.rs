@@ -1,6 +1,6 @@
 //! The parts `secret.<id>` of POST `/builds`: values for that build alone.
 
-use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretId, SecretSpec};
+use kiln_protocol::secret::{MAX_SECRET_VALUE, MAX_SECRETS, SecretId, SecretSpec};
 use zeroize::Zeroizing;
 
 use super::error::ApiError;
@@ -24,6 +24,13 @@ pub(super) struct OwnSecrets {
 impl OwnSecrets {
     /// Takes a part whose name has the prefix.
     pub(super) async fn insert(&mut self, id: &str, mut part: Part<'_>) -> Result<(), ApiError> {
+        // No build declares more, and each is compared with all before it.
+        if self.values.len() == MAX_SECRETS {
+            let message = format!(
+                "the request has more than {MAX_SECRETS} parts {PREFIX}*; a build declares at most so many secrets"
+            );
+            return Err(ApiError::too_large(message));
+        }
         let id = SecretId::new(id).map_err(|_| bad_id(id))?;
         if self.values.iter().any(|(earlier, _)| *earlier == id) {
             return Err(super::fields::duplicate(&format!("{PREFIX}{id}")));

@@ -11,7 +11,7 @@ use super::error::{ApiError, shown};
 use super::types::Secret;
 use super::{Api, Shared};
 use crate::secrets::Owner;
-use crate::store::Role;
+use crate::store::{Role, StoreError};
 use crate::token::Caller;
 
 /// Of a request that sets one: a byte more than a value may have, so that this verb says so.
@@ -33,14 +33,16 @@ pub(super) async fn put_secret(
     }
     let Api { state, .. } = &*api;
     let tenant = &caller.tenant;
-    let is_new = state.store.secret(tenant, &id).await?.is_none();
-    if is_new && state.store.secret_count(tenant).await? >= MAX_SECRETS {
-        let message = format!("{tenant} has {MAX_SECRETS} secrets, as many as it may; remove some");
-        return Err(ApiError::conflict("too_many_secrets", message));
-    }
     let sealed = state.vault.seal(Owner::Tenant(tenant), id.as_str(), value.to_vec());
     let sealed = sealed.map_err(|error| ApiError::internal(&error))?;
-    state.store.put_secret(tenant, &id, &sealed, api.now()).await?;
+    let stored = state.store.put_secret(tenant, &id, &sealed, api.now(), MAX_SECRETS).await;
+    stored.map_err(|error| match error {
+        StoreError::TooMany { limit, .. } => {
+            let message = format!("{tenant} has {limit} secrets, as many as it may; remove some");
+            ApiError::conflict("too_many_secrets", message)
+        }
+        error => error.into(),
+    })?;
     tracing::info!(secret = %id, %tenant, token = caller.token_id, "a secret was set");
     Ok(StatusCode::NO_CONTENT)
 }

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use super::base;
 use super::egress_log::LogEgress;
-use super::leaks;
+use super::leaks::{self, Searched};
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
@@ -354,10 +354,7 @@ impl Driver {
             tokio::pin!(session);
             tokio::select! {
                 biased;
-                () = self.abandon.cancelled() => Next::Fail(Failure::new(
-                    FailureKind::HostRestarted,
-                    "the host was shut down while the build ran; submit it again",
-                )),
+                () = self.abandon.cancelled() => Next::Fail(abandoned()),
                 end = &mut session => {
                     kept = matches!(end, End::Kept(_));
                     outcome::next(end)
@@ -383,7 +380,8 @@ impl Driver {
             }
         };
         let begun = sink.begun();
-        let masker = sink.into_masker();
+        let mut masker = sink.into_masker();
+        masker.prepare().await;
         let next = match next {
             Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
                 let console = vm.console_tail().await;
@@ -424,9 +422,15 @@ impl Driver {
             Ok(checked) => checked,
             Err(error) => return Ok(Some(Next::Fail(publish_failure(&error)))),
         };
-        let limit = u64::from(self.build.request.disk_gb) * GIB;
-        if let Some(failure) = leaks::failure(&context, &checked, masker, limit).await {
-            return Ok(Some(Next::Fail(failure)));
+        let disk = u64::from(self.build.request.disk_gb) * GIB;
+        let stops = vec![self.entry.cancel.clone(), self.abandon.clone()];
+        match leaks::search(&context, &checked, masker, disk, stops).await {
+            Searched::Clean => {}
+            Searched::Refused(failure) => return Ok(Some(Next::Fail(failure))),
+            Searched::Stopped if self.abandon.is_cancelled() => {
+                return Ok(Some(Next::Fail(abandoned())));
+            }
+            Searched::Stopped => return Ok(Some(Next::Cancel)),
         }
         if self.build.status != crate::build::Status::Pushing {
             self.change(Change::Push, &[]).await?;
@@ -531,6 +535,12 @@ impl Driver {
         };
         Job { build: self.build.id.clone(), role: Role::Build(build), limits }
     }
+}
+
+/// The failure of a build that the server's end gave up.
+fn abandoned() -> Failure {
+    let message = "the host was shut down while the build ran; submit it again";
+    Failure::new(FailureKind::HostRestarted, message)
 }
 
 /// A failure without the build's secrets: it may quote what a step printed, or the step itself.

@@ -160,6 +160,7 @@ impl Sink for BuildSink<'_> {
     async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
         self.begun = true;
         self.doorway.begun();
+        self.masker.prepare().await;
         let mut batch = Vec::with_capacity(reported.len());
         for mut event in reported {
             self.note(&event)?;
@@ -201,7 +202,7 @@ impl Sink for BuildSink<'_> {
         tracing::info!(secret = %id, given, "the build asked for a secret");
         // Before the guest has it, and can print it.
         if let SecretAnswer::Value(value) = &answer
-            && let Err(why) = self.masker.add(id.as_str(), value.expose())
+            && let Err(why) = self.masker.learn(id.as_str(), value).await
         {
             let line = format!("warning: the secret {id} is not masked in the log: it {why}");
             let warning = payload::of_host(crate::clock::now(), payload::kiln_log(&line));

@@ -4,15 +4,21 @@
 //! names of their entries; the manifest and the configuration as text and string by string. What is packed once more
 //! inside a layer is not unpacked.
 
-use std::cell::RefCell;
+mod bounds;
+mod tap;
+mod walk;
+
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _};
-use std::rc::Rc;
+use std::time::Duration;
 
 use serde_json::Value;
 
+use self::bounds::Stored;
+use self::tap::Tap;
 use super::Masker;
-use super::mask::REACH;
+
+pub use self::bounds::Bounds;
 
 /// How much is read at once.
 const CHUNK: usize = 64 * 1024;
@@ -29,38 +35,37 @@ pub struct Leak {
 /// Why a layer cannot be searched.
 #[derive(Debug, thiserror::Error)]
 pub enum LeakError {
-    /// It unpacks to more than the build's disk holds.
-    #[error("it unpacks to more than {0} bytes, which the build's disk does not hold")]
+    /// The image unpacks to more than the build's disk holds.
+    #[error("the image unpacks to more than {0} bytes, which the build's disk does not hold")]
     TooLarge(u64),
+    /// There is no more time for the image.
+    #[error("the search took longer than {} s", .0.as_secs())]
+    Late(Duration),
+    /// Somebody asked for the search's end.
+    #[error("the search was stopped")]
+    Stopped,
     /// It does not unpack.
     #[error("it does not unpack")]
     Damaged(#[from] io::Error),
 }
 
 /// The first secret in a layer's blob. It blocks.
-pub fn in_layer(masker: &Masker, blob: File, limit: u64) -> Result<Option<Leak>, LeakError> {
-    let found = Rc::new(RefCell::new(None));
-    let tap = Tap {
-        inner: unpacked(blob)?,
-        masker,
-        found: Rc::clone(&found),
-        tail: vec![],
-        left: Some(limit),
-    };
-    let mut archive = tar::Archive::new(tap);
-    archive.set_ignore_zeros(true);
-    let searched = entries(&mut archive, &found);
-    if let Ok(Some(leak)) = searched {
+pub fn in_layer(masker: &Masker, blob: File, bounds: &Bounds) -> Result<Option<Leak>, LeakError> {
+    let searched = search(masker, blob, bounds);
+    match bounds.ended() {
+        Some(ended) => Err(ended),
+        None => Ok(searched?),
+    }
+}
+
+fn search(masker: &Masker, blob: File, bounds: &Bounds) -> io::Result<Option<Leak>> {
+    let mut tap = Tap::new(unpacked(blob, bounds)?, masker, bounds);
+    if let Some(leak) = walk::entries(&mut tap)? {
         return Ok(Some(leak));
     }
     // What is no archive, or behind its end.
-    let mut tap = archive.into_inner();
-    io::copy(&mut tap, &mut io::sink()).map_err(|error| too_large(error, limit))?;
-    searched.map_err(|error| too_large(error, limit)).or_else(|error| match error {
-        LeakError::TooLarge(_) => Err(error),
-        LeakError::Damaged(_) => Ok(None),
-    })?;
-    Ok(found.take().map(|secret| Leak { secret, path: None }))
+    tap.skip(u64::MAX)?;
+    Ok(tap.passed().map(|secret| Leak { secret: secret.to_owned(), path: None }))
 }
 
 /// The first secret in a JSON document.
@@ -83,72 +88,17 @@ fn in_value(masker: &Masker, value: &Value) -> Option<String> {
     }
 }
 
-fn entries<R: Read>(
-    archive: &mut tar::Archive<R>,
-    found: &RefCell<Option<String>>,
-) -> io::Result<Option<Leak>> {
-    for entry in archive.entries()? {
-        let mut entry = entry?;
-        let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        io::copy(&mut entry, &mut io::sink())?;
-        if let Some(secret) = found.take() {
-            return Ok(Some(Leak { secret, path: Some(path) }));
-        }
-    }
-    Ok(None)
-}
-
 /// By its first bytes, whatever its media type says.
-fn unpacked(mut blob: File) -> io::Result<Box<dyn Read>> {
+fn unpacked(mut blob: File, bounds: &Bounds) -> io::Result<Box<dyn Read + '_>> {
     let mut magic = [0; 4];
     let read = (&blob).take(4).read(&mut magic)?;
     blob.rewind()?;
-    let blob = BufReader::with_capacity(CHUNK, blob);
+    let blob = BufReader::with_capacity(CHUNK, Stored { file: blob, bounds });
     Ok(match &magic[..read] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(blob)),
         [0x28, 0xb5, 0x2f, 0xfd] => Box::new(zstd::Decoder::with_buffer(blob)?),
         _ => Box::new(blob),
     })
-}
-
-/// Searches what passes.
-struct Tap<'m> {
-    inner: Box<dyn Read>,
-    masker: &'m Masker,
-    found: Rc<RefCell<Option<String>>>,
-    /// The end of what passed, which a secret may have begun in.
-    tail: Vec<u8>,
-    /// How much more may come; `None` for ever once more came.
-    left: Option<u64>,
-}
-
-#[derive(Debug, thiserror::Error)]
-#[error("too large")]
-struct TooLarge;
-
-fn too_large(error: io::Error, limit: u64) -> LeakError {
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<TooLarge>());
-    if inner.is_some() { LeakError::TooLarge(limit) } else { LeakError::Damaged(error) }
-}
-
-impl Read for Tap<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.inner.read(buffer)?;
-        // Nothing passes unsearched: from here on there is no end but this error.
-        self.left = self.left.and_then(|left| left.checked_sub(length as u64));
-        if self.left.is_none() {
-            return Err(io::Error::other(TooLarge));
-        }
-        self.tail.extend_from_slice(&buffer[..length]);
-        if self.found.borrow().is_none()
-            && let Some(secret) = self.masker.find(&self.tail)
-        {
-            *self.found.borrow_mut() = Some(secret.to_owned());
-        }
-        let old = self.tail.len().saturating_sub(REACH);
-        self.tail.drain(..old);
-        Ok(length)
-    }
 }
 
 #[cfg(test)]
@@ -191,8 +141,12 @@ mod tests {
         packed.finish().unwrap()
     }
 
+    fn bounds(bytes: u64) -> Bounds {
+        Bounds::new(bytes, Duration::MAX, vec![])
+    }
+
     fn leak(blob: &[u8]) -> Option<Leak> {
-        in_layer(&masker(), file(blob), 1 << 30).unwrap()
+        in_layer(&masker(), file(blob), &bounds(1 << 30)).unwrap()
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "stands for what may be missing")]
@@ -238,16 +192,154 @@ mod tests {
     #[test]
     fn a_layer_that_never_ends_is_refused_and_a_broken_one_told() {
         let zeros = gzip(&vec![0; 5 << 20]);
-        let searched = in_layer(&masker(), file(&zeros), 1 << 20);
+        let searched = in_layer(&masker(), file(&zeros), &bounds(1 << 20));
         assert!(matches!(searched, Err(LeakError::TooLarge(1_048_576))), "{searched:?}");
         // Whoever reads may hide the error, and the end may come right behind it.
         let last = archive(&[("a", &[b'q'; 3000])]);
         for limit in (0..last.len() as u64).step_by(100) {
-            let searched = in_layer(&masker(), file(&last), limit);
+            let searched = in_layer(&masker(), file(&last), &bounds(limit));
             assert!(matches!(searched, Err(LeakError::TooLarge(_))), "{limit}: {searched:?}");
         }
         let cut = &gzip(&archive(&[("a", &[b'q'; 5000])]))[..40];
-        assert!(matches!(in_layer(&masker(), file(cut), 1 << 20), Err(LeakError::Damaged(_))));
+        assert!(matches!(
+            in_layer(&masker(), file(cut), &bounds(1 << 20)),
+            Err(LeakError::Damaged(_))
+        ));
+    }
+
+    #[test]
+    fn layers_share_what_they_may_unpack_to() {
+        let layer = gzip(&archive(&[("a", &[b'q'; 3000])]));
+        let (masker, bounds) = (masker(), bounds(12_000));
+        for _ in 0..2 {
+            assert_eq!(in_layer(&masker, file(&layer), &bounds).unwrap(), None);
+        }
+        for blob in [&layer, SECRET] {
+            let searched = in_layer(&masker, file(blob), &bounds);
+            assert!(matches!(searched, Err(LeakError::TooLarge(12_000))), "{searched:?}");
+        }
+    }
+
+    /// A file of a TiB that takes no place.
+    fn endless(beginning: &[u8]) -> File {
+        let file = file(beginning);
+        file.set_len(1 << 40).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_search_ends_when_it_is_cancelled_and_at_its_deadline() {
+        let token = tokio_util::sync::CancellationToken::new();
+        let bounds = Bounds::new(u64::MAX, Duration::MAX, vec![Default::default(), token.clone()]);
+        let (masker, ready) = (masker(), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            let search = scope.spawn(|| {
+                ready.wait();
+                in_layer(&masker, endless(b""), &{ bounds })
+            });
+            ready.wait();
+            std::thread::sleep(Duration::from_millis(20));
+            token.cancel();
+            let cancelled = std::time::Instant::now();
+            assert!(matches!(search.join().unwrap(), Err(LeakError::Stopped)));
+            assert!(cancelled.elapsed() < Duration::from_secs(2));
+        });
+        let bounds = Bounds::new(u64::MAX, Duration::from_millis(50), vec![]);
+        let searched = in_layer(&masker, endless(b""), &bounds);
+        assert!(matches!(searched, Err(LeakError::Late(_))), "{searched:?}");
+    }
+
+    /// Packed members of nothing: a decoder reads them without giving anything.
+    #[test]
+    fn what_unpacks_to_nothing_for_ever_ends_too() {
+        let token = tokio_util::sync::CancellationToken::new();
+        let bounds = Bounds::new(u64::MAX, Duration::MAX, vec![token.clone()]);
+        let masker = masker();
+        let blob = file(&gzip(b"").repeat(5 << 20));
+        std::thread::scope(|scope| {
+            let search = scope.spawn(|| in_layer(&masker, blob, &{ bounds }));
+            std::thread::sleep(Duration::from_millis(20));
+            token.cancel();
+            let cancelled = std::time::Instant::now();
+            assert!(matches!(search.join().unwrap(), Err(LeakError::Stopped)));
+            assert!(cancelled.elapsed() < Duration::from_secs(2));
+        });
+    }
+
+    fn header(kind: tar::EntryType, name: &str, size: u64) -> Vec<u8> {
+        let mut header = tar::Header::new_gnu();
+        header.set_path(name).unwrap();
+        header.set_entry_type(kind);
+        header.set_size(size);
+        header.set_cksum();
+        header.as_bytes().to_vec()
+    }
+
+    /// The most memory that this process has had, in bytes.
+    fn peak() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    #[test]
+    fn an_extension_of_any_length_is_searched_and_not_kept() {
+        use std::os::unix::fs::FileExt as _;
+        use tar::EntryType;
+        const LENGTH: u64 = 64 << 20;
+        let behind = [header(EntryType::Regular, "etc/npmrc", 512), vec![b'x'; 512]].concat();
+        for kind in [
+            EntryType::GNULongName,
+            EntryType::GNULongLink,
+            EntryType::XHeader,
+            EntryType::XGlobalHeader,
+        ] {
+            let layer = file(&header(kind, "long", LENGTH));
+            layer.write_all_at(SECRET, 512 + LENGTH - 100).unwrap();
+            layer.write_all_at(&behind, 512 + LENGTH).unwrap();
+            let before = peak();
+            let found = in_layer(&masker(), layer, &bounds(1 << 30)).unwrap().unwrap();
+            assert_eq!(found.secret, "npm", "{kind:?}");
+            assert!(peak() - before < 24 << 20, "{kind:?}");
+            // A name that is too long is none; others are as the header has them.
+            assert!(found.path.unwrap().len() <= "etc/npmrc".len(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn entries_have_the_names_that_extensions_give_them() {
+        let long = "d/".repeat(200) + "npmrc";
+        assert_eq!(leak(&archive(&[("clean", b""), (&long, SECRET)])), at(&long));
+        let mut builder = tar::Builder::new(vec![]);
+        builder.append_pax_extensions([("path", long.as_bytes()), ("size", b"20")]).unwrap();
+        let mut layer = builder.into_inner().unwrap();
+        layer.truncate(1024);
+        layer.extend(header(tar::EntryType::Regular, "short", 0));
+        layer.extend([SECRET, &[0; 492]].concat());
+        layer.extend(archive(&[("next", b"")]));
+        assert_eq!(leak(&layer), at(&long));
+        let never = "d".repeat(5000);
+        let named = leak(&archive(&[(&never, SECRET)])).unwrap().path.unwrap();
+        assert_eq!(named.len(), 4096);
+    }
+
+    /// Its holes are not in the archive, however long it says they are, and neither is anything read for them.
+    #[test]
+    fn a_sparse_file_is_searched_as_it_is_stored() {
+        let mut header = tar::Header::new_gnu();
+        header.set_path("sparse").unwrap();
+        header.set_entry_type(tar::EntryType::GNUSparse);
+        header.set_size(512);
+        let gnu = header.as_gnu_mut().unwrap();
+        gnu.realsize.fill(b'7');
+        gnu.sparse[0].offset.fill(b'7');
+        gnu.sparse[0].numbytes.copy_from_slice(b"000000001000");
+        gnu.set_is_extended(true);
+        header.set_cksum();
+        let clean = [&header.as_bytes()[..], &[0; 512], &[b'x'; 512]].concat();
+        let layer = [clean.clone(), archive(&[("etc/npmrc", SECRET)])].concat();
+        assert_eq!(leak(&layer), at("etc/npmrc"));
+        assert_eq!(leak(&[&clean[..1024], SECRET, &[0; 492]].concat()), at("sparse"));
     }
 
     #[test]

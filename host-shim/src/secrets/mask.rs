@@ -3,22 +3,24 @@
 //! Lines come in parts. What could be the beginning of a secret at the end of a part waits for the next part of the
 //! same line; at a line's end nothing waits.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, OnceLock};
 
-use aho_corasick::{AhoCorasick, MatchKind};
 use kiln_protocol::event::LogStream;
 use kiln_protocol::secret::SecretValue;
+use sha2::{Digest as _, Sha256};
 
 use super::forms;
+use super::search::{Pieces, Search, pieces_of};
 
 /// What stands in a secret's place.
 pub const MASK: &[u8] = b"***";
 /// Most bytes of all values that are masked in one build: what is searched for is kept in memory, in some thirty forms.
 const MAX_BYTES: usize = 64 * 1024;
-/// Longest piece that is searched for as a whole; a longer form is cut into such pieces.
-const PIECE: usize = 1024;
-/// How many bytes before a place a secret may begin that ends behind it.
-pub(super) const REACH: usize = PIECE + forms::LEAST;
+/// Most bytes of all forms of these values. A search takes some fifty times as much memory.
+const MAX_FORM_BYTES: usize = 1024 * 1024;
+/// Most pieces that these forms are cut into: many short lines have many.
+const MAX_PIECES: usize = 32 * 1024;
 
 /// Why a secret is not masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,19 +31,25 @@ pub enum Unmasked {
     /// Too much to be searched for.
     #[error("is, with the others, longer than {MAX_BYTES} bytes")]
     Long,
+    /// Too much to be searched for in all the ways in which it can be written.
+    #[error(
+        "and the others have more than {MAX_FORM_BYTES} bytes or {MAX_PIECES} lines in all forms that are looked for"
+    )]
+    Forms,
 }
 
 /// A build's secrets, as they are searched for.
 #[derive(Default)]
 pub struct Masker {
-    pieces: Vec<Vec<u8>>,
-    /// The id of each piece's secret.
+    pieces: Arc<Pieces>,
+    /// The ids of the secrets, by their numbers.
     owners: Vec<String>,
     bytes: usize,
-    values: Vec<SecretValue>,
-    search: Option<AhoCorasick>,
-    /// Pieces by their first byte.
-    beginning: HashMap<u8, Vec<usize>>,
+    form_bytes: usize,
+    /// What became of each value that came, by its digest.
+    known: HashMap<[u8; 32], Result<(), Unmasked>>,
+    /// Of all pieces; empty again with every new one.
+    search: OnceLock<Option<Search>>,
     /// The ends of begun lines that may be the beginning of a secret.
     waiting: HashMap<(u8, Option<u32>), Vec<u8>>,
 }
@@ -53,32 +61,75 @@ impl std::fmt::Debug for Masker {
 }
 
 impl Masker {
-    /// Masks a value from now on.
+    /// Masks a value from now on. It blocks for as long as the value's forms take.
     pub fn add(&mut self, id: &str, value: &[u8]) -> Result<(), Unmasked> {
-        if self.values.iter().any(|known| known.expose() == value) {
-            // Asked for again after a broken connection.
-            return Ok(());
+        let key = Sha256::digest(value).into();
+        if let Some(verdict) = self.judged(key, value) {
+            return verdict;
         }
-        if self.bytes + value.len() > MAX_BYTES {
-            return Err(Unmasked::Long);
+        self.enter(key, id, value.len(), pieces_of(value))
+    }
+
+    /// Masks a value from now on. Its forms are made elsewhere.
+    pub async fn learn(&mut self, id: &str, value: &SecretValue) -> Result<(), Unmasked> {
+        let key = Sha256::digest(value.expose()).into();
+        if let Some(verdict) = self.judged(key, value.expose()) {
+            return verdict;
         }
-        let forms = forms::of(value);
-        if forms.is_empty() {
-            return Err(Unmasked::Short);
+        let copy = SecretValue::new(value.expose().to_vec());
+        let made = tokio::task::spawn_blocking(move || pieces_of(copy.expose())).await;
+        // The runtime ends; what is given must be masked all the same.
+        let pieces = made.unwrap_or_else(|_| pieces_of(value.expose()));
+        self.enter(key, id, value.expose().len(), pieces)
+    }
+
+    /// Builds the search for what has come, elsewhere. Whoever searches without waits for it in place.
+    pub async fn prepare(&mut self) {
+        if self.is_empty() || self.search.get().is_some() {
+            return;
         }
-        self.bytes += value.len();
-        self.values.push(SecretValue::new(value.to_vec()));
-        for piece in forms.iter().flat_map(|form| pieces(form)) {
-            if !self.pieces.iter().any(|known| known == piece) {
-                self.beginning.entry(piece[0]).or_default().push(self.pieces.len());
-                self.pieces.push(piece.to_vec());
-                self.owners.push(id.to_owned());
-            }
+        let pieces = Arc::clone(&self.pieces);
+        if let Ok(search) = tokio::task::spawn_blocking(move || Search::new(pieces)).await {
+            // It was empty above, and nobody else has it.
+            let _ = self.search.set(search);
         }
-        // Only a search over gigabytes does not build.
-        self.search =
-            AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&self.pieces).ok();
-        Ok(())
+    }
+
+    /// What is known of a value without its forms: it came before, after a broken connection, or is too long.
+    fn judged(&mut self, key: [u8; 32], value: &[u8]) -> Option<Result<(), Unmasked>> {
+        if let Some(verdict) = self.known.get(&key) {
+            return Some(*verdict);
+        }
+        (self.bytes + value.len() > MAX_BYTES).then(|| self.judge(key, Err(Unmasked::Long)))
+    }
+
+    fn judge(&mut self, key: [u8; 32], verdict: Result<(), Unmasked>) -> Result<(), Unmasked> {
+        self.known.insert(key, verdict);
+        verdict
+    }
+
+    fn enter(
+        &mut self,
+        key: [u8; 32],
+        id: &str,
+        length: usize,
+        mut pieces: BTreeSet<Vec<u8>>,
+    ) -> Result<(), Unmasked> {
+        if pieces.is_empty() {
+            return self.judge(key, Err(Unmasked::Short));
+        }
+        pieces.retain(|piece| !self.pieces.contains_key(piece));
+        let form_bytes = self.form_bytes + pieces.iter().map(Vec::len).sum::<usize>();
+        if form_bytes > MAX_FORM_BYTES || self.pieces.len() + pieces.len() > MAX_PIECES {
+            return self.judge(key, Err(Unmasked::Forms));
+        }
+        self.bytes += length;
+        self.form_bytes = form_bytes;
+        self.search = OnceLock::new();
+        let owner = self.owners.len();
+        self.owners.push(id.to_owned());
+        Arc::make_mut(&mut self.pieces).extend(pieces.into_iter().map(|piece| (piece, owner)));
+        self.judge(key, Ok(()))
     }
 
     /// Whether there is nothing to mask.
@@ -94,74 +145,41 @@ impl Masker {
         content: &[u8],
         partial: bool,
     ) -> Vec<u8> {
-        let Some(search) = &self.search else { return content.to_vec() };
         let key = (stream as u8, step);
         let mut text = self.waiting.remove(&key).unwrap_or_default();
         text.extend_from_slice(content);
-        let end = if partial { self.open(search, &text) } else { text.len() };
-        if end < text.len() {
-            self.waiting.insert(key, text.split_off(end));
+        let Some(search) = self.search() else { return text };
+        let rest = text.split_off(if partial { search.open(&text) } else { text.len() });
+        let masked = search.replaced(&text, MASK);
+        if !rest.is_empty() {
+            self.waiting.insert(key, rest);
         }
-        replaced(search, &text)
+        masked
     }
 
     /// The id of the first secret in a text.
     pub fn find(&self, text: &[u8]) -> Option<&str> {
-        let found = self.search.as_ref()?.find(text)?;
-        self.owners.get(found.pattern().as_usize()).map(String::as_str)
+        self.first(text).map(|(secret, _)| secret)
+    }
+
+    /// The id of the first secret in a text, and where it ends.
+    pub(super) fn first(&self, text: &[u8]) -> Option<(&str, usize)> {
+        let (owner, end) = self.search()?.first(text)?;
+        Some((self.owners.get(owner)?, end))
     }
 
     /// A whole text, masked.
     pub fn text(&self, text: &str) -> String {
-        let Some(search) = &self.search else { return text.to_owned() };
-        String::from_utf8_lossy(&replaced(search, text.as_bytes())).into_owned()
+        let Some(search) = self.search() else { return text.to_owned() };
+        String::from_utf8_lossy(&search.replaced(text.as_bytes(), MASK)).into_owned()
     }
 
-    /// Where the end begins that more could change: it is the beginning of a piece, or within one that is.
-    fn open(&self, search: &AhoCorasick, text: &[u8]) -> usize {
-        let from = text.len().saturating_sub(PIECE + forms::LEAST - 1);
-        let begins = |at: &usize| {
-            let tail = &text[*at..];
-            let goes_on = |n: &usize| {
-                let piece = &self.pieces[*n];
-                piece.len() > tail.len() && piece.starts_with(tail)
-            };
-            self.beginning.get(&tail[0]).is_some_and(|pieces| pieces.iter().any(goes_on))
-        };
-        let Some(at) = (from..text.len()).find(begins) else { return text.len() };
-        // One secret may be the beginning of another.
-        let around = search.find_iter(text).find(|found| found.start() < at && at < found.end());
-        around.map_or(at, |found| found.start())
-    }
-}
-
-/// A text with the masks.
-fn replaced(search: &AhoCorasick, text: &[u8]) -> Vec<u8> {
-    let (mut masked, mut rest) = (Vec::with_capacity(text.len()), 0);
-    for found in search.find_iter(text) {
-        masked.extend_from_slice(&text[rest..found.start()]);
-        // One for several pieces of the same.
-        if found.start() > rest || !masked.ends_with(MASK) {
-            masked.extend_from_slice(MASK);
-        }
-        rest = found.end();
-    }
-    masked.extend_from_slice(&text[rest..]);
-    masked
-}
-
-/// A form in pieces, the last of them not too short to be searched for.
-fn pieces(form: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = form;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
+    fn search(&self) -> Option<&Search> {
+        if self.is_empty() {
             return None;
         }
-        let length = if rest.len() < PIECE + forms::LEAST { rest.len() } else { PIECE };
-        let (piece, behind) = rest.split_at(length);
-        rest = behind;
-        Some(piece)
-    })
+        self.search.get_or_init(|| Search::new(Arc::clone(&self.pieces))).as_ref()
+    }
 }
 
 #[cfg(test)]
@@ -240,6 +258,50 @@ mod tests {
         assert_eq!(out(&mut masker, &[b"<", &value[..], b">"].concat(), false), "<***>");
         let b64 = STANDARD.encode(&value);
         assert!(out(&mut masker, b64.as_bytes(), false).len() < 10);
+    }
+
+    /// As a hostile build has it: many short lines that differ, in values that differ.
+    fn lines(number: usize, lines: usize) -> Vec<u8> {
+        (0..lines).flat_map(|line| format!("{number:04}!{line:04}\n").into_bytes()).collect()
+    }
+
+    #[test]
+    fn all_forms_of_a_build_are_bounded() {
+        let mut masker = Masker::default();
+        let verdicts: Vec<_> =
+            (0..64).map(|n| masker.add(&n.to_string(), &lines(n, 100))).collect();
+        let taken = verdicts.iter().take_while(|verdict| verdict.is_ok()).count();
+        assert!((8..64).contains(&taken), "{taken}");
+        assert!(verdicts[taken..].iter().all(|verdict| *verdict == Err(Unmasked::Forms)));
+        assert!(masker.form_bytes <= MAX_FORM_BYTES && masker.pieces.len() <= MAX_PIECES);
+        // It was refused, and is refused again; nothing of it is masked, and all of the others.
+        assert_eq!(masker.add("again", &lines(63, 100)), Err(Unmasked::Forms));
+        assert_eq!(out(&mut masker, b"0063!0001 0001!0001", false), "0063!0001 ***");
+        assert_eq!(masker.find(b"0001!0001"), Some("1"));
+        // One that is left room for is taken.
+        assert_eq!(masker.add("small", b"hunter2hunter2"), Ok(()));
+        assert_eq!(out(&mut masker, b"hunter2hunter2", false), "***");
+    }
+
+    /// What takes long is done elsewhere, and once: the only worker goes on meanwhile.
+    #[tokio::test]
+    async fn a_hostile_secret_does_not_keep_an_async_worker() {
+        let mut masker = Masker::default();
+        for number in 0..8 {
+            let value = SecretValue::new(lines(number, 100));
+            masker.learn(&number.to_string(), &value).await.unwrap();
+            assert!(masker.search.get().is_none(), "built before all have come");
+        }
+        masker.prepare().await;
+        assert!(masker.search.get().is_some());
+        // Each part ends in what may be the beginning of a secret.
+        let began = std::time::Instant::now();
+        let part = [&[b'0'; 2000][..], b"0001!0"].concat();
+        for _ in 0..100 {
+            masker.part(LogStream::Stdout, Some(1), &part, true);
+        }
+        assert!(began.elapsed() < std::time::Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(out(&mut masker, b"001 0002!0002", false), "*** ***");
     }
 
     proptest! {

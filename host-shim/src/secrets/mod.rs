@@ -14,6 +14,7 @@ mod forms;
 mod key;
 pub mod leak;
 mod mask;
+mod search;
 mod vault;
 
 pub use answer::{AnswerError, answer};

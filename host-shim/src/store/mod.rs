@@ -268,18 +268,18 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError>;
 
-    /// Stores a tenant's secret, in place of its older value.
+    /// Stores a tenant's secret, in place of its older value. A new one makes them no more than `at_most`, which
+    /// is looked at in the statement that stores it.
     async fn put_secret(
         &self,
         tenant: &Tenant,
         id: &SecretId,
         sealed: &Sealed,
         now: Millis,
+        at_most: u32,
     ) -> Result<(), StoreError>;
     /// A tenant's secret.
     async fn secret(&self, tenant: &Tenant, id: &SecretId) -> Result<Option<Sealed>, StoreError>;
-    /// How many secrets a tenant has.
-    async fn secret_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
     /// A tenant's secrets, by id.
     async fn secrets(&self, tenant: &Tenant) -> Result<Vec<SecretRecord>, StoreError>;
     /// Removes a tenant's secret.

@@ -310,16 +310,13 @@ impl Store for SqliteStore {
         id: &SecretId,
         sealed: &Sealed,
         now: Millis,
+        at_most: u32,
     ) -> Result<(), StoreError> {
-        secrets::put(&self.writer, tenant, id, sealed, now).await
+        secrets::put(&self.writer, tenant, id, sealed, now, at_most).await
     }
 
     async fn secret(&self, tenant: &Tenant, id: &SecretId) -> Result<Option<Sealed>, StoreError> {
         secrets::one(&self.readers, tenant, id).await
-    }
-
-    async fn secret_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
-        secrets::count(&self.readers, tenant).await
     }
 
     async fn secrets(&self, tenant: &Tenant) -> Result<Vec<SecretRecord>, StoreError> {

@@ -1,9 +1,9 @@
 //! Secrets over the API: values go in, and come out for a build's VM alone.
 
-use kiln::build::{Build, Status};
-use kiln::secrets;
+use kiln::build::{Build, Status, Tenant};
+use kiln::secrets::{self, Sealed};
 use kiln::store::Role;
-use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretAnswer, SecretId};
+use kiln_protocol::secret::{MAX_SECRET_VALUE, MAX_SECRETS, SecretAnswer, SecretId};
 use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde_json::json;
@@ -152,4 +152,47 @@ async fn another_value_is_another_request() {
     let again: serde_json::Value = post("one").await.json().await.unwrap();
     assert_eq!(first["id"], again["id"]);
     refusal(post("two").await, 422, "idempotency_key_reused").await;
+}
+
+#[tokio::test]
+async fn a_build_has_at_most_so_many_values_of_its_own() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let with = |number: usize| {
+        let declared: Vec<_> =
+            (0..number.min(MAX_SECRETS)).map(|n| json!({"id": format!("s{n}")})).collect();
+        let form = Form::new().text("secrets", json!(declared).to_string());
+        let form = (0..number).fold(form, |form, n| form.text(format!("secret.s{n}"), ""));
+        form.part("source", crate::support::source())
+    };
+    refusal(acme.post(with(MAX_SECRETS + 1)).await, 413, "too_large").await;
+    assert_eq!(server.source_dirs(), 0);
+    assert_eq!(acme.post(with(MAX_SECRETS)).await.status(), 202);
+}
+
+/// However many are set at the same time.
+#[tokio::test]
+async fn a_tenant_has_at_most_so_many_secrets() {
+    const MOST: usize = 1000;
+    const MORE: usize = 20;
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let (tenant, most) = (Tenant::new("acme").unwrap(), u32::try_from(MOST).unwrap());
+    for n in 0..MOST - 1 {
+        let id = SecretId::new(format!("s{n}")).unwrap();
+        server.store.put_secret(&tenant, &id, &Sealed(vec![]), 0, most).await.unwrap();
+    }
+    let names: Vec<_> = (0..MORE).map(|n| format!("more{n}")).collect();
+    let answers = names.iter().map(|name| put(&acme, name, b"x"));
+    let answers = futures_util::future::join_all(answers).await;
+    let taken = answers.iter().filter(|answer| answer.status() == 204).count();
+    assert_eq!(taken, 1);
+    for answer in answers.into_iter().filter(|answer| answer.status() != 204) {
+        refusal(answer, 409, "too_many_secrets").await;
+    }
+    assert_eq!(acme.json("/secrets").await.as_array().unwrap().len(), MOST);
+    // Older ones are replaced all the same, and other tenants have their own.
+    assert_eq!(put(&acme, "s0", b"another").await.status(), 204);
+    let other = server.client("other", Role::Tenant).await;
+    assert_eq!(put(&other, "s0", b"x").await.status(), 204);
 }

@@ -16,28 +16,27 @@ pub(super) async fn put(
     id: &SecretId,
     sealed: &Sealed,
     now: Millis,
+    at_most: u32,
 ) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO secrets (tenant, id, sealed, created_at, updated_at) VALUES ($1, $2, $3, $4, $4)
+    let stored = sqlx::query(
+        "INSERT INTO secrets (tenant, id, sealed, created_at, updated_at)
+         SELECT $1, $2, $3, $4, $4
+         WHERE EXISTS (SELECT 1 FROM secrets WHERE tenant = $1 AND id = $2)
+            OR (SELECT COUNT(*) FROM secrets WHERE tenant = $1) < $5
          ON CONFLICT (tenant, id) DO UPDATE SET sealed = excluded.sealed, updated_at = excluded.updated_at",
     )
     .bind(tenant.as_str())
     .bind(id.as_str())
     .bind(&sealed.0)
     .bind(now)
+    .bind(at_most)
     .execute(db)
     .await
     .map_err(failed("store a secret"))?;
+    if stored.rows_affected() == 0 {
+        return Err(StoreError::TooMany { what: "secrets", limit: at_most });
+    }
     Ok(())
-}
-
-pub(super) async fn count(db: &SqlitePool, tenant: &Tenant) -> Result<u32, StoreError> {
-    let row = sqlx::query("SELECT COUNT(*) AS number FROM secrets WHERE tenant = $1")
-        .bind(tenant.as_str())
-        .fetch_one(db)
-        .await
-        .map_err(failed("count secrets"))?;
-    row.try_get("number").map_err(failed("count secrets"))
 }
 
 pub(super) async fn one(
