@@ -23,8 +23,6 @@ pub(super) fn problem(outcome: Outcome) -> ApiError {
         (None, How::ServerStopped) => {
             ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", why).retry_after(5)
         }
-        (None, _) => {
-            ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_open", why).retry_after(1)
-        }
+        (None, _) => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_open", why).retry_after(1),
     }
 }
