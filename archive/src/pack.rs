@@ -270,3 +270,7 @@ impl Read for Exact<'_> {
         Ok(read)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -241,3 +241,7 @@ impl Read for Counted {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

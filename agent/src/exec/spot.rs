@@ -21,7 +21,13 @@ pub struct Spot {
     pub owner: Option<(u32, u32)>,
 }
 
+#[cfg_attr(test, allow(clippy::unwrap_used))]
 impl Spot {
+    #[cfg(test)]
+    pub fn below(root: &Path, path: &str, owner: Option<(u32, u32)>) -> Self {
+        Self { root: Root::open(root).unwrap(), path: path.into(), owner }
+    }
+
     /// Opens a directory of the root: no link leads out of it.
     pub fn open(&self, path: &Path) -> io::Result<OwnedFd> {
         Ok(self.root.open_directory(path)?)
