@@ -95,7 +95,7 @@ impl Session {
 }
 
 fn exited(code: u8) -> Outcome {
-    Outcome { how: How::Exited, exit_code: Some(code), why: None }
+    Outcome { how: How::Exited, exit_code: Some(code), why: None, cause: None }
 }
 
 #[tokio::test]

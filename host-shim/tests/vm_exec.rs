@@ -214,3 +214,36 @@ fn vm_a_running_image_is_entered() {
     assert!(out.status.success(), "{}", text(out.stderr));
     server.stop();
 }
+
+#[test]
+fn vm_files_are_copied_both_ways() {
+    let server = Server::start();
+    let (id, mut follow) = waiting(&server);
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let here = |name: &str| at(name).to_str().unwrap().to_owned();
+    let cp = |args: &[&str]| output(server.kiln(&[&["cp"], args].concat()));
+    let there = |path: &str| format!("{id}:{path}");
+    std::fs::create_dir_all(at("in/sub")).unwrap();
+    let bytes = every_byte();
+    std::fs::write(at("in/sub/file"), &bytes).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", at("in/link")).unwrap();
+    // Relative to the step's directory, then absolute, through a link of the container's.
+    ended(&server, &cp(&[&here("in"), &there("new")]), 0, "");
+    let look = ["sh", "-c", "readlink new/link; stat -c '%u %s' new/sub/file; ln -s /srv /tmp/l"];
+    ended(&server, &output(exec(&server, &id, &[], &look)), 0, "/etc/passwd\n0 1048576\n");
+    ended(&server, &cp(&[&there("/tmp/l/work/new/."), &here("out")]), 0, "");
+    assert!(std::fs::read(at("out/sub/file")).unwrap() == bytes);
+    assert_eq!(std::fs::read_link(at("out/link")).unwrap().to_str(), Some("/etc/passwd"));
+    let out = cp(&[&there("/etc/passwd"), "-"]);
+    assert!(out.status.success() && out.stdout.len() % 512 == 0, "{}", text(out.stderr));
+    assert_eq!(cp(&[&there("/nonesuch"), &here("x")]).status.code(), Some(1));
+    let vm = cp(&["--vm", &there("/proc/1/comm"), &here("comm")]);
+    ended(&server, &vm, 0, "");
+    let listed = server.run(&["sessions", &id, "--format", "json"]);
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    assert_eq!(listed[0]["command"], json!(["cp", "out", "/proc/1/comm"]));
+    assert!(output(exec(&server, &id, &[], &["sh", "-c", "echo go > /tmp/go"])).status.success());
+    follow.drain();
+    server.stop();
+}

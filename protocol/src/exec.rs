@@ -164,13 +164,13 @@ pub enum Ended {
 /// Why a session failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
-    /// There is no such program.
+    /// There is no such program, or nothing at the path that is to be copied.
     NotFound,
     /// The program cannot be executed.
     NotExecutable,
     /// There is no step to enter now.
     NoStep,
-    /// What was asked for does not make sense: an unknown user, a directory or path that is not there.
+    /// What was asked for does not make sense: an unknown user, a directory that is not there, a bad archive.
     Invalid,
     /// The agent's own failure.
     Internal,

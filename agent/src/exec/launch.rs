@@ -79,7 +79,7 @@ impl Refused {
         Self { cause, why: cut_text(why.as_ref()) }
     }
 
-    fn internal(action: &str, error: &dyn std::fmt::Display) -> Self {
+    pub fn internal(action: &str, error: &dyn std::fmt::Display) -> Self {
         Self::new(Cause::Internal, format!("the agent could not {action}: {error}"))
     }
 }
@@ -207,7 +207,7 @@ async fn in_container(
 }
 
 /// The container to enter.
-async fn find(enterable: &Enterable, secrets: bool) -> Result<Target, Refused> {
+pub async fn find(enterable: &Enterable, secrets: bool) -> Result<Target, Refused> {
     match enterable.now() {
         None => {
             let why = "no step of the build runs now, so there is nothing to enter; try again when one does";
@@ -307,7 +307,8 @@ fn runtime(places: &Places, target: &Target) -> Command {
     command
 }
 
-fn own_process(target: &Target) -> Result<Map<String, Value>, Refused> {
+/// What the container's own process is like.
+pub fn own_process(target: &Target) -> Result<Map<String, Value>, Refused> {
     let unreadable =
         |error: &dyn std::fmt::Display| Refused::internal("read the container's config", error);
     let config = fs::read(&target.config).map_err(|error| unreadable(&error))?;
@@ -320,13 +321,20 @@ fn own_process(target: &Target) -> Result<Map<String, Value>, Refused> {
 
 /// Looks a user up in the container's own files.
 async fn find_user(places: &Places, target: &Target, user: &str) -> Result<User, Refused> {
-    let state = runtime(places, target).arg("state").arg(&target.id).output().await;
-    let state = state.map_err(|error| Refused::internal("start the container runtime", &error))?;
-    let state: Value = serde_json::from_slice(&state.stdout)
-        .map_err(|_| Refused::new(Cause::NoStep, "the step is over; there is nothing to enter"))?;
-    let root = PathBuf::from(format!("/proc/{}/root", state["pid"]));
+    let root = root_of(places, target).await?;
     let found = Root::open(&root).and_then(|root| root.user(user));
     found.map_err(|error| Refused::new(Cause::Invalid, format!("{error:#}")))
+}
+
+/// The container's root, as its first process has it.
+pub async fn root_of(places: &Places, target: &Target) -> Result<PathBuf, Refused> {
+    let state = runtime(places, target).arg("state").arg(&target.id).output().await;
+    let state = state.map_err(|error| Refused::internal("start the container runtime", &error))?;
+    let over = || Refused::new(Cause::NoStep, "the step is over; there is nothing to enter");
+    let state: Value = serde_json::from_slice(&state.stdout).map_err(|_| over())?;
+    // A container that has ended has the number 0.
+    let pid = state["pid"].as_u64().filter(|pid| *pid > 0).ok_or_else(over)?;
+    Ok(PathBuf::from(format!("/proc/{pid}/root")))
 }
 
 /// The error in the runtime's log, without what it says of its own.

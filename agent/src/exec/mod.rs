@@ -1,4 +1,5 @@
-//! Sessions: commands that people run in the VM while it does its job, and in a build's failed step.
+//! Sessions: commands that people run in the VM while it does its job, and in a build's failed step; and files that they
+//! copy in and out.
 //!
 //! ```text
 //! host ─ port 5002 ─▶ server ─ Open ─▶ launch ─▶ crun exec ─▶ the command, in the step or the instance
@@ -13,12 +14,14 @@
 //!
 //! [`process`] is pure.
 
+mod copy;
 mod launch;
 pub mod leader;
 mod process;
 mod processes;
 mod server;
 mod session;
+mod spot;
 mod sys;
 mod target;
 mod terminal;

@@ -24,8 +24,10 @@ use tokio::process::Child;
 use tokio::sync::{OnceCell, mpsc};
 use tokio::time::timeout;
 
+use super::copy;
 use super::launch::{self, Io, Launched, Leader, Places, Refused, launch};
 use super::processes;
+use super::spot::spot;
 use super::target::Enterable;
 use super::terminal::{END_OF_INPUT, Master};
 use crate::runtime::Cgroup;
@@ -87,9 +89,14 @@ where
             Ok(launched) => exec_session(launched, &exec, frames, &host).await?,
             Err(refused) => refused.into(),
         },
-        (Ok(()), Open::CopyOut(_) | Open::CopyIn(_)) => {
-            Refused::new(Cause::Invalid, "this agent does not copy files yet").into()
-        }
+        (Ok(()), Open::CopyOut(copy)) => match spot(places, enterable, &copy).await {
+            Ok(spot) => copy::out(spot, frames, &host).await?,
+            Err(refused) => refused.into(),
+        },
+        (Ok(()), Open::CopyIn(copy)) => match spot(places, enterable, &copy).await {
+            Ok(spot) => copy::inward(spot, frames, &host).await?,
+            Err(refused) => refused.into(),
+        },
     };
     // A host that is gone needs no last word.
     let _ = host.send(SessionToHost::Ended(ended)).await;
@@ -196,8 +203,8 @@ impl Command {
         let beside = async {
             tokio::join!(
                 self.feed_pipe(stdin, waiting, host),
-                copy(&stdout, Stream::Out, host),
-                copy(&stderr, Stream::Err, host)
+                pass_on(&stdout, Stream::Out, host),
+                pass_on(&stderr, Stream::Err, host)
             );
             pending::<Infallible>().await
         };
@@ -222,7 +229,7 @@ impl Command {
         let beside = async {
             tokio::join!(
                 self.feed_terminal(master, waiting, host),
-                copy(master, Stream::Out, host)
+                pass_on(master, Stream::Out, host)
             );
             pending::<Infallible>().await
         };
@@ -398,7 +405,7 @@ fn cause_of(words: &str) -> Cause {
 
 /// Sends on what the command writes, until nobody has the other end any more. It may be dropped at any time: what
 /// was read has been handed on.
-async fn copy(from: &impl Output, stream: Stream, host: &mpsc::Sender<SessionToHost>) {
+async fn pass_on(from: &impl Output, stream: Stream, host: &mpsc::Sender<SessionToHost>) {
     let mut buffer = vec![0; MAX_CHUNK];
     while from.readable().await.is_ok() {
         // A host that is gone is noticed elsewhere.
@@ -456,6 +463,7 @@ impl Output for Master {
     }
 }
 
-fn unexpected(what: &'static str) -> FrameError {
+/// The host says what it may not.
+pub fn unexpected(what: &'static str) -> FrameError {
     FrameError::Io(io::Error::new(io::ErrorKind::InvalidData, what))
 }

@@ -5,7 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use kiln_protocol::exec::{
-    Cause, Ended, Exec, HostToSession, INPUT_WINDOW, Open, Place, SessionToHost, Stream, Terminal,
+    Cause, Copy, Ended, Exec, HostToSession, INPUT_WINDOW, Open, Place, SessionToHost, Stream,
+    Terminal,
 };
 use kiln_protocol::frame::{self, FrameError, FrameReader};
 use nix::unistd::Pid;
@@ -31,6 +32,10 @@ struct Host {
 impl Host {
     /// Opens a session in a step whose environment has STEP=7, in `/`.
     async fn open(exec: Exec) -> Self {
+        Self::begin(Open::Exec(exec)).await
+    }
+
+    async fn begin(open: Open) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("runtime");
         fs::write(&program, include_str!("testdata/runtime.py")).unwrap();
@@ -54,7 +59,7 @@ impl Host {
         let served = tokio::spawn(async move { session::serve(there, &places, &enterable).await });
         let (read, write) = here.into_split();
         let mut host = Self { frames: FrameReader::new(read), write, served, _dir: dir };
-        host.say(&HostToSession::Open(Box::new(Open::Exec(exec)))).await;
+        host.say(&HostToSession::Open(Box::new(open))).await;
         host
     }
 
@@ -248,4 +253,99 @@ async fn without_a_step_there_is_nothing_to_enter() {
     session::serve(there, &places, &enterable).await.unwrap();
     let ended: SessionToHost = FrameReader::new(&mut read).read().await.unwrap();
     assert!(matches!(ended, SessionToHost::Ended(Ended::Failed { cause: Cause::NoStep, .. })));
+}
+
+fn copy(place: Place, path: &std::path::Path) -> Copy {
+    Copy { place, path: path.to_str().unwrap().into() }
+}
+
+const JOB: Place = Place::Job { secrets: false };
+
+/// Sends an archive within the window.
+async fn send(host: &mut Host, archive: &[u8]) -> Ended {
+    let (mut sent, mut taken) = (0usize, 0u64);
+    while sent < archive.len() {
+        let next = (sent + 60_000).min(archive.len());
+        if (next as u64) <= taken + INPUT_WINDOW {
+            host.say(&HostToSession::Input(archive[sent..next].to_vec())).await;
+            sent = next;
+            continue;
+        }
+        match host.hear().await {
+            SessionToHost::InputTaken { total } => taken = total,
+            SessionToHost::Started => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    host.say(&HostToSession::InputEnd).await;
+    host.rest().await.2
+}
+
+#[tokio::test]
+async fn files_are_copied_out_and_in_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("from/sub")).unwrap();
+    let content: Vec<u8> = (0..=255).cycle().take(5_000_000).collect();
+    fs::write(at("from/sub/file"), &content).unwrap();
+    for (place, name) in [(JOB, "one"), (Place::Vm, "two")] {
+        let mut host = Host::begin(Open::CopyOut(copy(place, &at("from")))).await;
+        let (archive, _, ended) = host.rest().await;
+        assert_eq!(ended, Ended::Exited { code: 0 });
+        host.served().await.unwrap();
+        let mut host = Host::begin(Open::CopyIn(copy(place, &at(name)))).await;
+        assert_eq!(send(&mut host, &archive).await, Ended::Exited { code: 0 });
+        assert!(fs::read(at(name).join("sub/file")).unwrap() == content);
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_cannot_be_is_refused_before_it_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let missing = dir.path().join("missing/x");
+    let file = dir.path().join("file/");
+    for (open, cause) in [
+        (Open::CopyOut(copy(JOB, &missing)), Cause::NotFound),
+        (Open::CopyOut(copy(JOB, "/dev/null".as_ref())), Cause::Invalid),
+        (Open::CopyOut(copy(JOB, "".as_ref())), Cause::Invalid),
+        (Open::CopyOut(copy(JOB, "a\0".as_ref())), Cause::Invalid),
+        (Open::CopyIn(copy(JOB, &missing)), Cause::NotFound),
+        (Open::CopyIn(copy(JOB, &file)), Cause::NotFound),
+    ] {
+        let mut host = Host::begin(open.clone()).await;
+        match host.hear().await {
+            SessionToHost::Ended(Ended::Failed { cause: got, .. }) => assert_eq!(got, cause),
+            other => panic!("{other:?} of {open:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_copy_ends_with_its_host_and_with_one_that_breaks_the_rules() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = dir.path().join("large");
+    fs::write(&from, vec![1; 10_000_000]).unwrap();
+    let into = dir.path().join("into");
+    let chunk = || HostToSession::Input(vec![0; 60_000]);
+    for (open, messages) in [
+        // The host goes.
+        (Open::CopyOut(copy(JOB, &from)), vec![]),
+        (Open::CopyIn(copy(JOB, &into)), vec![HostToSession::Input(vec![0; 10])]),
+        // Rules.
+        (Open::CopyOut(copy(JOB, &from)), vec![chunk()]),
+        (Open::CopyIn(copy(JOB, &into)), vec![HostToSession::InputEnd, chunk()]),
+    ] {
+        let mut host = Host::begin(open).await;
+        assert_eq!(host.hear().await, SessionToHost::Started);
+        for message in &messages {
+            // It may be cut off before the last.
+            let _ = frame::write(&mut host.write, message).await;
+        }
+        // An archive that is no archive is an end of its own.
+        if messages.len() < 2 || !matches!(messages[0], HostToSession::InputEnd) {
+            assert!(host.served().await.is_err());
+        }
+    }
+    assert!(!into.exists());
 }

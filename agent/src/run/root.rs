@@ -132,7 +132,8 @@ impl Root {
         Ok(())
     }
 
-    fn open_directory(&self, path: &Path) -> nix::Result<OwnedFd> {
+    /// Opens a directory, with links followed as the root's own processes would.
+    pub fn open_directory(&self, path: &Path) -> nix::Result<OwnedFd> {
         self.open_below(path, OFlag::O_DIRECTORY | OFlag::O_PATH)
     }
 

@@ -2,10 +2,8 @@
 
 use std::io;
 
+use kiln_archive::{ArchiveError, Place, Problem, shown};
 use kiln_protocol::event::FailureKind;
-
-/// Longest part of a name that is shown. Names may have 4 KiB and hold anything.
-const SHOWN_NAME: usize = 200;
 
 /// A source that cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -89,57 +87,32 @@ pub enum SourceError {
     },
 }
 
-/// What is wrong with an entry.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Problem {
-    #[error("has no name; leave it out")]
-    NoName,
-    #[error("has an absolute name; pack names relative to the source's directory")]
-    Absolute,
-    #[error("has `..` in its name; pack names relative to the source's directory")]
-    ParentDir,
-    #[error("has a name that is longer than {0} bytes; shorten it")]
-    LongName(usize),
-    #[error("lies more than {0} directories deep; pack fewer levels")]
-    TooDeep(usize),
-    #[error("is the source's directory itself, but not a directory; leave it out")]
-    Root,
-    #[error("goes through a symbolic link that leaves the source; leave the entry or the link out")]
-    Escapes,
-    #[error("lies in something that is not a directory; leave one of the two out")]
-    NoParent,
-    #[error("would replace a directory that has files in it; leave one of the two out")]
-    ReplacesDirectory,
-    #[error("is a hard link to `{0}`, which is not a file of the source packed before it")]
-    BadHardLink(String),
-    #[error("is a symbolic link without a target, or with one that is too long; leave it out")]
-    BadSymlink,
-    #[error("is a device; leave it out")]
-    Device,
-    #[error("is a FIFO; leave it out")]
-    Fifo,
-    #[error("is a sparse file in a form that is not understood; pack without --sparse")]
-    Sparse,
-    #[error("has extended headers that are damaged; pack it again")]
-    BadHeaders,
-    #[error("is of a kind that is not understood (`{0}`); leave it out")]
-    UnknownKind(char),
-}
-
-/// Where in the archive something was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place(pub Option<String>);
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.0 {
-            Some(name) => write!(f, "at or after its entry `{name}`"),
-            None => f.write_str("at its start"),
-        }
+/// A source whose very beginning cannot be read.
+pub fn unreadable(format: &'static str, cause: io::Error) -> SourceError {
+    match cause.kind() {
+        io::ErrorKind::UnexpectedEof => SourceError::Truncated { place: Place(None) },
+        _ => SourceError::Damaged { format, place: Place(None), cause },
     }
 }
 
 impl SourceError {
+    /// What is wrong with a source in that format.
+    pub fn of(error: ArchiveError, format: &'static str) -> Self {
+        match error {
+            ArchiveError::Stopped => Self::Stopped,
+            ArchiveError::NotAnArchive { .. } if format == "tar" => Self::NotAnArchive,
+            ArchiveError::NotAnArchive { cause } => unreadable(format, cause),
+            ArchiveError::Damaged { place, cause } => Self::Damaged { format, place, cause },
+            ArchiveError::Truncated { place } => Self::Truncated { place },
+            ArchiveError::TrailingData => Self::TrailingData,
+            ArchiveError::Headers { place } => Self::Headers { place },
+            ArchiveError::Entry { name, problem } => Self::Entry { name, problem },
+            ArchiveError::TooLarge { limit, name } => Self::TooLarge { limit, name },
+            ArchiveError::TooMany { limit, name } => Self::TooMany { limit, name },
+            ArchiveError::Disk { name, cause } => Self::Disk { name, cause },
+        }
+    }
+
     /// The cause that a build's failure names.
     pub fn kind(&self) -> FailureKind {
         match self {
@@ -151,18 +124,4 @@ impl SourceError {
             _ => FailureKind::SourceInvalid,
         }
     }
-}
-
-/// A name, or another text, of the archive as it may be shown: no control characters, no endless text.
-pub fn shown(name: &[u8]) -> String {
-    let name = &name[..name.len().min(SHOWN_NAME + 1)];
-    let mut text: String = String::from_utf8_lossy(name)
-        .chars()
-        .take(SHOWN_NAME)
-        .flat_map(char::escape_debug)
-        .collect();
-    if name.len() > SHOWN_NAME {
-        text.push('…');
-    }
-    text
 }

@@ -10,6 +10,8 @@ use std::path::Path;
 use kiln_protocol::event::FailureKind;
 use tar::{EntryType, Header};
 
+use kiln_archive::{Problem, shown};
+
 use super::*;
 
 const ROOMY: SourceLimits = SourceLimits { bytes: 64 << 20, entries: 10_000 };
@@ -534,10 +536,10 @@ fn headers_are_bounded() {
     assert_eq!(problem(&with(name.len())).1, Problem::LongName(255));
     let error = Place::new().unpack(&with(2 << 20)).unwrap_err();
     assert!(matches!(error, SourceError::Headers { .. }), "{error}");
-    let deep = "d/".repeat(tree::MAX_DEPTH + 1) + "leaf";
+    let deep = "d/".repeat(kiln_archive::MAX_DEPTH + 1) + "leaf";
     let long = header(EntryType::GNULongName, b"././@LongLink", b"", deep.len() as u64);
     let archive = Tar::default().raw(&long, deep.as_bytes()).file("a", b"").end();
-    assert_eq!(problem(&archive).1, Problem::TooDeep(tree::MAX_DEPTH));
+    assert_eq!(problem(&archive).1, Problem::TooDeep(kiln_archive::MAX_DEPTH));
     // An extended header in the oldest form, which tar's reader gives out as an entry.
     let mut old = Header::new_old();
     old.set_entry_type(EntryType::XHeader);

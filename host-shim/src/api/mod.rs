@@ -16,6 +16,7 @@ mod create_build;
 pub mod error;
 mod exec;
 mod fields;
+mod files;
 mod get_build;
 mod health;
 pub mod instances;
@@ -60,6 +61,8 @@ pub fn router(state: ApiState) -> Router {
     let create_instance =
         post(instances::create::create_instance).layer(DefaultBodyLimit::max(MAX_INSTANCE_BODY));
     let put_secret = put(secrets::put_secret).layer(DefaultBodyLimit::max(secrets::MAX_BODY));
+    let put_build_files = put(files::put_to_build).layer(DefaultBodyLimit::disable());
+    let put_instance_files = put(files::put_to_instance).layer(DefaultBodyLimit::disable());
     let routes = Router::new()
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
@@ -68,6 +71,8 @@ pub fn router(state: ApiState) -> Router {
         .route("/builds/{id}/events", get(build_events::build_events))
         .route("/builds/{id}/exec", get(exec::build_exec))
         .route("/instances/{id}/exec", get(exec::instance_exec))
+        .route("/builds/{id}/files", get(files::get_of_build).merge(put_build_files))
+        .route("/instances/{id}/files", get(files::get_of_instance).merge(put_instance_files))
         .route("/sessions", get(sessions::list_sessions))
         .route("/kept", get(kept::list_kept))
         .route("/kept/{id}", put(kept::extend_kept).delete(kept::release_kept))

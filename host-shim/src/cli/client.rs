@@ -322,6 +322,29 @@ impl Client {
         self.send(self.request(Method::PUT, path).body(body)).await.map(drop)
     }
 
+    /// Opens a body of any length. The caller sees to the time.
+    pub async fn download(
+        &self,
+        path: &[&str],
+        query: Vec<(&str, String)>,
+    ) -> Result<Response, CallError> {
+        let mut url = self.url(path);
+        url.query_pairs_mut().extend_pairs(query);
+        self.send(self.http.get(url)).await
+    }
+
+    /// `PUT` of a body of any length. The caller sees to the time.
+    pub async fn upload(
+        &self,
+        path: &[&str],
+        query: Vec<(&str, String)>,
+        body: reqwest::Body,
+    ) -> Result<(), CallError> {
+        let mut url = self.url(path);
+        url.query_pairs_mut().extend_pairs(query);
+        self.send(self.http.put(url).body(body)).await.map(drop)
+    }
+
     /// `DELETE` of a path below the server.
     pub async fn delete(&self, path: &[&str]) -> Result<(), CallError> {
         self.send(self.request(Method::DELETE, path)).await.map(drop)

@@ -18,6 +18,7 @@ pub mod build;
 pub mod cancel;
 pub mod client;
 pub mod context;
+pub mod cp;
 pub mod dockerignore;
 pub mod error;
 pub mod escape;
@@ -59,6 +60,7 @@ pub enum ClientCommand {
     Cancel(cancel::CancelArgs),
     Run(run::RunArgs),
     Exec(Box<exec::ExecArgs>),
+    Cp(cp::CpArgs),
     Sessions(sessions::SessionsArgs),
     Instances(instances::InstancesArgs),
     Kept(kept::KeptArgs),
@@ -112,6 +114,7 @@ impl ClientCommand {
             Self::Ls(args) => ls::run(client, args).await,
             Self::Show(args) => show::run(client, args).await,
             Self::Logs(args) => logs::run(client, patience, args).await,
+            Self::Cp(args) => cp::run(client, args).await,
             Self::Cancel(args) => cancel::run(client, args).await,
             Self::Kept(args) => kept::run(client, args).await,
             Self::Instances(args) => instances::run(client, patience, args).await,

@@ -67,6 +67,10 @@ pub trait ClientInput: Send {
 
 /// Where a client is written to. Each returns when there is room for the next.
 pub trait ClientOutput: Send {
+    /// The command is being started, or the copy has begun.
+    fn started(&mut self) -> impl Future<Output = Result<(), Gone>> + Send {
+        std::future::ready(Ok(()))
+    }
     /// What the command printed.
     fn output(
         &mut self,
@@ -86,11 +90,13 @@ pub struct Outcome {
     pub exit_code: Option<u8>,
     /// Why, where it was not the command's own end. May quote the guest.
     pub why: Option<String>,
+    /// What the agent calls it, where the agent refused or failed.
+    pub cause: Option<Cause>,
 }
 
 impl Outcome {
     fn own(how: How, why: impl Into<String>) -> Self {
-        Self { how, exit_code: Some(OWN), why: Some(why.into()) }
+        Self { how, exit_code: Some(OWN), why: Some(why.into()), cause: None }
     }
 
     /// No command was started.
@@ -107,7 +113,7 @@ impl Outcome {
 impl From<Gone> for Outcome {
     fn from(gone: Gone) -> Self {
         match gone {
-            Gone::Lost => Self { how: How::ClientLost, exit_code: None, why: None },
+            Gone::Lost => Self { how: How::ClientLost, exit_code: None, why: None, cause: None },
             Gone::Misused(why) => Self::failed(why),
         }
     }
@@ -148,6 +154,7 @@ pub async fn run<I: ClientInput, O: ClientOutput>(
             how: How::TimedOut,
             exit_code: Some(TIMED_OUT),
             why: Some(format!("the command ran longer than its timeout of {} s and was ended", timeout.as_secs())),
+            cause: None,
         },
         () = entrance.closed() => {
             // What it had sent before may still be on its way.
@@ -229,7 +236,11 @@ async fn outward<O: ClientOutput>(
             heard = agent.hear() => heard,
         };
         match heard {
-            Ok(Heard::Started) => {}
+            Ok(Heard::Started) => {
+                if let Err(gone) = output.started().await {
+                    return gone.into();
+                }
+            }
             Ok(Heard::Taken(total)) => drop(taken.send_replace(total)),
             Ok(Heard::Output(stream, bytes)) => {
                 if let Err(gone) = output.output(stream, bytes).await {
@@ -237,7 +248,7 @@ async fn outward<O: ClientOutput>(
                 }
             }
             Ok(Heard::Exited(code)) => {
-                return Outcome { how: How::Exited, exit_code: Some(code), why: None };
+                return Outcome { how: How::Exited, exit_code: Some(code), why: None, cause: None };
             }
             Ok(Heard::Failed { cause, why, started }) => {
                 // The agent may find only while it starts a command that it cannot be started.
@@ -245,7 +256,8 @@ async fn outward<O: ClientOutput>(
                     Cause::Internal if started => How::Failed,
                     _ => How::Refused,
                 };
-                return Outcome { how, exit_code: Some(exit_code(cause)), why: Some(why) };
+                let exit_code = Some(exit_code(cause));
+                return Outcome { how, exit_code, why: Some(why), cause: Some(cause) };
             }
             Err(Deaf::Broken) => {
                 let over = tokio::time::timeout(LAST_WORDS, entrance.closed()).await.is_ok();

@@ -1,4 +1,4 @@
-//! Sessions: commands that people run in VMs that are there already.
+//! Sessions: commands that people run in VMs that are there already, and files that they copy in and out.
 //!
 //! ```text
 //! api::exec ── admit (bounds) ──▶ Admitted ── run ──▶ record it ─▶ bridge (client ⇄ VM) ─▶ record its end
@@ -153,24 +153,34 @@ impl Admitted {
         input: &mut I,
         output: &mut O,
     ) -> Outcome {
-        let session = match self.record(&exec).await {
+        self.open(Open::Exec(exec), timeout, input, output).await
+    }
+
+    /// Runs a session to its end, and records it.
+    pub async fn open<I: ClientInput, O: ClientOutput>(
+        &self,
+        open: Open,
+        timeout: Option<Duration>,
+        input: &mut I,
+        output: &mut O,
+    ) -> Outcome {
+        let session = match self.record(&record::as_command(&open)).await {
             Ok(session) => session,
             Err(outcome) => return outcome,
         };
         let Inner { stop, ping, .. } = &*self.sessions.inner;
         let (stop, revoked) = (stop.clone(), self.inside.revoked.clone());
         let bounds = bridge::Bounds { timeout, stop, revoked, ping: *ping };
-        let open = Open::Exec(exec);
         let before = self.mark();
         let outcome = bridge::run(&self.entrance, open, bounds, before, input, output).await;
         self.end(&session, &outcome).await;
         outcome
     }
 
-    /// Records that a command was asked for and refused.
-    pub async fn refuse(&self, exec: &Exec, why: String) -> Outcome {
+    /// Records that a session was asked for and refused.
+    pub async fn refuse(&self, open: &Open, why: String) -> Outcome {
         let outcome = Outcome::refused(why);
-        if let Ok(session) = self.record(exec).await {
+        if let Ok(session) = self.record(&record::as_command(open)).await {
             self.end(&session, &outcome).await;
         }
         outcome
@@ -210,7 +220,7 @@ impl Admitted {
     }
 
     async fn end(&self, session: &Session, outcome: &Outcome) {
-        let Outcome { how, exit_code, why } = outcome.clone();
+        let Outcome { how, exit_code, why, cause: _ } = outcome.clone();
         tracing::info!(session = session.id, how = how.as_str(), exit_code, "a session ended");
         let end = End { at: crate::clock::now(), how, exit_code, why };
         if let Err(error) = self.sessions.inner.store.end_session(&session.id, &end).await {

@@ -1,7 +1,7 @@
 //! What the audit log says of a session: who, what, when, and how it ended. Never what was typed or printed, and
 //! of variables the names only.
 
-use kiln_protocol::exec::{Exec, Place};
+use kiln_protocol::exec::{Copy, Exec, Open, Place};
 
 use crate::build::{BuildId, Millis, Tenant};
 use crate::instances::InstanceId;
@@ -172,6 +172,23 @@ impl Session {
             started_at: now,
             end: None,
         }
+    }
+}
+
+/// What the audit log says that was run: of a copy, `cp out PATH` or `cp in PATH`.
+pub fn as_command(open: &Open) -> Exec {
+    let (way, Copy { place, path }) = match open {
+        Open::Exec(exec) => return exec.clone(),
+        Open::CopyOut(copy) => ("out", copy),
+        Open::CopyIn(copy) => ("in", copy),
+    };
+    Exec {
+        place: *place,
+        command: vec!["cp".into(), way.into(), path.clone()],
+        env: vec![],
+        directory: None,
+        user: None,
+        terminal: None,
     }
 }
 

@@ -6,9 +6,11 @@
 mod agent;
 
 mod builds;
+mod cp_cli;
 mod events;
 mod exec;
 mod exec_cli;
+mod files;
 mod instances;
 mod limits;
 mod refusals;

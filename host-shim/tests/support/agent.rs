@@ -50,6 +50,13 @@ impl Vm {
 
     /// The next session, and what it is to run.
     pub async fn session(&self) -> (Agent, Exec) {
+        let (agent, open) = self.opened().await;
+        let Open::Exec(exec) = open else { panic!("no command") };
+        (agent, exec)
+    }
+
+    /// The next session, and what it is for.
+    pub async fn opened(&self) -> (Agent, Open) {
         let mut stream = self.stream().await;
         let mut bytes = [0; preamble::LEN];
         stream.read_exact(&mut bytes).await.unwrap();
@@ -58,8 +65,7 @@ impl Vm {
         let (reader, writer) = stream.into_split();
         let mut agent = Agent { reader: FrameReader::new(reader), writer, taken: 0 };
         let HostToSession::Open(open) = agent.hear().await.unwrap() else { panic!("no Open") };
-        let Open::Exec(exec) = *open else { panic!("no command") };
-        (agent, exec)
+        (agent, *open)
     }
 
     /// The next session, which has started.

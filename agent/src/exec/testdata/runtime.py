@@ -4,6 +4,10 @@ import array, json, os, pty, socket, sys
 
 args = sys.argv[1:]
 flag = lambda name: args[args.index(name) + 1] if name in args else None
+if args[-2:-1] == ["state"]:
+    # Its container has the root of whoever asks.
+    print(json.dumps({"pid": os.getppid()}))
+    sys.exit(0)
 process = json.load(open(flag("--process")))
 env = dict(line.split("=", 1) for line in process["env"])
 program = process["args"][0]

@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_last_names_the_code_and_why() {
-        let exited = Outcome { how: How::Exited, exit_code: Some(3), why: None };
+        let exited = Outcome { how: How::Exited, exit_code: Some(3), why: None, cause: None };
         assert_eq!(last(3, &exited), r#"{"exitCode":3}"#);
         assert_eq!(last(125, &Outcome::refused("no")), r#"{"error":"no","exitCode":125}"#);
     }

@@ -17,7 +17,7 @@ use axum::extract::ws::{WebSocket, WebSocketUpgrade};
 use axum::http::StatusCode;
 use axum::http::header::UPGRADE;
 use axum::response::Response;
-use kiln_protocol::exec::{Exec, Place};
+use kiln_protocol::exec::{Open, Place};
 use tracing::Instrument;
 
 use self::message::{Asked, MAX_MESSAGE};
@@ -28,7 +28,7 @@ use super::instances::get as get_instance;
 use super::{Api, Shared};
 use crate::build::{BuildId, Status};
 use crate::exec::{Admitted, Entrance, NotAdmitted, Outcome, Subject};
-use crate::instances::State as Lifecycle;
+use crate::instances::{InstanceId, State as Lifecycle};
 use crate::store::Role;
 use crate::token::Caller;
 
@@ -43,8 +43,28 @@ pub(super) async fn build_exec(
     Wanted(id): Wanted,
     upgrade: Upgrade,
 ) -> Result<Response, ApiError> {
+    let admitted = enter_build(&api, caller, id).await?;
+    upgraded(&api, upgrade, admitted)
+}
+
+pub(super) async fn instance_exec(
+    State(api): State<Shared>,
+    caller: Caller,
+    get_instance::Wanted(id): get_instance::Wanted,
+    upgrade: Upgrade,
+) -> Result<Response, ApiError> {
+    let admitted = enter_instance(&api, caller, id).await?;
+    upgraded(&api, upgrade, admitted)
+}
+
+/// Lets a caller into a build's VM, for one session.
+pub(super) async fn enter_build(
+    api: &Api,
+    caller: Caller,
+    id: BuildId,
+) -> Result<Admitted, ApiError> {
     caller.require(Role::Tenant)?;
-    let build = get_build::find(&api, &caller, &id).await?;
+    let build = get_build::find(api, &caller, &id).await?;
     let entrance = match build.status {
         Status::Queued => {
             let message = format!("{id} is queued; it can be entered when it runs");
@@ -57,18 +77,17 @@ pub(super) async fn build_exec(
         },
     };
     let entrance = entrance.ok_or_else(|| not_open(id.as_str()))?;
-    let admitted = admit(&api, entrance, build.tenant, Subject::Build(id), caller)?;
-    upgraded(&api, upgrade, admitted)
+    admit(api, entrance, build.tenant, Subject::Build(id), caller)
 }
 
-pub(super) async fn instance_exec(
-    State(api): State<Shared>,
+/// Lets a caller into an instance's VM, for one session.
+pub(super) async fn enter_instance(
+    api: &Api,
     caller: Caller,
-    get_instance::Wanted(id): get_instance::Wanted,
-    upgrade: Upgrade,
-) -> Result<Response, ApiError> {
+    id: InstanceId,
+) -> Result<Admitted, ApiError> {
     caller.require(Role::Tenant)?;
-    let instance = get_instance::find(&api, &caller, &id).await?;
+    let instance = get_instance::find(api, &caller, &id).await?;
     let entrance = match instance.state {
         Lifecycle::Stopped => {
             let message = format!("{id} has stopped; only a running instance can be entered");
@@ -81,8 +100,7 @@ pub(super) async fn instance_exec(
         Lifecycle::Initializing | Lifecycle::Running => api.state.instances.entrance(&id),
     };
     let entrance = entrance.ok_or_else(|| not_open(id.as_str()))?;
-    let admitted = admit(&api, entrance, instance.tenant, Subject::Instance(id), caller)?;
-    upgraded(&api, upgrade, admitted)
+    admit(api, entrance, instance.tenant, Subject::Instance(id), caller)
 }
 
 /// It has ended, and its VM is gone.
@@ -155,16 +173,16 @@ async fn serve(socket: WebSocket, admitted: Admitted) {
 
 async fn run(socket: &mut Socket, admitted: &Admitted, asked: Asked) -> Outcome {
     let Asked { exec, timeout, multiplex } = asked;
-    if let Err(why) = permitted(&exec, admitted.who().role) {
-        return admitted.refuse(&exec, why).await;
+    if let Err(why) = permitted(exec.place, admitted.who().role) {
+        return admitted.refuse(&Open::Exec(exec), why).await;
     }
     let (input, output) = socket.halves(multiplex);
     admitted.run(exec, timeout, input, output).await
 }
 
 /// What a role may do inside.
-fn permitted(exec: &Exec, role: Role) -> Result<(), String> {
-    let (what, least) = match exec.place {
+pub(super) fn permitted(place: Place, role: Role) -> Result<(), String> {
+    let (what, least) = match place {
         Place::Vm => ("to enter the VM itself", Role::Admin),
         Place::Job { .. } => ("to enter", Role::Tenant),
     };
@@ -177,4 +195,4 @@ fn permitted(exec: &Exec, role: Role) -> Result<(), String> {
 /// How long a client may take to say what it wants.
 const OPENING_DEADLINE: Duration = Duration::from_secs(30);
 /// How long the last message may take to leave, and the client to hang up.
-const LAST_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const LAST_DEADLINE: Duration = Duration::from_secs(10);

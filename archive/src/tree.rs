@@ -4,7 +4,7 @@
 //! moment of use and not in a check before. The last part of a name is never followed.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{FileTimes, Permissions};
+use std::fs::{File, FileTimes, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -15,8 +15,10 @@ use std::time::SystemTime;
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, MetadataExt, OpenOptions, OpenOptionsExt};
 use nix::libc::ELOOP;
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 
-use super::error::Problem;
+use super::problem::{Problem, shown};
+use super::spot::Naming;
 
 /// Longest name of a file or directory, in bytes (Linux's NAME_MAX).
 pub const MAX_COMPONENT: usize = 255;
@@ -31,6 +33,9 @@ const KEPT_MODE: u32 = 0o1777;
 
 /// The mode of directories that no entry names.
 const MADE_MODE: u32 = 0o755;
+
+/// The mode of a directory while things are made in it, which its own may forbid.
+const WORKING_MODE: u32 = 0o700;
 
 /// Why an entry was not made.
 #[derive(Debug)]
@@ -65,9 +70,23 @@ pub struct Tree {
     last: (PathBuf, Rc<Dir>),
     entries_left: u64,
     buffer: Vec<u8>,
+    rules: Rules,
+    naming: Naming,
+    /// Directories that were made, and what they get when nothing more is made in them.
+    made: Vec<(Name, Meta)>,
 }
 
-/// What is kept of a file's metadata. The owner is root, whatever the archive says.
+/// How a tree is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    /// Who everything belongs to: user and group. Without it, to whoever makes it.
+    pub owner: Option<(u32, u32)>,
+    /// What was there before is not the archive's: it is never replaced by another kind of file, and a directory stays as
+    /// it is.
+    pub merge: bool,
+}
+
+/// What is kept of a file's metadata. The owner is not, whatever the archive says.
 #[derive(Clone, Copy, Debug)]
 pub struct Meta {
     /// The mode, of which permissions and the sticky bit are kept.
@@ -82,9 +101,36 @@ const COPY_BYTES: usize = 128 * 1024;
 impl Tree {
     /// A tree in an existing directory, which may get `entries` entries.
     pub fn open(root: &Path, entries: u64) -> io::Result<Self> {
-        let root = Rc::new(Dir::open_ambient_dir(root, ambient_authority())?);
+        let root = Dir::open_ambient_dir(root, ambient_authority())?;
+        Ok(Self::new(root, Naming::AsTheyAre, Rules::default(), entries))
+    }
+
+    /// A tree in a directory that is open.
+    pub(super) fn new(root: Dir, naming: Naming, rules: Rules, entries: u64) -> Self {
+        let root = Rc::new(root);
         let last = (PathBuf::new(), Rc::clone(&root));
-        Ok(Self { root, last, entries_left: entries, buffer: vec![0; COPY_BYTES] })
+        let buffer = vec![0; COPY_BYTES];
+        Self { root, last, entries_left: entries, buffer, rules, naming, made: vec![] }
+    }
+
+    /// The place of an entry. `None` is the root itself.
+    pub(super) fn name(&mut self, name: &[u8]) -> Result<Option<Name>, Problem> {
+        self.naming.place(Name::parse(name)?)
+    }
+
+    /// Gives directories their modes and times: nothing more is made in them.
+    pub(super) fn settle(&mut self) -> Result<(), Refusal> {
+        for (name, meta) in std::mem::take(&mut self.made).into_iter().rev() {
+            // What another has taken away meanwhile, or replaced, is not ours any more.
+            let Ok(parent) = self.root.open_dir(at_or_dot(&name.parent)) else { continue };
+            let Ok(directory) = own_directory(&parent, &name.leaf) else { continue };
+            if let Some(modified) = meta.modified {
+                let _ = directory.set_times(FileTimes::new().set_modified(modified));
+            }
+            let mode = Permissions::from_mode(meta.mode & KEPT_MODE);
+            directory.set_permissions(mode).map_err(Refusal::Disk)?;
+        }
+        Ok(())
     }
 
     /// Counts an entry that makes nothing.
@@ -107,7 +153,7 @@ impl Tree {
         options.write(true).create_new(true).mode(0o600);
         let opened = match parent.open_with(&name.leaf, &options) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                remove(&parent, &name.leaf)?;
+                remove(&parent, &name.leaf, self.rules)?;
                 parent.open_with(&name.leaf, &options)
             }
             opened => opened,
@@ -127,6 +173,9 @@ impl Tree {
             file.write_all(&self.buffer[..len]).map_err(Refusal::Disk)?;
             written += len as u64;
         }
+        if let Some((user, group)) = self.rules.owner {
+            std::os::unix::fs::fchown(&file, Some(user), Some(group)).map_err(Refusal::Disk)?;
+        }
         let mode = Permissions::from_mode(meta.mode & KEPT_MODE);
         file.set_permissions(mode).map_err(Refusal::Disk)?;
         if let Some(modified) = meta.modified {
@@ -140,8 +189,35 @@ impl Tree {
     pub fn directory(&mut self, name: &Name, meta: Meta) -> Result<(), Refusal> {
         self.count()?;
         let parent = self.parent(name)?;
-        make_directory(&parent, &name.leaf)?;
+        if self.rules.merge {
+            return self.merged_directory(&parent, name, meta);
+        }
+        make_directory(&parent, &name.leaf, self.rules)?;
         set_mode(&parent, &name.leaf, meta.mode & KEPT_MODE)
+    }
+
+    /// Makes a directory, or leaves one that is there as it is.
+    fn merged_directory(&mut self, parent: &Dir, name: &Name, meta: Meta) -> Result<(), Refusal> {
+        match parent.create_dir(&name.leaf) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                let there = parent.symlink_metadata(&name.leaf).map_err(Refusal::Disk)?;
+                return if there.is_dir() { Ok(()) } else { Err(Problem::NotDirectory.into()) };
+            }
+            Err(error) => return Err(Refusal::Disk(error)),
+        }
+        self.own(parent, &name.leaf)?;
+        set_mode(parent, &name.leaf, WORKING_MODE)?;
+        self.made.push((name.clone(), meta));
+        Ok(())
+    }
+
+    /// Gives something that was just made, and is no file, to its owner.
+    fn own(&self, parent: &Dir, leaf: &OsStr) -> Result<(), Refusal> {
+        let Some((user, group)) = self.rules.owner else { return Ok(()) };
+        let (user, group) = (Some(Uid::from_raw(user)), Some(Gid::from_raw(group)));
+        rustix::fs::chownat(parent, leaf, user, group, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| Refusal::Disk(error.into()))
     }
 
     /// Makes a symbolic link with exactly that target, wherever it leads: nobody here follows it.
@@ -154,19 +230,20 @@ impl Tree {
         let target = OsStr::from_bytes(target);
         match parent.symlink_contents(target, &name.leaf) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                remove(&parent, &name.leaf)?;
+                remove(&parent, &name.leaf, self.rules)?;
                 parent.symlink_contents(target, &name.leaf)
             }
             made => made,
         }
-        .map_err(Refusal::Disk)
+        .map_err(Refusal::Disk)?;
+        self.own(&parent, &name.leaf)
     }
 
     /// Makes another name for a file of this tree.
     pub fn hard_link(&mut self, name: &Name, target: &[u8]) -> Result<(), Refusal> {
         self.count()?;
-        let bad = || Refusal::Problem(Problem::BadHardLink(super::error::shown(target)));
-        let target = Name::parse(target).ok().flatten().ok_or_else(bad)?;
+        let bad = || Refusal::Problem(Problem::BadHardLink(shown(target)));
+        let target = self.name(target).ok().flatten().ok_or_else(bad)?;
         let target_parent = self.root.open_dir(at_or_dot(&target.parent)).map_err(|_| bad())?;
         let existing = target_parent.symlink_metadata(&target.leaf).map_err(|_| bad())?;
         if existing.is_dir() {
@@ -177,7 +254,7 @@ impl Tree {
             if (replaced.dev(), replaced.ino()) == (existing.dev(), existing.ino()) {
                 return Ok(());
             }
-            remove(&parent, &name.leaf)?;
+            remove(&parent, &name.leaf, self.rules)?;
         }
         target_parent.hard_link(&target.leaf, &parent, &name.leaf).map_err(Refusal::Disk)
     }
@@ -210,6 +287,7 @@ impl Tree {
                         }
                         made => made.map_err(Refusal::Disk)?,
                     }
+                    self.own(&opened, part)?;
                     set_mode(&opened, part, MADE_MODE)?;
                     opened.open_dir(part).map_err(Refusal::Disk)?
                 }
@@ -235,7 +313,7 @@ fn through(error: io::Error) -> Refusal {
     }
 }
 
-fn make_directory(parent: &Dir, leaf: &OsStr) -> Result<(), Refusal> {
+fn make_directory(parent: &Dir, leaf: &OsStr, rules: Rules) -> Result<(), Refusal> {
     match parent.create_dir(leaf) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
         made => return made.map_err(Refusal::Disk),
@@ -243,20 +321,29 @@ fn make_directory(parent: &Dir, leaf: &OsStr) -> Result<(), Refusal> {
     if parent.symlink_metadata(leaf).map_err(Refusal::Disk)?.is_dir() {
         return Ok(());
     }
-    remove(parent, leaf)?;
+    remove(parent, leaf, rules)?;
     parent.create_dir(leaf).map_err(Refusal::Disk)
 }
 
 /// Gives a directory its mode, whatever the process's umask is.
 fn set_mode(parent: &Dir, leaf: &OsStr, mode: u32) -> Result<(), Refusal> {
-    let directory = parent.open(leaf).map_err(Refusal::Disk)?.into_std();
+    let directory = own_directory(parent, leaf).map_err(Refusal::Disk)?;
     directory.set_permissions(Permissions::from_mode(mode)).map_err(Refusal::Disk)
 }
 
+/// A directory, and nothing that a link leads to.
+fn own_directory(parent: &Dir, leaf: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::openat(parent, leaf, flags, Mode::empty())?))
+}
+
 /// Makes way for a later entry of the same name.
-fn remove(parent: &Dir, leaf: &OsStr) -> Result<(), Refusal> {
+fn remove(parent: &Dir, leaf: &OsStr, rules: Rules) -> Result<(), Refusal> {
     if !parent.symlink_metadata(leaf).map_err(Refusal::Disk)?.is_dir() {
         return parent.remove_file(leaf).map_err(Refusal::Disk);
+    }
+    if rules.merge {
+        return Err(Problem::ReplacesDirectory.into());
     }
     match parent.remove_dir(leaf) {
         Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {
@@ -275,6 +362,30 @@ pub struct Name {
 }
 
 impl Name {
+    /// A name at the top.
+    pub(super) fn top(leaf: &OsStr) -> Self {
+        Self { parent: PathBuf::new(), leaf: leaf.to_owned() }
+    }
+
+    /// Its first part.
+    pub(super) fn first(&self) -> &OsStr {
+        self.parent.iter().next().unwrap_or(&self.leaf)
+    }
+
+    /// The same below a directory.
+    pub(super) fn below(self, directory: &OsStr) -> Self {
+        Self { parent: Path::new(directory).join(self.parent), leaf: self.leaf }
+    }
+
+    /// The same with another first part.
+    pub(super) fn with_first(self, first: &OsStr) -> Self {
+        let mut parts = self.parent.iter();
+        match parts.next() {
+            None => Self::top(first),
+            Some(_) => Self { parent: parts.as_path().to_owned(), leaf: self.leaf }.below(first),
+        }
+    }
+
     /// Takes an archive's name apart. `None` is the root itself (`.` or `./`).
     pub fn parse(name: &[u8]) -> Result<Option<Self>, Problem> {
         match name {
