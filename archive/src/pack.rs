@@ -92,16 +92,15 @@ struct Level {
 }
 
 impl<W: Write> Packer<'_, W> {
-    fn all(&mut self, start: &Packing) -> io::Result<()> {
-        let first =
-            self.entry(start.directory.as_fd(), &start.leaf, &start.base, &start.stat, None)?;
+    fn all(&mut self, top: &Packing) -> io::Result<()> {
+        let first = self.entry(top.directory.as_fd(), &top.leaf, &top.base, &top.stat, None)?;
         let mut levels = Vec::from_iter(first);
         while let Some(level) = levels.last_mut() {
             let Some(next) = level.entries.read() else {
                 levels.pop();
                 continue;
             };
-            let next = next.map_err(|e| named(&level.name, e.into()))?;
+            let next = next.map_err(|e| named(&level.name, &e.into()))?;
             let leaf = OsStr::from_bytes(next.file_name().to_bytes());
             if leaf == "." || leaf == ".." {
                 continue;
@@ -120,7 +119,7 @@ impl<W: Write> Packer<'_, W> {
             }
             if levels.len() > MAX_DEPTH {
                 let why = format!("it lies more than {MAX_DEPTH} directories deep");
-                return Err(named(&name, io::Error::other(why)));
+                return Err(named(&name, &io::Error::other(why)));
             }
         }
         Ok(())
@@ -142,8 +141,8 @@ impl<W: Write> Packer<'_, W> {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let opened = openat(directory, leaf, flags, Mode::empty());
-                let opened = opened.map_err(|e| named(name, e.into()))?;
+                let found = openat(directory, leaf, flags, Mode::empty());
+                let below = found.map_err(|e| named(name, &e.into()))?;
                 header.set_entry_type(EntryType::Directory);
                 let at_top = name.as_os_str().is_empty();
                 self.tar.append_data(
@@ -152,10 +151,10 @@ impl<W: Write> Packer<'_, W> {
                     io::empty(),
                 )?;
                 // What is mounted below is packed, but for what is none.
-                if above.is_some_and(|device| device != stat.st_dev) && is_kernels(&opened)? {
+                if above.is_some_and(|device| device != stat.st_dev) && is_kernels(&below)? {
                     return Ok(None);
                 }
-                let entries = Dir::new(opened).map_err(|e| named(name, e.into()))?;
+                let entries = Dir::new(below).map_err(|e| named(name, &e.into()))?;
                 Ok(Some(Level { entries, name: name.to_owned(), device: stat.st_dev }))
             }
             FileType::Symlink => {
@@ -185,7 +184,7 @@ impl<W: Write> Packer<'_, W> {
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = openat(directory, leaf, flags, Mode::empty());
-        let file = File::from(file.map_err(|e| named(name, e.into()))?);
+        let file = File::from(file.map_err(|e| named(name, &e.into()))?);
         let stat = rustix::fs::fstat(&file)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(changed(name));
@@ -195,7 +194,7 @@ impl<W: Write> Packer<'_, W> {
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if size == 0 {
             let mut content = vec![];
-            file.take(MAX_OF_EMPTY).read_to_end(&mut content).map_err(|e| named(name, e))?;
+            file.take(MAX_OF_EMPTY).read_to_end(&mut content).map_err(|e| named(name, &e))?;
             header.set_size(content.len() as u64);
             return self.tar.append_data(&mut header, name, &content[..]);
         }
@@ -237,7 +236,7 @@ fn is_kernels(directory: &OwnedFd) -> io::Result<bool> {
     Ok(KERNELS.contains(&kind))
 }
 
-fn named(name: &Path, error: io::Error) -> io::Error {
+fn named(name: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", name.display()))
 }
 
@@ -262,7 +261,7 @@ impl Read for Exact<'_> {
         if (self.stop)() {
             return Err(io::Error::other("packing was stopped"));
         }
-        let read = self.file.read(&mut buffer[..most]).map_err(|e| named(self.name, e))?;
+        let read = self.file.read(&mut buffer[..most]).map_err(|e| named(self.name, &e))?;
         if read == 0 {
             return Err(changed(self.name));
         }
