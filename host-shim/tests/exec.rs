@@ -143,7 +143,10 @@ async fn a_command_that_could_not_be_started_was_refused() {
         let session = begin(vm.entrance(), None);
         vm.started().await.0.fail(cause, "why").await;
         let outcome = session.end().await.1;
-        assert_eq!(outcome, Outcome { how, exit_code: Some(code), why: Some("why".into()) });
+        assert_eq!(
+            outcome,
+            Outcome { how, exit_code: Some(code), why: Some("why".into()), cause: Some(cause) }
+        );
     }
 }
 

@@ -125,12 +125,13 @@ fn not_found(spot: &Spot, error: &io::Error) -> Refused {
     let path = &spot.path;
     match error.kind() {
         ErrorKind::NotFound => {
-            Refused::new(Cause::NotFound, format!("there is nothing at {path:?}"))
+            Refused::new(Cause::NotFound, format!("there is nothing at {}", path.display()))
         }
-        ErrorKind::NotADirectory => {
-            Refused::new(Cause::NotFound, format!("{path:?} goes through what is no directory"))
-        }
-        _ => Refused::new(Cause::Invalid, format!("{path:?} cannot be copied: {error}")),
+        ErrorKind::NotADirectory => Refused::new(
+            Cause::NotFound,
+            format!("{} goes through what is no directory", path.display()),
+        ),
+        _ => Refused::new(Cause::Invalid, format!("{} cannot be copied: {error}", path.display())),
     }
 }
 

@@ -44,7 +44,8 @@ impl Place {
     async fn put(&self, path: &str, name: &str) -> Ended {
         let mut header = tar::Header::new_gnu();
         header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
-        (header.set_mode(0o644), header.set_size(3));
+        header.set_mode(0o644);
+        header.set_size(3);
         header.set_cksum();
         let mut tar = tar::Builder::new(vec![]);
         tar.append(&header, &b"new"[..]).unwrap();

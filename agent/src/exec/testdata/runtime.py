@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Does for a session what crun does, without a container."""
-import array, json, os, pty, socket, sys
+import array, fcntl, json, os, pty, socket, sys, termios
 
 args = sys.argv[1:]
 flag = lambda name: args[args.index(name) + 1] if name in args else None
@@ -21,12 +21,13 @@ if program == "missing":
 master = slave = None
 if process["terminal"]:
     master, slave = pty.openpty()
+    size = process["consoleSize"]
+    termios.tcsetwinsize(slave, (size["height"], size["width"]))
 child = os.fork()
 if child == 0:
     os.setsid()
     if slave is not None:
         os.close(master)
-        import fcntl, termios
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
         for fd in (0, 1, 2):
             os.dup2(slave, fd)

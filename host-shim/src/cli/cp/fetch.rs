@@ -27,9 +27,9 @@ pub(super) async fn run(
     let sink = Sink::open(to)?;
     let path = files(client, id).await?;
     let response = client.download(&path, query).await.map_err(refused)?;
-    let (pieces, waiting) = mpsc::channel(WAITING);
+    let (pieces, arriving) = mpsc::channel(WAITING);
     let writing =
-        spawn_blocking(move || sink.take(Incoming { pieces: waiting, current: Bytes::new() }));
+        spawn_blocking(move || sink.take(Incoming { pieces: arriving, current: Bytes::new() }));
     let mut body = response.bytes_stream();
     let mut broken = None;
     while let Some(piece) = body.next().await {
@@ -68,9 +68,8 @@ impl Sink {
 
     fn take(self, mut archive: Incoming) -> Result<(), CliError> {
         match self {
-            Self::Tree(landing) => {
-                unpack(archive, landing.tree(None), Limits::NONE, &|| false).map_err(not_unpacked)
-            }
+            Self::Tree(landing) => unpack(archive, landing.tree(None), Limits::NONE, &|| false)
+                .map_err(|error| not_unpacked(&error)),
             Self::Stdout => {
                 let mut out = io::stdout().lock();
                 match io::copy(&mut archive, &mut out).and_then(|_| out.flush()) {
@@ -93,7 +92,7 @@ fn landing(path: &Path) -> Result<Landing, CliError> {
     })
 }
 
-fn not_unpacked(error: ArchiveError) -> CliError {
+fn not_unpacked(error: &ArchiveError) -> CliError {
     CliError::failed(error.to_string())
 }
 

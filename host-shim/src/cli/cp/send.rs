@@ -66,8 +66,10 @@ impl Source {
         };
         let found = Packing::find(&path, open_here).map(Self::Files);
         found.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => CliError::failed(format!("there is nothing at {path:?}")),
-            _ => CliError::failed(format!("{path:?} cannot be copied: {error}")),
+            ErrorKind::NotFound => {
+                CliError::failed(format!("there is nothing at {}", path.display()))
+            }
+            _ => CliError::failed(format!("{} cannot be copied: {error}", path.display())),
         })
     }
 

@@ -63,7 +63,7 @@ fn side(text: &OsStr) -> Result<Side, String> {
         _ => return Ok(Side::Here(Local::Path(text.into()))),
     };
     let (Ok(id), Ok(path)) = (str::from_utf8(id), str::from_utf8(path)) else {
-        return Err(format!("{text:?} is not UTF-8"));
+        return Err(format!("{} is not UTF-8", text.display()));
     };
     if path.is_empty() {
         return Err(format!("{id}: has no path; its directory is {id}:."));
