@@ -87,7 +87,6 @@ async fn take(agent: &mut Agent) -> Vec<u8> {
     let mut got = vec![];
     while let Some(bytes) = agent.input().await {
         got.extend(bytes);
-        agent.say(SessionToHost::InputTaken { total: got.len() as u64 }).await;
     }
     got
 }

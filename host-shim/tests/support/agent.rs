@@ -125,11 +125,8 @@ impl Agent {
 
     /// As `cat`: gives back what it gets, then exits.
     pub async fn cat(&mut self) {
-        let mut total = 0;
         while let Some(bytes) = self.input().await {
             self.print(Stream::Out, &bytes).await;
-            total += bytes.len() as u64;
-            self.say(SessionToHost::InputTaken { total }).await;
         }
         self.exit(0).await;
     }
