@@ -243,7 +243,7 @@ fn vm_files_are_copied_both_ways() {
     let listed = server.run(&["sessions", &id, "--format", "json"]);
     let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
     assert_eq!(listed[0]["command"], json!(["cp", "out", "/proc/1/comm"]));
-    assert!(output(exec(&server, &id, &[], &["sh", "-c", "echo go > /tmp/go"])).status.success());
+    tell(&server, &id);
     follow.drain();
     server.stop();
 }

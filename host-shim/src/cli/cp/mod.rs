@@ -37,10 +37,10 @@ pub struct CpArgs {
     /// Also while the running step has secrets
     #[arg(long, conflicts_with = "vm")]
     with_secrets: bool,
-    /// [ID:]PATH, or - for an archive on standard input
+    /// PATH or ID:PATH, or - for an archive on standard input
     #[arg(value_name = "[ID:]SRC")]
     from: OsString,
-    /// [ID:]PATH, or - for an archive on standard output
+    /// PATH or ID:PATH, or - for an archive on standard output
     #[arg(value_name = "[ID:]DST")]
     to: OsString,
 }
