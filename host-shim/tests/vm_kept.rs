@@ -72,7 +72,9 @@ fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
     let before = ticks(qemu);
     let other = server.build(&[("Dockerfile", b"FROM scratch\nCOPY Dockerfile /\n")], &[]);
     assert!(other.status.success(), "{}", text(other.stderr));
-    assert_eq!(ticks(qemu), before, "a paused VM takes no CPU");
+    // Of some hundred ticks that the other build takes; QEMU's own loop may wake up now and then.
+    let taken = ticks(qemu) - before;
+    assert!(taken <= 5, "a paused VM took {taken} ticks of CPU");
 
     let look = exec(&server, &id, &[], "pwd; cat half.txt; echo $COLOR; exit 7");
     said(&server, &look, 7, "/srv/work\nhalf\ngreen\n");
