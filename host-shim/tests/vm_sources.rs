@@ -88,7 +88,7 @@ fn names_and_links() -> Vec<Refused> {
         refused(
             "the root as a link",
             good().symlink(".", "/etc").file("passwd", b"x").end(),
-            &["`.`", "the source's directory itself"],
+            &["`.`", "the archive's directory itself"],
         ),
         refused(
             "character device",
