@@ -107,7 +107,7 @@ impl Stay {
         asked: &mut mpsc::UnboundedReceiver<Ask>,
         stop: &CancellationToken,
     ) -> String {
-        if let Err(error) = vm.pause().await {
+        if let Err(error) = vm.pause() {
             return chain(&error);
         }
         tracing::info!(id = %self.id, "a failed build's VM is kept, and paused");
@@ -123,7 +123,7 @@ impl Stay {
                 ask = asked.recv() => ask,
                 () = or_never(pause_at) => {
                     pause_at = None;
-                    if let Err(error) = vm.pause().await {
+                    if let Err(error) = vm.pause() {
                         return chain(&error);
                     }
                     paused = true;
@@ -134,7 +134,7 @@ impl Stay {
                 Some(Ask::Enter(answer)) => {
                     sessions += 1;
                     pause_at = None;
-                    if paused && let Err(error) = vm.resume().await {
+                    if paused && let Err(error) = vm.resume() {
                         // Nobody knows whether it runs.
                         let why = chain(&error);
                         let _ = answer.send(Err(error));

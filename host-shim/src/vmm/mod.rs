@@ -142,13 +142,11 @@ pub enum VmmError {
         /// Its own words, when it had any.
         said: String,
     },
-    /// QEMU did not stop or go on.
-    #[error("VM {id}: QEMU did not {command} its CPUs: {why}")]
+    /// QEMU could not be stopped, or let go on.
+    #[error("VM {id}: its QEMU could not be stopped or let go on: {why}")]
     Unmoved {
         /// Which VM.
         id: String,
-        /// `stop` or `cont`.
-        command: &'static str,
         /// What happened.
         why: String,
     },

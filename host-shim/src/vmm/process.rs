@@ -53,6 +53,11 @@ impl Process {
         kill(self.pidfd.get_ref());
     }
 
+    /// Gives it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(rustix::process::pidfd_send_signal(self.pidfd.get_ref(), signal)?)
+    }
+
     /// Waits for a killed process and reaps it. `false` when the deadline passed first.
     pub(crate) fn reap(&self, deadline: Instant) -> bool {
         let gone = wait_gone(self.pidfd.get_ref(), deadline);

@@ -108,11 +108,6 @@ impl Qmp {
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
 
-    /// Gives a command that has no arguments and no answer.
-    pub(crate) async fn tell(&self, command: &'static str) -> Result<(), QmpError> {
-        self.command(command, &json!({})).await.map(drop)
-    }
-
     async fn command(&self, name: &str, arguments: &Value) -> Result<Value, QmpError> {
         let work = async {
             let mut commands = self.commands.lock().await;
