@@ -10,13 +10,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use rustix::process::Signal;
+
 use super::cgroup::Cgroup;
 use super::dial::{DialError, Dialer};
 use super::jail::{Output, printable};
 use super::listener::GuestListener;
 use super::process::{Process, ProcessId};
-use rustix::process::Signal;
-
 use super::qmp::{GuestEnd, Monitor, Qmp};
 use super::slots::Slot;
 use super::{REMOVAL_DEADLINE, VmmError};
