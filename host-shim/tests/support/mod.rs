@@ -44,7 +44,12 @@ impl Server {
     }
 
     pub fn start_with(flags: &[&str]) -> Self {
-        let mut server = Self::serve(tempfile::tempdir().unwrap(), flags);
+        Self::start_in(&std::env::temp_dir(), flags)
+    }
+
+    /// Keeps everything of the server's in a directory below this one.
+    pub fn start_in(dir: &Path, flags: &[&str]) -> Self {
+        let mut server = Self::serve(tempfile::tempdir_in(dir).unwrap(), flags);
         server.token = server.new_token("dev", "admin");
         server.publish_base(&state());
         server
