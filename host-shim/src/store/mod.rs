@@ -324,6 +324,8 @@ pub trait Store: Send + Sync + 'static {
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;
     /// The token with this hash, revoked and expired ones too.
     async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError>;
+    /// The token with this public id, revoked and expired ones too.
+    async fn token(&self, id: &str) -> Result<Option<TokenRecord>, StoreError>;
     /// All tokens, oldest first.
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
     /// Revokes a token by its public id.

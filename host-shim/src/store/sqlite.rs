@@ -397,6 +397,10 @@ impl Store for SqliteStore {
         tokens::by_hash(&self.readers, hash).await
     }
 
+    async fn token(&self, id: &str) -> Result<Option<TokenRecord>, StoreError> {
+        tokens::one(&self.readers, id).await
+    }
+
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError> {
         tokens::all(&self.readers).await
     }

@@ -254,6 +254,27 @@ async fn who_may_not_is_refused() {
 }
 
 #[tokio::test]
+async fn a_copy_ends_with_its_token() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let admin = server.client("root", Role::Admin).await;
+    let Running { vm, id, opened: _opened } = running(&server, &client).await;
+    let path = files(&id, "path=x");
+    let (body, pieces) = mpsc::channel::<Result<Vec<u8>, std::io::Error>>(1);
+    let body_stream = Body::wrap_stream(ReceiverStream::new(pieces));
+    let (response, ()) = tokio::join!(put(&client, &path, body_stream), async {
+        let (mut agent, _) = start(&vm).await;
+        let token = admin.json("/sessions?limit=1").await[0]["by"]["token"].clone();
+        admin.delete(&format!("/tokens/{}", token.as_str().unwrap())).await;
+        agent.hung_up().await;
+        drop(body);
+    });
+    let problem = refusal(response, 401, "unauthorized").await;
+    assert!(problem["message"].as_str().unwrap().contains("is revoked"), "{problem}");
+    assert_eq!(last_session(&admin).await["how"], "revoked");
+}
+
+#[tokio::test]
 async fn an_instance_has_files_too() {
     let server = server().await;
     let client = server.client("a", Role::Tenant).await;
