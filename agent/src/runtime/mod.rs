@@ -13,6 +13,7 @@
 //! [`create`] and [`monitor`] run in the wrapper's processes, [`server`] in the agent; [`wire`] is
 //! between them. [`config`], [`seccomp`] and [`name`] are pure.
 
+mod bounded;
 mod cgroup;
 mod config;
 mod create;

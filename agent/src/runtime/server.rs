@@ -301,7 +301,7 @@ async fn hold(wrapper: &mut BufReader<UnixStream>, settings: &Settings, record: 
     }
 }
 
-/// The failed step's container, again.
+/// The failed step's container, again. Its monitor has a deadline for it, see `hold::DEADLINE`.
 async fn make_again(wrapper: &mut BufReader<UnixStream>, secrets: bool) -> Result<Target, String> {
     let order = if secrets { HOLD_WITH_SECRETS } else { HOLD };
     let answer = async {
