@@ -1,4 +1,4 @@
-//! `kiln cp`: files out of a running build or instance, or into one.
+//! `kiln cp`: files out of a running build or instance or a kept build's failed step, or into one.
 //!
 //! ```text
 //! ID:SRC ─▶ the API ─▶ fetch ─▶ unpack at DST, or - (standard output)
@@ -26,15 +26,15 @@ use super::error::CliError;
 
 /// Copy files out of a running build or instance, or into one
 ///
-/// One of the two is ID:PATH, a path in the step that runs or in the instance. `-` is a tar archive on standard input or
-/// output. An existing directory gets the files inside it; otherwise they get the destination's name. `DIR/.` is what is
-/// in a directory.
+/// One of the two is ID:PATH, a path in the step that runs, in the failed step of a kept build, or in the instance. `-`
+/// is a tar archive on standard input or output. An existing directory gets the files inside it; otherwise they get the
+/// destination's name. `DIR/.` is what is in a directory.
 #[derive(Debug, clap::Args)]
 pub struct CpArgs {
     /// In the VM itself, as root; for administrators
     #[arg(long)]
     vm: bool,
-    /// Also while the running step has secrets
+    /// Also when the step has secrets
     #[arg(long, conflicts_with = "vm")]
     with_secrets: bool,
     /// PATH or ID:PATH, or - for an archive on standard input
