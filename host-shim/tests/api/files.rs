@@ -83,6 +83,8 @@ async fn an_archive_comes_out_and_the_session_is_in_the_audit_log() {
                 for piece in large.chunks(60_000) {
                     agent.print(Stream::Out, piece).await;
                 }
+                // Who does not ask for trailers gets none.
+                agent.print(Stream::Err, b"1 device").await;
                 agent.exit(0).await;
                 agent.hung_up().await;
             }

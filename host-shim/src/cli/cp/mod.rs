@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use self::side::{Copy, Remote};
 use super::client::{CallError, Client};
-use super::error::CliError;
+use super::error::{CliError, note};
 
 /// Copy files out of a running build or instance, or into one
 ///
@@ -74,6 +74,11 @@ async fn files<'a>(client: &Client, id: &'a str) -> Result<[&'a str; 3], CliErro
         }
     }
     Err(CliError::failed(format!("there is no build or instance {id}")))
+}
+
+/// Says what did not come along.
+fn note_left_out(what: &str) {
+    note(&format!("left out {what}"));
 }
 
 /// What the server said of a copy.
