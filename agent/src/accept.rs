@@ -104,7 +104,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_listener_that_fails_is_asked_again_and_not_at_once() {
-        let (served, mut serves) = mpsc::unbounded_channel();
+        let (served, mut seen) = mpsc::unbounded_channel();
         let task = |connection| {
             let served = served.clone();
             async move { served.send(connection).unwrap() }
@@ -113,7 +113,7 @@ mod tests {
         let serving = serve("a test", FailsOnce::default(), 2, task, CancellationToken::new());
         tokio::select! {
             () = serving => panic!("it goes on"),
-            connection = serves.recv() => assert_eq!(connection, Some("connection")),
+            connection = seen.recv() => assert_eq!(connection, Some("connection")),
         }
         assert!(begun.elapsed() >= PAUSE);
     }

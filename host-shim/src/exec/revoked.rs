@@ -12,9 +12,16 @@ use crate::build::Millis;
 use crate::store::{Store, StoreError};
 use crate::token::Lapse;
 
-/// How many sessions each token has, and how they hear of its end.
+/// The tokens by their public ids.
 #[derive(Clone, Default)]
-pub(super) struct Tokens(Arc<Mutex<HashMap<String, (usize, watch::Sender<Option<Lapse>>)>>>);
+pub(super) struct Tokens(Arc<Mutex<HashMap<String, Known>>>);
+
+/// How many sessions a token has, and how they hear of its end.
+#[derive(Default)]
+struct Known {
+    sessions: usize,
+    lapse: watch::Sender<Option<Lapse>>,
+}
 
 /// A session of a token's; it counts until it is dropped.
 pub(super) struct Inside {
@@ -28,16 +35,16 @@ impl Tokens {
     /// Counts a session.
     pub(super) fn enter(&self, token_id: &str) -> Inside {
         let mut all = self.lock();
-        let (count, lapse) = all.entry(token_id.to_owned()).or_default();
-        *count += 1;
-        let lapse = lapse.subscribe();
+        let known = all.entry(token_id.to_owned()).or_default();
+        known.sessions += 1;
+        let lapse = known.lapse.subscribe();
         Inside { tokens: self.clone(), token_id: token_id.to_owned(), lapse }
     }
 
     /// Tells those that are there.
     pub(super) fn end(&self, token_id: &str, why: Lapse) {
-        if let Some((_, lapse)) = self.lock().get(token_id) {
-            lapse.send_replace(Some(why));
+        if let Some(known) = self.lock().get(token_id) {
+            known.lapse.send_replace(Some(why));
         }
     }
 
@@ -55,7 +62,7 @@ impl Tokens {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, (usize, watch::Sender<Option<Lapse>>)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Known>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -63,9 +70,9 @@ impl Tokens {
 impl Drop for Inside {
     fn drop(&mut self) {
         let mut all = self.tokens.lock();
-        if let Some((count, _)) = all.get_mut(&self.token_id) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(known) = all.get_mut(&self.token_id) {
+            known.sessions -= 1;
+            if known.sessions == 0 {
                 all.remove(&self.token_id);
             }
         }
