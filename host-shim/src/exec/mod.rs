@@ -13,6 +13,7 @@
 mod agent;
 pub mod bridge;
 pub mod entrance;
+pub mod forget;
 mod inward;
 pub mod record;
 mod revoked;
