@@ -12,7 +12,9 @@
 //! | [`exec`] | commands that people run in here |
 //! | [`run`] | the role of an instance: an image's program in a container |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
+//! | [`accept`] | a listener's connections |
 
+mod accept;
 mod dockerfile;
 mod engine;
 mod events;

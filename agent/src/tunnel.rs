@@ -12,14 +12,13 @@ use std::time::Duration;
 use kiln_protocol::preamble::{Channel, Preamble};
 use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::accept;
 use crate::vsock::Connector;
 
-/// Most connections at one time. More wait in the listener's backlog and are not refused: a
-/// program that opens many connections gets slower, not broken.
+/// Most connections at one time.
 pub const MAX_CONNECTIONS: usize = 128;
 
 /// Bytes copied at once, per direction. Half a virtio-vsock packet; with every connection in use
@@ -28,10 +27,6 @@ const COPY_BYTES: usize = 32 * 1024;
 
 /// How long the host may take to accept a connection. It listens since before the VM started.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A pause after `accept` failed for want of memory or descriptors, which it does again at once
-/// until a connection ends.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A tunnel to one port of the host.
 #[derive(Debug)]
@@ -56,36 +51,19 @@ impl<C: Connector> Tunnel<C> {
     /// Accepts connections until it is cancelled, which also ends those that are open.
     pub async fn serve(self, listener: TcpListener, cancel: CancellationToken) {
         let _open_ones_end = cancel.clone().drop_guard();
-        let room = Arc::new(Semaphore::new(self.connections));
         let tunnel = Arc::new(self);
-        loop {
-            let next = async {
-                // The semaphore is never closed, so that this waits for a place and no more.
-                let place = Arc::clone(&room).acquire_owned().await.ok();
-                (place, listener.accept().await)
-            };
-            let (place, accepted) = tokio::select! {
-                next = next => next,
-                () = cancel.cancelled() => return,
-            };
-            let client = match accepted {
-                Ok((client, _)) => client,
-                Err(error) => {
-                    tracing::warn!(port = tunnel.port, %error, "a tunnel cannot accept");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
+        let task = |client| {
             let (tunnel, cancel) = (Arc::clone(&tunnel), cancel.clone());
-            tokio::spawn(async move {
+            async move {
                 tokio::select! {
                     // How a connection ends is its two ends' business; both have seen it.
                     _ = tunnel.join(client) => {}
                     () = cancel.cancelled() => {}
                 }
-                drop(place);
-            });
-        }
+            }
+        };
+        let whose = format!("the tunnel to port {}", tunnel.port);
+        accept::serve(&whose, listener, tunnel.connections, task, cancel.clone()).await;
     }
 
     async fn join(&self, mut client: TcpStream) -> io::Result<()> {

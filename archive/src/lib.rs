@@ -17,6 +17,7 @@
 //! On a refusal what was unpacked before it stays.
 
 mod guard;
+mod left_out;
 mod pack;
 mod problem;
 mod spot;
@@ -24,6 +25,7 @@ mod tree;
 mod unpack;
 
 pub use self::guard::MAX_HEADERS;
+pub use self::left_out::LeftOut;
 pub use self::pack::Packing;
 pub use self::problem::{Place, Problem, shown};
 pub use self::spot::{LandError, Landing, land};

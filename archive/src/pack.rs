@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, fstatfs, openat, readlinkat, statat};
 use tar::{Builder, EntryType, Header};
 
+use super::left_out::LeftOut;
 use super::spot::Spot;
 
 /// Directories that are open at one time, each with a descriptor.
@@ -57,12 +58,14 @@ impl Packing {
         Ok(Self { directory, leaf, stat, base: base.into() })
     }
 
-    /// Writes it as an archive. It blocks; `stop` is asked often.
-    pub fn pack(self, out: impl Write, stop: &dyn Fn() -> bool) -> io::Result<()> {
-        let mut packer = Packer { tar: Builder::new(out), links: HashMap::new(), stop };
+    /// Writes it as an archive, and says what had to be left out. It blocks; `stop` is asked often.
+    pub fn pack(self, out: impl Write, stop: &dyn Fn() -> bool) -> io::Result<LeftOut> {
+        let (tar, left_out) = (Builder::new(out), LeftOut::default());
+        let mut packer = Packer { tar, links: HashMap::new(), left_out, stop };
         packer.tar.mode(tar::HeaderMode::Complete);
         packer.all(&self)?;
-        packer.tar.into_inner()?.flush()
+        packer.tar.into_inner()?.flush()?;
+        Ok(packer.left_out)
     }
 }
 
@@ -81,6 +84,7 @@ struct Packer<'a, W: Write> {
     tar: Builder<W>,
     /// The first name of each file that has several, by device and number.
     links: HashMap<(u64, u64), PathBuf>,
+    left_out: LeftOut,
     stop: &'a dyn Fn() -> bool,
 }
 
@@ -175,7 +179,10 @@ impl<W: Write> Packer<'_, W> {
                 }
                 self.file(directory, leaf, name).map(|()| None)
             }
-            _ => Ok(None),
+            _ => {
+                self.left_out.add(name);
+                Ok(None)
+            }
         }
     }
 

@@ -103,6 +103,9 @@ pub struct ServeArgs {
     /// Failed builds whose VMs are kept at one time; the oldest goes first [default: 4]
     #[arg(long, env = "KILN_MAX_KEPT", value_name = "N")]
     pub max_kept: Option<u32>,
+    /// Days that an ended session stays in the audit log; 0 for ever [default: 90]
+    #[arg(long, env = "KILN_KEEP_SESSIONS_DAYS", value_name = "DAYS")]
+    pub keep_sessions_days: Option<u32>,
     /// Queued builds of one tenant [default: 1000]
     #[arg(long, env = "KILN_MAX_QUEUED", value_name = "N")]
     pub max_queued: Option<u32>,
@@ -154,6 +157,8 @@ pub struct ServeConfig {
     pub instance_disks_bytes: u64,
     /// VMs of failed builds that are kept at one time.
     pub max_kept: usize,
+    /// Days that an ended session stays in the audit log; 0 for ever.
+    pub keep_sessions_days: u32,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -255,6 +260,7 @@ impl ServeArgs {
             max_disk_gb: self.max_disk_gb.or(file.max_disk_gb),
             instance_disks_gb: self.instance_disks_gb.or(file.instance_disks_gb),
             max_kept: self.max_kept.or(file.max_kept),
+            keep_sessions_days: self.keep_sessions_days.or(file.keep_sessions_days),
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
             qemu: self.qemu.or(file.qemu),
@@ -322,6 +328,12 @@ impl ServeArgs {
                 .transpose()?,
             log_limit_bytes: mb(number("log-limit-mb", self.log_limit_mb, 256, 1..=64 * 1024)?),
             max_kept: number("max-kept", self.max_kept, 4, 0..=1024)? as usize,
+            keep_sessions_days: number(
+                "keep-sessions-days",
+                self.keep_sessions_days,
+                90,
+                0..=36500,
+            )?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
             limits: Limits {

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use self::connections::Connections;
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
-use crate::exec::Sessions;
+use crate::exec::{Sessions, forget};
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
@@ -165,8 +165,9 @@ async fn serve(
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());
+    let forgetting = forget::run(store, config.keep_sessions_days, stop.clone());
     let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances, sessions);
+        tokio::join!(builds, instances, sessions, forgetting);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });

@@ -42,6 +42,28 @@ impl Caller {
     }
 }
 
+/// Why a token opens nothing any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lapse {
+    /// It was revoked.
+    Revoked,
+    /// Its time is over.
+    Expired,
+}
+
+impl Lapse {
+    /// Why this one opens nothing, if that is so.
+    pub fn of(token: &TokenRecord, now: Millis) -> Option<Self> {
+        if token.revoked {
+            Some(Self::Revoked)
+        } else if token.expires_at.is_some_and(|end| end <= now) {
+            Some(Self::Expired)
+        } else {
+            None
+        }
+    }
+}
+
 /// Why a request has no caller.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
@@ -93,7 +115,7 @@ pub async fn verify(store: &dyn Store, token: &str, now: Millis) -> Result<Calle
         return Err(AuthError::Invalid);
     }
     let record = store.token_by_hash(&hash(token)).await?.ok_or(AuthError::Invalid)?;
-    if record.revoked || record.expires_at.is_some_and(|end| end <= now) {
+    if Lapse::of(&record, now).is_some() {
         return Err(AuthError::Invalid);
     }
     let TokenRecord { id: token_id, name: token_name, tenant, role, .. } = record;

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use kiln::exec::bridge::{self, Bounds};
 use kiln::exec::{ClientInput, ClientOutput, Dial, Door, Entrance, Gone, How, Outcome, Said};
+use kiln::token::Lapse;
 use kiln::vmm::DialError;
 use kiln_protocol::exec::{
     Cause, Ended, Exec, HostToSession, MAX_CHUNK, MAX_WHY, Open, Place, SessionToHost, Stream,
@@ -19,7 +20,7 @@ use kiln_protocol::exec::{
 };
 use kiln_protocol::frame::{self, MAX_FRAME};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// A client that says what a test says, and is lost with it.
@@ -48,6 +49,7 @@ struct Session {
     says: mpsc::Sender<Result<Said, Gone>>,
     shown: mpsc::Receiver<(Stream, Vec<u8>)>,
     stop: CancellationToken,
+    end_token: watch::Sender<Option<Lapse>>,
     running: tokio::task::JoinHandle<Outcome>,
 }
 
@@ -68,15 +70,15 @@ fn begin(entrance: Entrance, timeout: Option<Duration>) -> Session {
     let (says, said) = mpsc::channel(1);
     let (show, shown) = mpsc::channel(1);
     let stop = CancellationToken::new();
-    let revoked = CancellationToken::new();
-    let bounds = Bounds { timeout, stop: stop.clone(), revoked, ping: PING };
+    let (end_token, lapse) = watch::channel(None);
+    let bounds = Bounds { timeout, stop: stop.clone(), lapse, ping: PING };
     let running = tokio::spawn(async move {
         let (mut input, mut output) = (Says(said), Takes(show));
         let open = Open::Exec(command());
         let before = std::future::ready(Ok(()));
         bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await
     });
-    Session { says, shown, stop, running }
+    Session { says, shown, stop, end_token, running }
 }
 
 impl Session {
@@ -283,6 +285,21 @@ async fn who_prints_for_ever_is_ended_by_time_and_by_the_server() {
     }
 }
 
+#[tokio::test]
+async fn a_token_that_opens_nothing_any_more_ends_its_session_and_says_why() {
+    for (lapse, word) in [(Lapse::Revoked, "is revoked"), (Lapse::Expired, "has expired")] {
+        let vm = Vm::new();
+        let session = begin(vm.entrance(), None);
+        let (mut agent, _) = vm.started().await;
+        session.end_token.send_replace(Some(lapse));
+        let outcome = session.end().await.1;
+        assert_eq!((outcome.how, outcome.exit_code), (How::Revoked, Some(125)));
+        let why = outcome.why.unwrap();
+        assert!(why.contains(word), "{why}");
+        agent.hung_up().await;
+    }
+}
+
 /// Both directions are stuck: nothing is taken by the client or by the command. All ends all the same.
 #[tokio::test]
 async fn time_ends_what_is_stuck_in_both_directions() {
@@ -385,7 +402,8 @@ async fn nothing_is_begun_that_could_not_be_written_down() {
     let running = tokio::spawn(async move {
         let (_says, said) = mpsc::channel(1);
         let (mut input, mut output) = (Says(said), Takes(mpsc::channel(1).0));
-        let bounds = Bounds { timeout: None, revoked: stop.clone(), stop, ping: PING };
+        let lapse = watch::channel(None).1;
+        let bounds = Bounds { timeout: None, lapse, stop, ping: PING };
         let open = Open::Exec(command());
         let before = std::future::ready(Err(Outcome::refused("the disk is full")));
         bridge::run(&entrance, open, bounds, before, &mut input, &mut output).await

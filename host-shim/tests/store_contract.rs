@@ -491,6 +491,8 @@ async fn tokens_are_found_by_hash_listed_and_revoked() {
     assert_eq!(store.token_by_hash("h0").await.unwrap(), Some(revoked));
     assert_eq!(store.token_by_hash("h2").await.unwrap(), Some(token(2)));
     assert_eq!(store.token_by_hash("H2").await.unwrap(), None);
+    assert_eq!(store.token("t1").await.unwrap(), Some(token(1)));
+    assert_eq!(store.token("t9").await.unwrap(), None);
     store.ready().await.unwrap();
 }
 

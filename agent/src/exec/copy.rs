@@ -1,7 +1,7 @@
 //! Sessions that copy files: an archive out of the VM, or one into it.
 //!
 //! ```text
-//! out:    a thread packs ──▶ Output ──▶ host
+//! out:    a thread packs ──▶ Output ──▶ host, and last, on the other stream, what was left out
 //! inward: host ──▶ Input ──▶ pieces ──▶ a thread unpacks ──▶ InputTaken ──▶ host
 //! ```
 //! The threads look at a flag that is set when the session is over, whichever way, and their queues are bounded: by the
@@ -36,15 +36,24 @@ where
     let work = spawn_blocking(move || {
         let packing = Packing::find(&spot.path, |path| spot.open(path))
             .map_err(|error| not_found(&spot, &error))?;
-        send(&to, SessionToHost::Started).map_err(|error| failed(&error))?;
-        let out = Chunks { host: to, buffer: Vec::with_capacity(MAX_CHUNK) };
-        packing.pack(out, &|| stop.load(Ordering::Relaxed)).map_err(|error| failed(&error))
+        pack(packing, &to, &stop).map_err(|error| failed(&error))
     });
     tokio::select! {
         done = work => Ok(ended(done)),
         lost = listen(frames, None) => Err(lost),
         () = host.closed() => Err(FrameError::Closed),
     }
+}
+
+fn pack(packing: Packing, host: &Host, stop: &AtomicBool) -> io::Result<()> {
+    send(host, SessionToHost::Started)?;
+    let out = Chunks { host: host.clone(), buffer: Vec::with_capacity(MAX_CHUNK) };
+    let left_out = packing.pack(out, &|| stop.load(Ordering::Relaxed))?;
+    if left_out.is_empty() {
+        return Ok(());
+    }
+    let bytes = left_out.to_string().into_bytes();
+    send(host, SessionToHost::Output { stream: Stream::Err, bytes })
 }
 
 /// Unpacks what the host sends at the spot.

@@ -8,23 +8,20 @@ use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::port;
 use kiln_protocol::preamble::{self, Channel, Preamble};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use super::launch::Places;
 use super::session;
 use super::target::Enterable;
+use crate::accept;
 
-/// Most sessions at one time. More wait in the listener's backlog.
+/// Most sessions at one time.
 const MAX_SESSIONS: usize = 128;
 
 /// The host sends a preamble at once.
 const PREAMBLE_WAIT: Duration = Duration::from_secs(10);
-
-/// A pause after `accept` failed for want of memory or descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens for the host.
 pub fn listen() -> io::Result<VsockListener> {
@@ -48,32 +45,17 @@ impl Server {
     /// Serves sessions until it is cancelled.
     pub async fn serve(self, listener: VsockListener, cancel: CancellationToken) {
         let server = Arc::new(self);
-        let room = Arc::new(Semaphore::new(MAX_SESSIONS));
-        loop {
-            let next = async {
-                // The semaphore is never closed, so that this waits for a place and no more.
-                let place = Arc::clone(&room).acquire_owned().await.ok();
-                (place, listener.accept().await)
-            };
-            let (place, accepted) = tokio::select! {
-                next = next => next,
-                () = cancel.cancelled() => return,
-            };
-            match accepted {
-                Ok((stream, from)) if from.cid() == port::HOST_CID => {
-                    let server = Arc::clone(&server);
-                    tokio::spawn(async move {
-                        server.session(stream).await;
-                        drop(place);
-                    });
-                }
-                Ok((_, from)) => tracing::warn!(cid = from.cid(), "only the host may enter"),
-                Err(error) => {
-                    tracing::warn!(%error, "a session could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+        let task = |(stream, from): (VsockStream, VsockAddr)| {
+            let server = Arc::clone(&server);
+            async move {
+                if from.cid() == port::HOST_CID {
+                    server.session(stream).await;
+                } else {
+                    tracing::warn!(cid = from.cid(), "only the host may enter");
                 }
             }
-        }
+        };
+        accept::serve("the port for sessions", listener, MAX_SESSIONS, task, cancel).await;
     }
 
     async fn session<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, mut stream: S) {

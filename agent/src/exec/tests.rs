@@ -300,6 +300,16 @@ async fn files_are_copied_out_and_in_again() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_copied_is_named_beside_the_archive() {
+    let dir = tempfile::tempdir().unwrap();
+    nix::unistd::mkfifo(&dir.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut host = Host::begin(Open::CopyOut(copy(JOB, &dir.path().join(".")))).await;
+    let (_, left_out, ended) = host.rest().await;
+    assert_eq!(String::from_utf8(left_out).unwrap(), "1 device, socket or FIFO: fifo");
+    assert_eq!(ended, Ended::Exited { code: 0 });
+}
+
+#[tokio::test]
 async fn a_copy_that_cannot_be_is_refused_before_it_starts() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "").unwrap();

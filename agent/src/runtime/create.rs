@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 use super::config::{ConfigError, StepPolicy, rewrite};
-use super::hold::Hold;
+use super::hold::{self, Hold};
 use super::monitor::{self, Monitor};
 use super::name::step_name;
 use super::secrets;
@@ -107,6 +107,7 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
                     policy,
                     id: call.id.clone(),
                     bundles: socket.with_file_name("held"),
+                    deadline: hold::DEADLINE,
                 },
                 locks: super::locks(socket),
                 init_pid_file: call.bundle.join(INIT_PID),

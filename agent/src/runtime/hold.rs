@@ -11,12 +11,14 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use oci_spec::runtime::{Mount, Spec};
 
+use super::bounded;
 use super::config::StepPolicy;
 use super::create::CONFIG;
 use super::secrets;
@@ -27,6 +29,13 @@ const HOLDER: &str = "/dev/kiln-holder";
 
 /// Where the VM has it.
 const AGENT: &str = "/run/kiln/agent";
+
+/// How long the container runtime may take to make the container. Generous, as a VM under software emulation may be
+/// busy; with the removal of what it leaves, and what [`bounded`] waits, less than the minute that the host gives an entry.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long it may take to remove what is left of one that was not made.
+const REMOVAL: Duration = Duration::from_secs(10);
 
 /// As much of the runtime's words as is repeated.
 const MAX_WORDS: usize = 1024;
@@ -44,6 +53,8 @@ pub struct Hold {
     pub id: OsString,
     /// Where bundles go: memory.
     pub bundles: PathBuf,
+    /// How long the runtime may take, usually [`DEADLINE`].
+    pub deadline: Duration,
 }
 
 impl Hold {
@@ -69,7 +80,8 @@ impl Hold {
         let made = self.make_in(&bundle, id, with_secrets);
         if made.is_err() {
             // So that it can be tried again, and no copy of a secret stays.
-            let _ = Command::new(&self.program).args(["delete", "--force"]).arg(id).status();
+            let mut delete = Command::new(&self.program);
+            let _ = bounded::run(delete.args(["delete", "--force"]).arg(id), REMOVAL);
             let _ = fs::remove_dir_all(&bundle);
         }
         made
@@ -87,8 +99,8 @@ impl Hold {
         let spec = holding(spec, &self.cgroup(id));
         spec.save(bundle.join(CONFIG)).map_err(io::Error::other)?;
         let log = bundle.join("log");
-        let status = Command::new(&self.program)
-            .arg("--cgroup-manager=cgroupfs")
+        let mut run = Command::new(&self.program);
+        run.arg("--cgroup-manager=cgroupfs")
             .arg("--log")
             .arg(&log)
             .args(["run", "--detach", "--no-new-keyring", "--bundle"])
@@ -96,15 +108,21 @@ impl Hold {
             .arg(id)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()?;
+            .stderr(Stdio::null());
+        let Some(status) = bounded::run(&mut run, self.deadline)? else {
+            return Err(io::Error::other(format!(
+                "the container runtime did not make the failed step's container again within {} s and was ended; \
+                 enter again to have it made",
+                self.deadline.as_secs()
+            )));
+        };
         if status.success() {
             return Ok(step);
         }
         let words: String = fs::read_to_string(&log).unwrap_or_default();
         let words: String = words.trim().chars().take(MAX_WORDS).collect();
         Err(io::Error::other(format!(
-            "the container runtime could not make its container again: {words}"
+            "the container runtime could not make the failed step's container again: {words}"
         )))
     }
 }
@@ -164,6 +182,8 @@ fn stay() -> nix::Result<Infallible> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use serde_json::json;
 
     use super::*;
@@ -189,6 +209,42 @@ mod tests {
         assert_eq!(after["linux"]["cgroupsPath"], json!("/kiln/steps/1/held/x"));
         assert_eq!(after["mounts"][0]["destination"], json!("/proc"));
         assert_eq!(after["mounts"][1]["destination"], json!(HOLDER));
+    }
+
+    /// Plays a runtime that hangs the first time, and says how it was called.
+    const HANGS_ONCE: &str = r#"#!/bin/sh
+echo "$*" >> "$0.calls"
+if [ "$1" = delete ]; then exit 0; fi
+if [ ! -e "$0.hung" ]; then touch "$0.hung"; exec sleep 1000; fi
+"#;
+
+    #[test]
+    fn a_runtime_that_hangs_is_ended_and_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("runtime");
+        fs::write(&program, HANGS_ONCE).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let hold = Hold {
+            program,
+            spec: Spec::default(),
+            policy: serde_json::from_value(json!({
+                "secrets": [], "mounted_secrets": "/s", "network": "Proxy", "netns": "/n", "cgroup": "/kiln/steps/1",
+                "processes": 9, "memory": null,
+            }))
+            .unwrap(),
+            id: "step".into(),
+            bundles: dir.path().join("held"),
+            // Long enough that it has begun to hang, where it is killed for nothing else.
+            deadline: Duration::from_secs(1),
+        };
+        let FromWrapper::NotHeld { why } = hold.make(false) else { panic!("it hangs") };
+        assert!(why.contains("within 1 s and was ended"), "{why}");
+        assert!(!hold.bundles.join("step-held").exists());
+        let made = hold.make(false);
+        assert!(matches!(&made, FromWrapper::Held { id, .. } if id == "step-held"), "{made:?}");
+        let calls = fs::read_to_string(dir.path().join("runtime.calls")).unwrap();
+        let verbs: Vec<_> = calls.lines().map(|call| call.starts_with("delete --force")).collect();
+        assert_eq!(verbs, [false, true, false], "{calls}");
     }
 
     #[test]

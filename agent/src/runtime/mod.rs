@@ -11,8 +11,9 @@
 //! ```
 //!
 //! [`create`] and [`monitor`] run in the wrapper's processes, [`server`] in the agent; [`wire`] is
-//! between them. [`config`], [`seccomp`] and [`name`] are pure.
+//! between them. A failed step that is kept: [`hold`] in the monitor, [`stay`] in the agent. [`config`], [`seccomp`] and [`name`] are pure.
 
+mod bounded;
 mod cgroup;
 mod config;
 mod create;
@@ -23,6 +24,7 @@ mod name;
 mod seccomp;
 mod secrets;
 mod server;
+mod stay;
 mod sys;
 mod tail;
 mod watch;

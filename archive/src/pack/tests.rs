@@ -13,9 +13,13 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
 }
 
 fn packed(path: &Path) -> Vec<u8> {
+    packed_and_left_out(path).0
+}
+
+fn packed_and_left_out(path: &Path) -> (Vec<u8>, LeftOut) {
     let mut out = vec![];
-    Packing::find(path, open).unwrap().pack(&mut out, &|| false).unwrap();
-    out
+    let left_out = Packing::find(path, open).unwrap().pack(&mut out, &|| false).unwrap();
+    (out, left_out)
 }
 
 fn names(archive: &[u8]) -> Vec<String> {
@@ -52,7 +56,10 @@ fn a_tree_is_the_same_after_both_ways() {
     nix::unistd::mkfifo(&from.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(from.join("socket")).unwrap();
 
-    let archive = packed(&from);
+    let (archive, left_out) = packed_and_left_out(&from);
+    let left_out = left_out.to_string();
+    assert!(left_out.starts_with("2 devices, sockets and FIFOs: "), "{left_out}");
+    assert!(left_out.contains("from/fifo") && left_out.contains("from/socket"), "{left_out}");
     let to = dir.path().join("to");
     let tree = land(&to, open).unwrap().tree(None);
     unpack(&archive[..], tree, Limits::NONE, &|| false).unwrap();

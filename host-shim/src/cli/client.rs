@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use reqwest::header::{
     ACCEPT, CONNECTION, CONTENT_TYPE, LINK, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
-    SEC_WEBSOCKET_VERSION, UPGRADE,
+    SEC_WEBSOCKET_VERSION, TE, UPGRADE,
 };
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded, redirect};
 use serde::Deserialize;
@@ -322,7 +322,7 @@ impl Client {
         self.send(self.request(Method::PUT, path).body(body)).await.map(drop)
     }
 
-    /// Opens a body of any length. The caller sees to the time.
+    /// Opens a body of any length, with trailers. The caller sees to the time.
     pub async fn download(
         &self,
         path: &[&str],
@@ -330,7 +330,7 @@ impl Client {
     ) -> Result<Response, CallError> {
         let mut url = self.url(path);
         url.query_pairs_mut().extend_pairs(query);
-        self.send(self.http.get(url)).await
+        self.send(self.http.get(url).header(TE, "trailers")).await
     }
 
     /// `PUT` of a body of any length. The caller sees to the time.

@@ -42,6 +42,7 @@ fn defaults_need_nothing() {
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (2, Accel::Auto, false));
     assert_eq!(config.log_limit_bytes, 256 * 1024 * 1024);
     assert_eq!(config.instance_disks_bytes, 100 << 30);
+    assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
 }
@@ -80,6 +81,8 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_cpus = 4
         max_disk_gb = 5
         instance_disks_gb = 9
+        max_kept = 11
+        keep_sessions_days = 0
         max_queued = 6
         max_uploads = 8
         qemu = "/bin/sh"
@@ -92,6 +95,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.egress_permit, ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
     assert_eq!(config.instance_disks_bytes, 9 << 30);
+    assert_eq!((config.max_kept, config.keep_sessions_days), (11, 0));
     assert_eq!(
         config.limits,
         Limits {
@@ -146,6 +150,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
     for (args, needs) in [
         (["--max-vms", "0"], "--max-vms is 0; it must be a number from 1 to 1024"),
         (["--max-vms", "1025"], "1024"),
+        (["--keep-sessions-days", "36501"], "36500"),
         (["--log-limit-mb", "0"], "--log-limit-mb"),
         (["--log-limit-mb", "65537"], "65536"),
         (["--max-source-mb", "1048577"], "1048576"),

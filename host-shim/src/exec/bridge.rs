@@ -22,6 +22,7 @@ use super::agent::{Agent, Deaf, Heard, START_DEADLINE};
 use super::entrance::{Entrance, Line};
 use super::inward::inward;
 use super::record::How;
+use crate::token::Lapse;
 
 /// How often the client is written to, so that one that is lost is noticed although its input is stuck behind a
 /// command that does not read it: after the first write its system says that nobody is there, and the second fails.
@@ -125,8 +126,8 @@ pub struct Bounds {
     pub timeout: Option<Duration>,
     /// The server ends.
     pub stop: CancellationToken,
-    /// The client's token is revoked.
-    pub revoked: CancellationToken,
+    /// Why the client's token opens nothing any more, once that is so.
+    pub lapse: watch::Receiver<Option<Lapse>>,
     /// How often the client is written to.
     pub ping: Duration,
 }
@@ -141,7 +142,7 @@ pub async fn run<I: ClientInput, O: ClientOutput>(
     input: &mut I,
     output: &mut O,
 ) -> Outcome {
-    let Bounds { timeout, stop, revoked, ping } = bounds;
+    let Bounds { timeout, stop, lapse, ping } = bounds;
     let deadline = timeout.map(|timeout| (Instant::now() + timeout, timeout));
     let work = converse(entrance, open, ping, before, input, output);
     tokio::pin!(work);
@@ -149,7 +150,10 @@ pub async fn run<I: ClientInput, O: ClientOutput>(
         // A guest that never stops talking does not keep these from being looked at.
         biased;
         () = stop.cancelled() => Outcome::own(How::ServerStopped, "the server is being stopped"),
-        () = revoked.cancelled() => Outcome::own(How::Revoked, "the token that this session was opened with is revoked"),
+        lapse = lapsed(lapse) => Outcome::own(How::Revoked, match lapse {
+            Lapse::Revoked => "the token that this session was opened with is revoked",
+            Lapse::Expired => "the token that this session was opened with has expired; enter again with another one",
+        }),
         timeout = at(deadline) => Outcome {
             how: How::TimedOut,
             exit_code: Some(TIMED_OUT),
@@ -173,6 +177,15 @@ async fn at(deadline: Option<(Instant, Duration)>) -> Duration {
             sleep_until(deadline).await;
             timeout
         }
+        None => std::future::pending().await,
+    }
+}
+
+async fn lapsed(mut lapse: watch::Receiver<Option<Lapse>>) -> Lapse {
+    let told = lapse.wait_for(Option::is_some).await.ok().and_then(|lapse| *lapse);
+    match told {
+        Some(lapse) => lapse,
+        // Nobody is left who could tell.
         None => std::future::pending().await,
     }
 }

@@ -13,12 +13,14 @@
 mod agent;
 pub mod bridge;
 pub mod entrance;
+pub mod forget;
 mod inward;
 pub mod record;
 mod revoked;
 pub mod room;
 pub mod signal;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +36,7 @@ use self::room::{Full, Place, Room};
 use crate::build::Tenant;
 use crate::causes::chain;
 use crate::store::Store;
+use crate::token::Lapse;
 
 /// How long sessions may take to be recorded when the server stops.
 const LAST: Duration = Duration::from_secs(5);
@@ -81,7 +84,7 @@ impl Sessions {
         Self::with_ping(store, bridge::PING)
     }
 
-    /// With another time between two signs of life of a client.
+    /// With another time between two signs of life of a client, and between two looks at its token.
     pub fn with_ping(store: Arc<dyn Store>, ping: Duration) -> Self {
         let inner = Inner {
             store,
@@ -120,7 +123,7 @@ impl Sessions {
 
     /// Ends the sessions that a token has opened, now that it is revoked.
     pub fn revoke(&self, token_id: &str) {
-        self.inner.tokens.revoke(token_id);
+        self.inner.tokens.end(token_id, Lapse::Revoked);
     }
 
     /// Counts a task as a session's: the server waits for it when it stops.
@@ -128,13 +131,28 @@ impl Sessions {
         self.inner.tasks.track_future(task)
     }
 
-    /// Ends every session at `stop`, and waits until that is recorded and told.
+    /// Ends the sessions of tokens that open nothing any more, and every session at `stop`; then it waits until that
+    /// is recorded and told.
     pub async fn run(self, stop: CancellationToken) {
-        stop.cancelled().await;
+        tokio::select! {
+            () = stop.cancelled() => {}
+            never = self.watch_tokens() => match never {},
+        }
         self.inner.stop.cancel();
         self.inner.tasks.close();
         if tokio::time::timeout(LAST, self.inner.tasks.wait()).await.is_err() {
             tracing::warn!("sessions did not end in time; the next start records their end");
+        }
+    }
+
+    async fn watch_tokens(&self) -> Infallible {
+        let Inner { store, tokens, ping, .. } = &*self.inner;
+        loop {
+            tokio::time::sleep(*ping).await;
+            if let Err(error) = tokens.check(store.as_ref(), crate::clock::now()).await {
+                // Its sessions go on: a store that does not answer says nothing of a token.
+                tracing::warn!(error = chain(&error), "the tokens of sessions cannot be looked at");
+            }
         }
     }
 }
@@ -169,8 +187,8 @@ impl Admitted {
             Err(outcome) => return outcome,
         };
         let Inner { stop, ping, .. } = &*self.sessions.inner;
-        let (stop, revoked) = (stop.clone(), self.inside.revoked.clone());
-        let bounds = bridge::Bounds { timeout, stop, revoked, ping: *ping };
+        let (stop, lapse) = (stop.clone(), self.inside.lapse.clone());
+        let bounds = bridge::Bounds { timeout, stop, lapse, ping: *ping };
         let before = self.mark();
         let outcome = bridge::run(&self.entrance, open, bounds, before, input, output).await;
         self.end(&session, &outcome).await;

@@ -110,7 +110,7 @@ pub enum How {
     VmEnded,
     /// The server was stopped.
     ServerStopped,
-    /// The client's token was revoked.
+    /// The client's token was revoked, or expired.
     Revoked,
     /// No command was started.
     Refused,

@@ -8,8 +8,9 @@ use tokio::sync::{Mutex, Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::driver::{Driver, Workshop};
+use super::driver::Driver;
 use super::live::Live;
+use super::workshop::Workshop;
 use crate::api::{CancelOutcome, Scheduler};
 use crate::build::{BuildId, Status};
 use crate::events::payload;

@@ -1,39 +1,38 @@
 //! One task owns one claimed build: it starts the VM, holds its session, publishes, and records
 //! the end. Whatever happens, the VM is gone before the build is final.
 
-use std::net::IpAddr;
-use std::path::PathBuf;
+mod egress;
+mod job;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use kiln_protocol::hello::TOKEN_LEN;
-use kiln_protocol::job::{BuildJob, Dockerfile, Job, Limits, Role, StepNetwork};
 use kiln_protocol::preamble::Channel;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::egress::Egress;
+use self::job::job;
 use super::base;
-use super::egress_log::LogEgress;
 use super::leaks::{self, Searched};
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
+use super::workshop::Workshop;
 use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
-use crate::egress::{self, EgressContext, Reach};
-use crate::events::{EventLog, payload};
+use crate::events::payload;
 use crate::exec::Doorway;
-use crate::gateway::Backing;
 use crate::gateway::guests::{self, GuestContext};
-use crate::kept::{Guest, Kept};
+use crate::kept::Guest;
 use crate::publish;
-use crate::secrets::{Masker, Vault};
+use crate::secrets::Masker;
 use crate::session::{self, End};
 use crate::staging::{self, Staging};
-use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
+use crate::store::{Claimed, Fence, NewEvent, StoreError};
 use crate::tunnel;
-use crate::vmm::{Vm, VmSpec, Vmm, VmmError};
+use crate::vmm::{Vm, VmSpec};
 
 /// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on
 /// a busy host a boot takes up to 12 s, and a VM that dies is noticed at once anyway.
@@ -50,69 +49,10 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(15);
 /// How long a session may take to read what a VM that ended had still sent.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Processes of one step at one time.
-const MAX_PROCESSES: u32 = 4096;
-
-/// Files and directories of one source.
-const MAX_SOURCE_ENTRIES: u64 = 1_000_000;
-
-/// Of the disk, how much an unpacked source may fill; the rest is for the build.
-const SOURCE_SHARE: u64 = 2;
-
 /// Layers and configs that one build may stage. An image has at most some hundred.
 const MAX_STAGED_BLOBS: usize = 1024;
 
 const GIB: u64 = 1 << 30;
-
-/// What every driver works with.
-pub struct Workshop {
-    /// Builds and events.
-    pub store: Arc<dyn Store>,
-    /// The store's events, and who waits for them.
-    pub events: EventLog,
-    /// Starts VMs.
-    pub vmm: Vmm,
-    /// Takes those of builds that failed.
-    pub kept: Kept,
-    /// The registry behind the gateway.
-    pub backing: Backing,
-    /// Opens secrets.
-    pub vault: Arc<Vault>,
-    /// One directory for each build: its source and its staging.
-    pub builds_dir: PathBuf,
-    /// What VMs run: the digest of the builder bundle.
-    pub builder_digest: String,
-    /// Of the bundle's kernel.
-    pub kernel_digest: String,
-    /// Of one build's log content, in bytes.
-    pub log_limit: u64,
-    /// What steps may reach.
-    pub egress: Egress,
-}
-
-/// What the steps of every build may reach beyond what is public, and never.
-#[derive(Clone, Debug)]
-pub struct Egress {
-    /// The operator's ranges.
-    pub permitted: Vec<IpNet>,
-    /// The host's own addresses.
-    pub own: Vec<IpAddr>,
-    /// Certificates, as PEM, that steps trust besides the public ones.
-    pub ca: Vec<u8>,
-}
-
-impl Workshop {
-    /// Starts a VM. Kept ones give way where its memory would not be there.
-    pub async fn start(&self, spec: VmSpec) -> Result<Vm, VmmError> {
-        self.kept.make_room(spec.memory_mb).await;
-        self.vmm.start(spec).await
-    }
-
-    /// Where a build's source and staging are.
-    pub fn build_dir(&self, build: &Build) -> PathBuf {
-        self.builds_dir.join(build.id.as_str())
-    }
-}
 
 /// The owner of one build.
 pub struct Driver {
@@ -322,19 +262,19 @@ impl Driver {
             ));
         }
         if self.build.request.network != NetworkMode::None {
-            let context = Arc::new(self.egress());
+            let context = Arc::new(self.workshop.egress.context(&self.build));
             let stop = offline.clone();
             tokio::spawn(tunnel::accept(
                 Arc::clone(&vm.egress),
                 Channel::Egress,
                 nonce,
                 offline.clone(),
-                move |stream| egress::serve(stream, Arc::clone(&context), stop.clone()),
+                move |stream| crate::egress::serve(stream, Arc::clone(&context), stop.clone()),
             ));
         }
         let started = vm.started().into();
         let params = session::Params {
-            job: self.job(),
+            job: job(&self.workshop, &self.build),
             started,
             source: Some(source),
             nonce,
@@ -494,46 +434,6 @@ impl Driver {
             nonce,
             with_it,
         }
-    }
-
-    fn egress(&self) -> EgressContext {
-        let Egress { permitted, own, ca: _ } = self.workshop.egress.clone();
-        EgressContext::new(
-            Reach::Public,
-            permitted,
-            own,
-            Arc::new(LogEgress::new(self.build.id.clone())),
-        )
-    }
-
-    fn job(&self) -> Job {
-        let request = &self.build.request;
-        let dockerfile = match &request.dockerfile {
-            Some(content) => Dockerfile::Inline(content.clone().into_bytes()),
-            None => Dockerfile::InSource("Dockerfile".into()),
-        };
-        let build = BuildJob {
-            dockerfile,
-            target: request.target.clone(),
-            build_args: request.build_args.clone().into_iter().collect(),
-            network: match request.network {
-                NetworkMode::None => StepNetwork::None,
-                NetworkMode::Allowlist | NetworkMode::Open => StepNetwork::Proxy,
-            },
-            base_digest: request.base_image_digest.clone(),
-            egress_ca: self.workshop.egress.ca.clone(),
-            secrets: request.secrets.clone(),
-            keep_failed: request.keep_failed_seconds > 0 && self.workshop.kept.is_open(),
-        };
-        let limits = Limits {
-            timeout_ms: u64::from(request.timeout_seconds) * 1000,
-            spent_ms: 0,
-            log_bytes: self.workshop.log_limit,
-            processes: MAX_PROCESSES,
-            source_bytes: u64::from(request.disk_gb) * GIB / SOURCE_SHARE,
-            source_entries: MAX_SOURCE_ENTRIES,
-        };
-        Job { build: self.build.id.clone(), role: Role::Build(build), limits }
     }
 }
 

@@ -17,9 +17,11 @@ mod live;
 mod outcome;
 mod recover;
 mod sink;
+mod workshop;
 
 pub use recover::recover;
 
 pub use dispatcher::{Dispatcher, Scheduling};
-pub use driver::{Driver, Egress, Workshop};
+pub use driver::{Driver, Egress};
 pub use live::Live;
+pub use workshop::Workshop;

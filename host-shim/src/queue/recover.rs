@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::driver::{Workshop, publish_failure};
+use super::driver::publish_failure;
+use super::workshop::Workshop;
 use crate::build::{Build, Change, Failure, FailureKind};
 use crate::events::payload;
 use crate::publish::{self, Checked};

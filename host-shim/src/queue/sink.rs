@@ -8,7 +8,7 @@ use kiln_protocol::message::AgentUsage;
 use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::time::Instant;
 
-use super::driver::Workshop;
+use super::workshop::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
 use crate::exec::Doorway;

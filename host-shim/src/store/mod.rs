@@ -317,6 +317,8 @@ pub trait Store: Send + Sync + 'static {
     /// Ends the sessions that an earlier server left open, as `server_stopped`; how many there were. To be
     /// called once, before the first session.
     async fn end_open_sessions(&self, now: Millis) -> Result<u64, StoreError>;
+    /// Forgets sessions that ended before then, the oldest first, at most so many; how many there were.
+    async fn forget_sessions(&self, before: Millis, at_most: u32) -> Result<u64, StoreError>;
     /// Sessions, newest first.
     async fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>, StoreError>;
 
@@ -324,6 +326,8 @@ pub trait Store: Send + Sync + 'static {
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError>;
     /// The token with this hash, revoked and expired ones too.
     async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError>;
+    /// The token with this public id, revoked and expired ones too.
+    async fn token(&self, id: &str) -> Result<Option<TokenRecord>, StoreError>;
     /// All tokens, oldest first.
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
     /// Revokes a token by its public id.

@@ -385,6 +385,10 @@ impl Store for SqliteStore {
         sessions::end_open(&self.writer, now).await
     }
 
+    async fn forget_sessions(&self, before: Millis, at_most: u32) -> Result<u64, StoreError> {
+        sessions::forget(&self.writer, before, at_most).await
+    }
+
     async fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>, StoreError> {
         sessions::list(&self.readers, filter).await
     }
@@ -395,6 +399,10 @@ impl Store for SqliteStore {
 
     async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError> {
         tokens::by_hash(&self.readers, hash).await
+    }
+
+    async fn token(&self, id: &str) -> Result<Option<TokenRecord>, StoreError> {
+        tokens::one(&self.readers, id).await
     }
 
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError> {
@@ -420,9 +428,9 @@ mod tests {
 
     use super::*;
 
-    /// What the queue does all the time costs by what is active, not by all that ever was.
+    /// What is done all the time costs by what is active, not by all that ever was.
     #[tokio::test]
-    async fn the_queue_is_read_by_its_own_indexes() {
+    async fn queue_and_audit_log_are_read_by_their_own_indexes() {
         let dir = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(dir.path()).await.unwrap();
         for (statement, index) in [
@@ -430,6 +438,7 @@ mod tests {
             (claims::RECLAIM, "builds_claimed"),
             (builds::QUEUE_POSITION, "builds_queued"),
             (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
+            (sessions::FORGET, "sessions_newest"),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();

@@ -255,6 +255,40 @@ async fn files_go_in_as_they_are() {
 }
 
 #[tokio::test]
+async fn what_did_not_come_along_is_named() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let host = Host::new(&server, &client).await;
+    let some = archive(&[(EntryType::Regular, "a", "x", 0o644)]);
+    for to in [".", "-"] {
+        let child = host.cp(&["ID:/dev", to]).spawn().unwrap();
+        let (mut agent, _) = host.start().await;
+        agent.print(Stream::Out, &some).await;
+        agent.print(Stream::Err, "2 devices, sockets and FIFOs: \u{e9}, x".as_bytes()).await;
+        agent.exit(0).await;
+        let output = child.wait_with_output().await.unwrap();
+        ended(&output, 0, "kiln: left out 2 devices, sockets and FIFOs: \u{e9}, x\n");
+        assert_eq!(output.stdout, if to == "-" { &some[..] } else { b"" });
+    }
+    // What is no line of text is nothing, and an endless one is cut.
+    for (words, shown) in [(b"a\nb".to_vec(), 0), (vec![b'x'; 60_000], 2048)] {
+        let child = host.cp(&["ID:/dev", "."]).spawn().unwrap();
+        let (mut agent, _) = host.start().await;
+        agent.print(Stream::Out, &some).await;
+        agent.print(Stream::Err, &words).await;
+        agent.exit(0).await;
+        let output = child.wait_with_output().await.unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(String::from_utf8_lossy(&output.stderr).matches('x').count(), shown);
+    }
+    fs::create_dir(host.at("dir")).unwrap();
+    nix::unistd::mkfifo(&host.at("dir/fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (output, _, got) = host.inward(&["dir", "ID:x"]).await;
+    ended(&output, 0, "kiln: left out 1 device, socket or FIFO: dir/fifo\n");
+    assert_eq!(listed(&got).len(), 1);
+}
+
+#[tokio::test]
 async fn codes_are_for_scripts() {
     let server = server().await;
     let client = server.client("a", Role::Tenant).await;

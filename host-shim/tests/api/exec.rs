@@ -6,13 +6,15 @@ use futures_util::{SinkExt, StreamExt};
 use kiln::build::BuildId;
 use kiln::exec::Opened;
 use kiln::instances::{Change, InstanceId};
-use kiln::store::{Role, SessionFilter};
+use kiln::store::sqlite::SqliteStore;
+use kiln::store::{Role, SessionFilter, Store};
 use kiln_protocol::exec::{Cause, HostToSession, Place, Stream, Terminal};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::{self, Message, client::IntoClientRequest};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_util::sync::CancellationToken;
 
 use crate::agent::Vm;
 use crate::support::{Client, Pull, Server, form, id_of, refusal, server};
@@ -401,7 +403,7 @@ async fn a_server_that_stops_ends_its_sessions_and_takes_no_more() {
     let Running { vm, id, opened: _opened } = running(&server, &client).await;
     let mut socket = enter(&client, &exec(&id), json!({ "command": ["sleep"] })).await;
     let (mut agent, _) = vm.started().await;
-    let stop = tokio_util::sync::CancellationToken::new();
+    let stop = CancellationToken::new();
     stop.cancel();
     let stopping = tokio::spawn(server.sessions.clone().run(stop));
     let last = to_the_end(&mut socket).await.1;
@@ -438,6 +440,27 @@ async fn a_token_that_is_revoked_ends_its_sessions_and_no_others() {
         of.unwrap()["how"].clone()
     };
     assert_eq!((how("a"), how("ops")), (json!("revoked"), json!("exited")));
+}
+
+/// `kiln token revoke --data-dir` writes into the database of a server that runs, as this does.
+#[tokio::test]
+async fn a_token_that_another_process_revokes_ends_its_sessions() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let Running { vm, id, opened: _opened } = running(&server, &client).await;
+    let mut socket = enter(&client, &exec(&id), json!({ "command": ["sleep"] })).await;
+    let (mut agent, _) = vm.started().await;
+    let watching = tokio::spawn(server.sessions.clone().run(CancellationToken::new()));
+    let elsewhere = SqliteStore::open(&server.data).await.unwrap();
+    let token = &elsewhere.tokens().await.unwrap()[0].id;
+    elsewhere.revoke_token(token).await.unwrap();
+    let last = to_the_end(&mut socket).await.1;
+    assert_eq!(last["exitCode"], 125, "{last}");
+    assert!(last["error"].as_str().unwrap().contains("is revoked"), "{last}");
+    agent.hung_up().await;
+    let admin = server.client("ops", Role::Admin).await;
+    how(&admin, "revoked").await;
+    watching.abort();
 }
 
 #[tokio::test]

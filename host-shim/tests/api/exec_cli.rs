@@ -119,6 +119,21 @@ async fn a_command_s_output_and_code_are_its_own() {
     }
 }
 
+/// The container runtime writes its complaint to the command's standard error, and the agent repeats it.
+#[tokio::test]
+async fn a_command_that_is_not_found_is_said_once() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let host = Host::new(&server, &client).await;
+    let child = host.exec(&[]).spawn().unwrap();
+    let (mut agent, _) = host.vm.started().await;
+    let words = "executable file `x` not found in $PATH: No such file or directory";
+    agent.print(Stream::Err, format!("{words}\n").as_bytes()).await;
+    agent.fail(Cause::NotFound, words).await;
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(127), format!("{words}\n")));
+}
+
 #[tokio::test]
 async fn standard_input_goes_in_with_i_and_its_end_too() {
     let server = server().await;

@@ -83,6 +83,8 @@ async fn an_archive_comes_out_and_the_session_is_in_the_audit_log() {
                 for piece in large.chunks(60_000) {
                     agent.print(Stream::Out, piece).await;
                 }
+                // Who does not ask for trailers gets none.
+                agent.print(Stream::Err, b"1 device").await;
                 agent.exit(0).await;
                 agent.hung_up().await;
             }
@@ -251,6 +253,27 @@ async fn who_may_not_is_refused() {
     refusal(client.get(&path).await, 409, "not_open").await;
     let queued = id_of(&client.submit(form()).await);
     refusal(client.get(&files(&queued, "path=x")).await, 409, "not_started").await;
+}
+
+#[tokio::test]
+async fn a_copy_ends_with_its_token() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let admin = server.client("root", Role::Admin).await;
+    let Running { vm, id, opened: _opened } = running(&server, &client).await;
+    let path = files(&id, "path=x");
+    let (body, pieces) = mpsc::channel::<Result<Vec<u8>, std::io::Error>>(1);
+    let body_stream = Body::wrap_stream(ReceiverStream::new(pieces));
+    let (response, ()) = tokio::join!(put(&client, &path, body_stream), async {
+        let (mut agent, _) = start(&vm).await;
+        let token = admin.json("/sessions?limit=1").await[0]["by"]["token"].clone();
+        admin.delete(&format!("/tokens/{}", token.as_str().unwrap())).await;
+        agent.hung_up().await;
+        drop(body);
+    });
+    let problem = refusal(response, 401, "unauthorized").await;
+    assert!(problem["message"].as_str().unwrap().contains("is revoked"), "{problem}");
+    assert_eq!(last_session(&admin).await["how"], "revoked");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! A copy that came to nothing, as a problem. Pure.
 
 use axum::http::StatusCode;
+use axum::http::header::WWW_AUTHENTICATE;
 use kiln_protocol::exec::Cause;
 
 use crate::api::error::ApiError;
@@ -19,6 +20,8 @@ pub(super) fn problem(outcome: Outcome) -> ApiError {
         (Some(Cause::Internal), _) | (None, How::Failed) => {
             ApiError::new(StatusCode::BAD_GATEWAY, "copy_failed", why)
         }
+        (None, How::Revoked) => ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", why)
+            .with_header(WWW_AUTHENTICATE, "Bearer error=\"invalid_token\""),
         (None, How::VmEnded) => ApiError::conflict("finished", why),
         (None, How::ServerStopped) => {
             ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", why).retry_after(5)

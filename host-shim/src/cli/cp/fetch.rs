@@ -4,15 +4,19 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::path::Path;
 
 use bytes::{Buf, Bytes};
-use futures_util::StreamExt;
+use http_body_util::BodyExt;
+use hyper::body::Frame;
 use kiln_archive::{ArchiveError, LandError, Landing, Limits, land, unpack};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::side::Local;
-use super::{files, open_here, refused};
+use super::{files, note_left_out, open_here, refused};
 use crate::cli::client::{Client, innermost};
 use crate::cli::error::{CliError, stdout_is_terminal};
+
+/// The trailer of docs/EXEC.md.
+const LEFT_OUT: &str = "kiln-left-out";
 
 /// Pieces that wait for the disk.
 const WAITING: usize = 8;
@@ -30,10 +34,17 @@ pub(super) async fn run(
     let (pieces, arriving) = mpsc::channel(WAITING);
     let writing =
         spawn_blocking(move || sink.take(Incoming { pieces: arriving, current: Bytes::new() }));
-    let mut body = response.bytes_stream();
-    let mut broken = None;
-    while let Some(piece) = body.next().await {
-        let piece = piece.map_err(|error| broken.insert(innermost(&error)).clone());
+    let mut body = http::Response::from(response).into_body();
+    let (mut broken, mut left_out) = (None, None);
+    while let Some(frame) = body.frame().await {
+        let piece = match frame.map(Frame::into_data) {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(last)) => {
+                left_out = last.trailers_ref().and_then(|all| all.get(LEFT_OUT)).cloned();
+                continue;
+            }
+            Err(error) => Err(broken.insert(innermost(&error)).clone()),
+        };
         let last = piece.is_err();
         if pieces.send(piece).await.is_err() || last {
             break;
@@ -44,7 +55,11 @@ pub(super) async fn run(
     match broken {
         Some(why) => Err(CliError::failed(format!("the copy out of {id} broke off: {why}"))
             .hint(format!("what is here is not whole; the reason may be in: kiln sessions {id}"))),
-        None => written,
+        None => written.inspect(|()| {
+            if let Some(left_out) = left_out {
+                note_left_out(&String::from_utf8_lossy(left_out.as_bytes()));
+            }
+        }),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `kiln cp`: files out of a running build or instance, or into one.
+//! `kiln cp`: files out of a running build or instance or a kept build's failed step, or into one.
 //!
 //! ```text
 //! ID:SRC ─▶ the API ─▶ fetch ─▶ unpack at DST, or - (standard output)
@@ -22,19 +22,19 @@ use serde_json::Value;
 
 use self::side::{Copy, Remote};
 use super::client::{CallError, Client};
-use super::error::CliError;
+use super::error::{CliError, note};
 
 /// Copy files out of a running build or instance, or into one
 ///
-/// One of the two is ID:PATH, a path in the step that runs or in the instance. `-` is a tar archive on standard input or
-/// output. An existing directory gets the files inside it; otherwise they get the destination's name. `DIR/.` is what is
-/// in a directory.
+/// One of the two is ID:PATH, a path in the step that runs, in the failed step of a kept build, or in the instance. `-`
+/// is a tar archive on standard input or output. An existing directory gets the files inside it; otherwise they get the
+/// destination's name. `DIR/.` is what is in a directory.
 #[derive(Debug, clap::Args)]
 pub struct CpArgs {
     /// In the VM itself, as root; for administrators
     #[arg(long)]
     vm: bool,
-    /// Also while the running step has secrets
+    /// Also when the step has secrets
     #[arg(long, conflicts_with = "vm")]
     with_secrets: bool,
     /// PATH or ID:PATH, or - for an archive on standard input
@@ -74,6 +74,11 @@ async fn files<'a>(client: &Client, id: &'a str) -> Result<[&'a str; 3], CliErro
         }
     }
     Err(CliError::failed(format!("there is no build or instance {id}")))
+}
+
+/// Says what did not come along.
+fn note_left_out(what: &str) {
+    note(&format!("left out {what}"));
 }
 
 /// What the server said of a copy.

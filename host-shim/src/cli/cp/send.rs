@@ -1,15 +1,15 @@
 //! Into a VM: files of this machine are packed, or an archive on standard input is passed on, as the request's body.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 
 use bytes::{Bytes, BytesMut};
-use kiln_archive::Packing;
+use kiln_archive::{LeftOut, Packing};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::side::Local;
-use super::{files, open_here, refused};
+use super::{files, note_left_out, open_here, refused};
 use crate::cli::client::{CallError, Client};
 use crate::cli::error::CliError;
 
@@ -30,7 +30,7 @@ pub(super) async fn run(
     let (parts, body) = mpsc::channel(QUEUE);
     let mut out = Parts { parts, buffer: BytesMut::new() };
     let packing = spawn_blocking(move || {
-        let made = source.write(&mut out).and_then(|()| out.flush());
+        let made = source.write(&mut out).and_then(|left_out| out.flush().map(|()| left_out));
         if let Err(error) = &made {
             // The body must not look complete. Nobody reads it any more if this fails.
             let _ = out.parts.blocking_send(Err(io::Error::other(error.to_string())));
@@ -40,7 +40,14 @@ pub(super) async fn run(
     let body = reqwest::Body::wrap_stream(ReceiverStream::new(body));
     let answer = client.upload(&path, query, body).await;
     match answer {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            if let Ok(Ok(left_out)) = packing.await
+                && !left_out.is_empty()
+            {
+                note_left_out(&left_out.to_string());
+            }
+            Ok(())
+        }
         // The request broke because its body did.
         Err(error @ CallError::Unreachable { .. }) => match packing.await {
             Ok(Err(why)) if why.kind() != ErrorKind::BrokenPipe => {
@@ -73,16 +80,12 @@ impl Source {
         })
     }
 
-    fn write(self, out: &mut Parts) -> io::Result<()> {
+    fn write(self, out: &mut Parts) -> io::Result<LeftOut> {
         match self {
             Self::Files(packing) => packing.pack(out, &|| false),
-            Self::Stdin => copy(&mut io::stdin().lock(), out),
+            Self::Stdin => io::copy(&mut io::stdin().lock(), out).map(|_| LeftOut::default()),
         }
     }
-}
-
-fn copy(from: &mut impl Read, out: &mut impl Write) -> io::Result<()> {
-    io::copy(from, out).map(|_| ())
 }
 
 /// Collects what is written into parts and waits while the queue is full.

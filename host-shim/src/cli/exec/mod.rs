@@ -1,4 +1,5 @@
-//! `kiln exec`: a command in a running build or instance, as if it ran here.
+//! `kiln exec`: a command in a running build or instance, or in the failed step of a build that was kept, as if it ran
+//! here.
 //!
 //! ```text
 //! stdin (-i) ─┐                        ┌─▶ stdout
@@ -32,7 +33,7 @@ use super::fields::{self, Pair};
 /// A second Ctrl-C within this leaves.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Run a command in a running build or instance
+/// Run a command in a running build or instance, or in the failed step of a kept build
 #[derive(Debug, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct ExecArgs {
@@ -45,7 +46,7 @@ pub struct ExecArgs {
     /// In the VM itself, as root; for administrators
     #[arg(long)]
     vm: bool,
-    /// With the secrets that the running step has
+    /// With the secrets that the step has
     #[arg(long, conflicts_with = "vm")]
     with_secrets: bool,
     /// A variable for the command; without =V it is taken from the environment
@@ -60,7 +61,7 @@ pub struct ExecArgs {
     /// End the command after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
-    /// The build or the instance
+    /// The build or the instance; builds that failed with --keep-failed are listed by: kiln kept ls
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     id: String,
     /// The command
@@ -240,6 +241,18 @@ mod tests {
             "rows": 24, "cols": 80,
         });
         assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn the_help_names_all_that_can_be_entered() {
+        use clap::{Args as _, Command};
+        let help = ExecArgs::augment_args(Command::new("exec")).render_help().to_string();
+        // Its lines are broken.
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for subject in ["running build or instance", "failed step of a kept build", "kiln kept ls"]
+        {
+            assert!(help.contains(subject), "{subject}: {help}");
+        }
     }
 
     #[test]

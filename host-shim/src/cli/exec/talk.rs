@@ -20,10 +20,13 @@ const SILENCE: Duration = Duration::from_mins(1);
 /// Signals and sizes that wait to be sent. More are dropped: nobody types so fast, and the way is stuck.
 const WAITING: usize = 32;
 
+/// As much of standard error is remembered. A reason is at most a few hundred characters.
+const REMEMBERED: usize = 4096;
+
 /// How a session ended for this side.
 #[derive(Debug)]
 pub(super) enum End {
-    /// The command's exit code, or Kiln's with its reason.
+    /// The command's exit code, or Kiln's with its reason, unless that stands on standard error already.
     Exited { code: u8, error: Option<String> },
     /// A signal ended this process.
     Left(i32),
@@ -124,6 +127,7 @@ async fn next(stdin: Option<&mut mpsc::Receiver<Bytes>>) -> Option<Bytes> {
 }
 
 async fn read(mut stream: SplitStream<Socket>) -> End {
+    let mut complaints = Complaints::default();
     loop {
         let message = match tokio::time::timeout(SILENCE, stream.next()).await {
             Ok(Some(Ok(message))) => message,
@@ -141,17 +145,55 @@ async fn read(mut stream: SplitStream<Socket>) -> End {
                     }
                 },
                 // Nobody is left to tell when that is closed.
-                Some(2) => drop(put(Output::Stderr, bytes).await),
+                Some(2) => {
+                    complaints.see(&bytes);
+                    drop(put(Output::Stderr, bytes).await);
+                }
                 _ => return End::Lost("the server sent output of no stream".into()),
             },
             // A newer server may say more.
             Message::Text(text) => {
                 if let Ok(Last { exit_code, error }) = serde_json::from_str(&text) {
+                    let error = error.filter(|error| !complaints.end_with(error));
                     return End::Exited { code: exit_code, error };
                 }
             }
             Message::Close(_) => return End::Lost("the server ended it early".into()),
             Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
         }
+    }
+}
+
+/// The end of what was written to standard error. A command that cannot be started is reported twice: there, by what
+/// should have started it, and as the session's end.
+#[derive(Default)]
+struct Complaints(Vec<u8>);
+
+impl Complaints {
+    fn see(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(&bytes[bytes.len().saturating_sub(REMEMBERED)..]);
+        self.0.drain(..self.0.len().saturating_sub(REMEMBERED));
+    }
+
+    fn end_with(&self, words: &str) -> bool {
+        let said = String::from_utf8_lossy(&self.0);
+        !words.trim().is_empty() && said.trim_end().ends_with(words.trim())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_found_at_the_end_of_what_was_said() {
+        let mut complaints = Complaints::default();
+        assert!(!complaints.end_with("") && !complaints.end_with("not found"));
+        for piece in ["x".repeat(3 * REMEMBERED).as_bytes(), b"is not ", b"found\n"] {
+            complaints.see(piece);
+        }
+        assert!(complaints.end_with("is not found") && complaints.end_with("is not found\n"));
+        assert!(!complaints.end_with("is not") && !complaints.end_with(""));
+        assert_eq!(complaints.0.len(), REMEMBERED);
     }
 }

@@ -86,6 +86,24 @@ pub(super) async fn end_open(db: &SqlitePool, now: Millis) -> Result<u64, StoreE
     Ok(ended.rows_affected())
 }
 
+/// What still goes on has not ended, and stays.
+pub(super) const FORGET: &str = "DELETE FROM sessions WHERE id IN
+     (SELECT id FROM sessions WHERE started_at < $1 AND ended_at < $1 ORDER BY started_at, id LIMIT $2)";
+
+pub(super) async fn forget(
+    db: &SqlitePool,
+    before: Millis,
+    at_most: u32,
+) -> Result<u64, StoreError> {
+    let gone = sqlx::query(FORGET)
+        .bind(before)
+        .bind(i64::from(at_most))
+        .execute(db)
+        .await
+        .map_err(failed("forget old sessions"))?;
+    Ok(gone.rows_affected())
+}
+
 pub(super) async fn list(
     db: &SqlitePool,
     filter: &SessionFilter,

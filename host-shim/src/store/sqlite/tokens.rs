@@ -39,6 +39,15 @@ pub(super) async fn by_hash(
     row.as_ref().map(from_row).transpose()
 }
 
+pub(super) async fn one(db: &SqlitePool, id: &str) -> Result<Option<TokenRecord>, StoreError> {
+    let row = sqlx::query("SELECT * FROM tokens WHERE id = $1")
+        .bind(id)
+        .fetch_optional(db)
+        .await
+        .map_err(failed("read a token"))?;
+    row.as_ref().map(from_row).transpose()
+}
+
 pub(super) async fn all(db: &SqlitePool) -> Result<Vec<TokenRecord>, StoreError> {
     let rows = sqlx::query("SELECT * FROM tokens ORDER BY created_at, id")
         .fetch_all(db)
