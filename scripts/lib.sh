@@ -18,7 +18,7 @@ TEST_PACKAGES=(shellcheck iproute2 jq procps busybox-static)
 
 # The released one can leave a connection waiting for ever: see the patch.
 VSOCK_DEVICE_VERSION=0.3.0
-VSOCK_DEVICE_PATCHED=0.3.0+kiln.1
+VSOCK_DEVICE_PATCHED=0.3.0+kiln.2
 CARGO_DENY_VERSION=0.20.2
 
 # say MESSAGE: a line of progress on standard error.

@@ -41,10 +41,8 @@ async fn echo(stream: VsockStream, bytes: u64) -> anyhow::Result<()> {
 }
 
 async fn cat(stream: VsockStream, bytes: u64) -> anyhow::Result<()> {
-    let mut cat = tokio::process::Command::new("cat")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
+    let mut cat =
+        tokio::process::Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let (input, output) = tokio::io::split(stream);
     let into = cat.stdin.take().context("cat's input")?;
     let out = cat.stdout.take().context("cat's output")?;
@@ -53,10 +51,7 @@ async fn cat(stream: VsockStream, bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn pass(
-    from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-) -> anyhow::Result<()> {
+async fn pass(from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> anyhow::Result<()> {
     let mut from = BufReader::with_capacity(CHUNK, from);
     tokio::io::copy_buf(&mut from, &mut to).await?;
     Ok(to.shutdown().await?)

@@ -23,11 +23,13 @@ pub async fn warning(program: &Path) -> Option<String> {
     judge(&String::from_utf8_lossy(&output.stdout))
 }
 
-/// Releases up to 0.3 stop handing out packets at a connection that has none, whoever waits behind it.
+/// Releases up to 0.3 stop handing out packets at a connection that has none, whoever waits behind it (until Kiln's
+/// first patch), and keep what a VM sends while there is something for it that it has no room for (until its second).
 fn judge(said: &str) -> Option<String> {
     let version = said.split_whitespace().nth(1)?;
     let has_fault = ["0.1.", "0.2.", "0.3."].iter().any(|old| version.starts_with(old));
-    (has_fault && !version.contains("+kiln")).then(|| {
+    let patched = version.contains("+kiln") && !version.ends_with("+kiln.1");
+    (has_fault && !patched).then(|| {
         format!(
             "vhost-device-vsock {version} can leave a VM's connection waiting for ever, which looks like a hung build: \
              install it with scripts/patches/vhost-device-vsock-0.3.0.patch, as scripts/quickstart does"
@@ -41,11 +43,11 @@ mod tests {
 
     #[test]
     fn releases_with_the_fault_are_named() {
-        for faulty in ["0.1.0", "0.2.0", "0.3.0"] {
+        for faulty in ["0.1.0", "0.2.0", "0.3.0", "0.3.0+kiln.1"] {
             let warning = judge(&format!("vhost-device-vsock {faulty}\n")).unwrap_or_default();
             assert!(warning.contains(faulty), "{faulty}: {warning}");
         }
-        for sound in ["vhost-device-vsock 0.3.0+kiln.1", "vhost-device-vsock 0.4.0", "what?", ""] {
+        for sound in ["vhost-device-vsock 0.3.0+kiln.2", "vhost-device-vsock 0.4.0", "what?", ""] {
             assert_eq!(judge(sound), None, "{sound}");
         }
     }
