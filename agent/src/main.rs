@@ -49,8 +49,11 @@ use crate::vsock::Vsock;
 
 const NAME: &str = concat!("kiln-agent ", env!("CARGO_PKG_VERSION"));
 
-/// One thread for what waits and one beside it; the engine's programs want the CPUs.
-const WORKERS: usize = 2;
+/// Threads for tasks beside the one of the session with the host; the engine's programs want the CPUs. On a single CPU two
+/// would only hand tasks to each other.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(2)
+}
 
 fn main() -> ExitCode {
     let called_as = std::env::args_os().next().unwrap_or_default();
@@ -80,7 +83,7 @@ fn main() -> ExitCode {
 fn agent(booted: Booted) -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).without_time().init();
     let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
+        tokio::runtime::Builder::new_multi_thread().worker_threads(workers()).enable_all().build();
     let served = runtime.context("no runtime").and_then(|runtime| {
         let served = runtime.block_on(serve(booted));
         // The VM is about to go: no task is worth waiting for.

@@ -54,7 +54,7 @@ pub enum SessionToHost {
         bytes: Vec<u8>,
     },
     /// So many bytes of input have been taken, or thrown away because nobody reads them any more, since the start:
-    /// the window moves on.
+    /// the window moves on. At least once for each quarter of it.
     InputTaken {
         /// In bytes.
         total: u64,

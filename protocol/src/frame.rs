@@ -98,14 +98,17 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             if self.value.len() == at {
                 self.value.resize(len.min(at + GROW), 0);
             }
-            match self.reader.read(&mut self.value[at..]).await.map_err(FrameError::Io)? {
+            let end = len.min(self.value.len());
+            match self.reader.read(&mut self.value[at..end]).await.map_err(FrameError::Io)? {
                 0 => return Err(ended_inside()),
                 n => self.filled += n,
             }
         }
         let value = decode(&self.value[..len]);
         self.filled = 0;
-        self.value.clear();
+        // What is kept need not be filled with zeros for the next one.
+        self.value.truncate(GROW);
+        self.value.shrink_to(GROW);
         value
     }
 }

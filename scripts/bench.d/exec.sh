@@ -45,6 +45,6 @@ exec_bytes() {
 # The only VM of this server.
 bare_bytes() {
   local socket
-  socket=$(find "$STATE/data" -type s -name v | head -n 1)
+  socket=$(find /run/kiln -type s -path "*/$instance/*" -name v)
   "$GUEST_EXAMPLES/bench_echo" drive "$socket" "$ECHO_PORT" "$1" "$ECHO_BYTES"
 }

@@ -9,20 +9,19 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiln_archive::{ArchiveError, LandError, Landing, Limits, Packing, land, unpack};
-use kiln_protocol::exec::{
-    Cause, Ended, HostToSession, INPUT_WINDOW, MAX_CHUNK, SessionToHost, Stream,
-};
+use kiln_protocol::exec::{Cause, Ended, HostToSession, SessionToHost, Stream};
 use kiln_protocol::frame::{FrameError, FrameReader};
 use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, spawn_blocking};
 
 use super::launch::Refused;
-use super::session::unexpected;
+use super::session::{PIECE, unexpected};
 use super::spot::Spot;
+use super::taken::Taken;
 
 type Host = mpsc::Sender<SessionToHost>;
 
@@ -47,7 +46,7 @@ where
 
 fn pack(packing: Packing, host: &Host, stop: &AtomicBool) -> io::Result<()> {
     send(host, SessionToHost::Started)?;
-    let out = Chunks { host: host.clone(), buffer: Vec::with_capacity(MAX_CHUNK) };
+    let out = Chunks { host: host.clone(), buffer: Vec::with_capacity(PIECE) };
     let left_out = packing.pack(out, &|| stop.load(Ordering::Relaxed))?;
     if left_out.is_empty() {
         return Ok(());
@@ -63,7 +62,7 @@ where
 {
     let over = Over::default();
     let (stop, to) = (over.flag(), host.clone());
-    let taken = Arc::<AtomicU64>::default();
+    let taken = Arc::<Taken>::default();
     let (pieces, waiting) = mpsc::unbounded_channel();
     let incoming = Incoming { pieces: waiting, current: vec![], at: 0, end: false };
     let incoming = Counted { incoming, taken: taken.clone(), host: host.clone() };
@@ -85,7 +84,7 @@ where
 /// Takes what the host says, until it is gone or breaks the rules: why. Input is taken where there is somebody to read it.
 async fn listen<R>(
     mut frames: FrameReader<R>,
-    mut input: Option<(mpsc::UnboundedSender<Piece>, &AtomicU64)>,
+    mut input: Option<(mpsc::UnboundedSender<Piece>, &Taken)>,
 ) -> FrameError
 where
     R: AsyncRead + Unpin,
@@ -99,7 +98,7 @@ where
         match (message, &mut input) {
             (HostToSession::Input(bytes), Some((pieces, taken))) => {
                 sent = sent.saturating_add(bytes.len() as u64);
-                if over || sent > taken.load(Ordering::Relaxed) + INPUT_WINDOW {
+                if over || !taken.allows(sent) {
                     return unexpected("input that nobody may send");
                 }
                 // Nobody reads it when the thread has ended, and then this does neither.
@@ -187,9 +186,9 @@ struct Chunks {
 
 impl Write for Chunks {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(MAX_CHUNK - self.buffer.len());
+        let taken = bytes.len().min(PIECE - self.buffer.len());
         self.buffer.extend_from_slice(&bytes[..taken]);
-        if self.buffer.len() == MAX_CHUNK {
+        if self.buffer.len() == PIECE {
             self.flush()?;
         }
         Ok(taken)
@@ -199,7 +198,7 @@ impl Write for Chunks {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        let bytes = std::mem::replace(&mut self.buffer, Vec::with_capacity(MAX_CHUNK));
+        let bytes = std::mem::replace(&mut self.buffer, Vec::with_capacity(PIECE));
         send(&self.host, SessionToHost::Output { stream: Stream::Out, bytes })
     }
 }
@@ -237,15 +236,14 @@ impl Read for Incoming {
 /// Tells the host how much has been taken.
 struct Counted {
     incoming: Incoming,
-    taken: Arc<AtomicU64>,
+    taken: Arc<Taken>,
     host: Host,
 }
 
 impl Read for Counted {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let len = self.incoming.read(into)?;
-        if len > 0 {
-            let total = self.taken.fetch_add(len as u64, Ordering::Relaxed) + len as u64;
+        if let Some(total) = self.taken.more(len) {
             send(&self.host, SessionToHost::InputTaken { total })?;
         }
         Ok(len)

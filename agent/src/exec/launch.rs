@@ -261,10 +261,17 @@ fn in_vm(places: &Places, exec: &Exec) -> Result<Launched, Refused> {
     Ok(Launched { child, leader: Leader::Known(pid), io, cgroup })
 }
 
+/// What a pipe of a command holds: the more, the fewer switches between the command and the agent.
+const PIPE_SIZE: usize = 256 * 1024;
+
 fn piped(mut command: Command) -> io::Result<(Child, Io)> {
     let (stdin, ours_in) = io::pipe()?;
     let (ours_out, stdout) = io::pipe()?;
     let (ours_err, stderr) = io::pipe()?;
+    for pipe in [&stdin, &ours_out] {
+        // A smaller one serves as well, only slower.
+        let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_SIZE);
+    }
     let io = Io::Pipes {
         stdin: pipe::Sender::from_owned_fd(ours_in.into())?,
         stdout: pipe::Receiver::from_owned_fd(ours_out.into())?,

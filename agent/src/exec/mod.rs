@@ -23,6 +23,7 @@ mod server;
 mod session;
 mod spot;
 mod sys;
+mod taken;
 mod target;
 mod terminal;
 

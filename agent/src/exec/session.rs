@@ -8,12 +8,10 @@ use std::future::pending;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kiln_protocol::exec::{
-    Cause, Ended, Exec, HostToSession, INPUT_WINDOW, MAX_CHUNK, Open, SessionToHost, Stream,
-    Terminal,
+    Cause, Ended, Exec, HostToSession, MAX_CHUNK, Open, SessionToHost, Stream, Terminal,
 };
 use kiln_protocol::frame::{self, FrameError, FrameReader};
 use nix::sys::signal::Signal;
@@ -28,6 +26,7 @@ use super::copy;
 use super::launch::{self, Io, Launched, Leader, Places, Refused, launch};
 use super::processes;
 use super::spot::spot;
+use super::taken::Taken;
 use super::target::Enterable;
 use super::terminal::{END_OF_INPUT, Master};
 use crate::runtime::Cgroup;
@@ -40,6 +39,12 @@ const LEADER_WAIT: Duration = Duration::from_secs(10);
 
 /// Frames that wait to be sent: with the two that are being made, what a slow host costs.
 const WAITING_FRAMES: usize = 2;
+
+/// A terminal gives no more at once.
+const TERMINAL_PIECE: usize = 4096;
+
+/// The most of one frame of output: with what a frame has beside it, one packet of the VM's vsock.
+pub const PIECE: usize = MAX_CHUNK - 64;
 
 /// Bytes that are read of a pipe after its command has ended: more than a pipe holds.
 const LAST_BYTES: usize = 2 * 1024 * 1024;
@@ -113,7 +118,7 @@ where
     R: AsyncRead + Unpin,
 {
     let Launched { mut child, leader, io, cgroup } = launched;
-    let command = Command { leader, cgroup, io: OnceCell::new(), taken: AtomicU64::new(0) };
+    let command = Command { leader, cgroup, io: OnceCell::new(), taken: Taken::default() };
     let done = {
         let (input, waiting) = mpsc::unbounded_channel();
         tokio::select! {
@@ -135,8 +140,8 @@ struct Command {
     cgroup: Cgroup,
     /// Its terminal, once there is one.
     io: OnceCell<Master>,
-    /// Bytes of input that it has taken.
-    taken: AtomicU64,
+    /// Of its input.
+    taken: Taken,
 }
 
 /// What is for the command to read.
@@ -284,8 +289,9 @@ impl Command {
     }
 
     async fn took(&self, count: usize, host: &mpsc::Sender<SessionToHost>) {
-        let total = self.taken.fetch_add(count as u64, Ordering::Relaxed) + count as u64;
-        let _ = host.send(SessionToHost::InputTaken { total }).await;
+        if let Some(total) = self.taken.more(count) {
+            let _ = host.send(SessionToHost::InputTaken { total }).await;
+        }
     }
 
     /// Takes what the host says, until it is gone or breaks the rules: why.
@@ -307,7 +313,7 @@ impl Command {
             match message {
                 HostToSession::Input(bytes) => {
                     sent = sent.saturating_add(bytes.len() as u64);
-                    if over || sent > self.taken.load(Ordering::Relaxed) + INPUT_WINDOW {
+                    if over || !self.taken.allows(sent) {
                         return unexpected("input that nobody may send");
                     }
                     // Nobody reads it when the command has ended, and then this does neither.
@@ -406,15 +412,14 @@ fn cause_of(words: &str) -> Cause {
 /// Sends on what the command writes, until nobody has the other end any more. It may be dropped at any time: what
 /// was read has been handed on.
 async fn pass_on(from: &impl Output, stream: Stream, host: &mpsc::Sender<SessionToHost>) {
-    let mut buffer = vec![0; MAX_CHUNK];
     while from.readable().await.is_ok() {
         // A host that is gone is noticed elsewhere.
         let Ok(place) = host.reserve().await else { return };
-        match from.try_read(&mut buffer) {
-            Ok(Some(0)) | Err(_) => return,
-            Ok(Some(count)) => {
-                place.send(SessionToHost::Output { stream, bytes: buffer[..count].to_vec() });
+        match from.try_read() {
+            Ok(Some(bytes)) if !bytes.is_empty() => {
+                place.send(SessionToHost::Output { stream, bytes });
             }
+            Ok(Some(_)) | Err(_) => return,
             Ok(None) => {}
         }
     }
@@ -422,13 +427,14 @@ async fn pass_on(from: &impl Output, stream: Stream, host: &mpsc::Sender<Session
 
 /// What was written before the command's end: it is there, and need not be waited for.
 async fn rest(from: &impl Output, stream: Stream, host: &mpsc::Sender<SessionToHost>) {
-    let mut buffer = vec![0; MAX_CHUNK];
     let mut left = LAST_BYTES;
     while left > 0 {
-        let Ok(Some(count @ 1..)) = from.try_read(&mut buffer) else { return };
-        let bytes = buffer[..count].to_vec();
+        let Ok(Some(bytes)) = from.try_read() else { return };
+        if bytes.is_empty() {
+            return;
+        }
+        left = left.saturating_sub(bytes.len());
         let _ = host.send(SessionToHost::Output { stream, bytes }).await;
-        left = left.saturating_sub(count);
     }
 }
 
@@ -436,8 +442,8 @@ async fn rest(from: &impl Output, stream: Stream, host: &mpsc::Sender<SessionToH
 trait Output {
     /// Waits until there may be something.
     async fn readable(&self) -> io::Result<()>;
-    /// Reads what is there: `None` when nothing is, 0 at the end.
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>>;
+    /// Reads what is there, up to a frame's content: `None` when nothing is, no bytes at the end.
+    fn try_read(&self) -> io::Result<Option<Vec<u8>>>;
 }
 
 impl Output for pipe::Receiver {
@@ -445,10 +451,12 @@ impl Output for pipe::Receiver {
         self.readable().await
     }
 
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        match self.try_read(buffer) {
+    fn try_read(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut bytes = Vec::with_capacity(PIECE);
+        match self.try_read_buf(&mut bytes) {
+            Ok(_) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            read => read.map(Some),
+            Err(error) => Err(error),
         }
     }
 }
@@ -458,8 +466,13 @@ impl Output for Master {
         self.readable().await
     }
 
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        self.try_read(buffer)
+    fn try_read(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut bytes = vec![0; TERMINAL_PIECE];
+        let read = self.try_read(&mut bytes)?;
+        Ok(read.map(|count| {
+            bytes.truncate(count);
+            bytes
+        }))
     }
 }
 

@@ -211,7 +211,8 @@ async fn much_output_arrives_whole() {
 #[tokio::test]
 async fn a_host_that_breaks_the_rules_is_cut_off() {
     let chunk = HostToSession::Input(vec![0; 60_000]);
-    let over: Vec<_> = vec![chunk; 20];
+    // More than the window and a pipe.
+    let over: Vec<_> = vec![chunk; 40];
     let end = vec![HostToSession::InputEnd, HostToSession::Input(vec![1])];
     let again = vec![HostToSession::Open(Box::new(Open::Exec(shell("true"))))];
     for messages in [over, end, again, vec![HostToSession::Signal(200)]] {
