@@ -7,7 +7,7 @@ leak_pairs() {
   mkdir -p "$work/large"
   # Half of it packs well, as texts and programs do, and half does not at all.
   head -c 50000000 /dev/urandom >"$work/large/random"
-  seq 7000000 | head -c 50000000 >"$work/large/numbers"
+  seq 6400000 >"$work/large/numbers"
   printf 'FROM scratch\nCOPY random numbers /\n' >"$work/large/Dockerfile"
   head -c 30 /dev/urandom | base64 >"$work/secret"
   for ((i = 0; i < $1; i++)); do
