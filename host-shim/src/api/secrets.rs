@@ -6,8 +6,13 @@ use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretId};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::error::{ApiError, shown};
+use super::openapi::params::{self, params};
+use super::openapi::problems::{Conflict, Forbidden, NotFound, TooLarge, Unprocessable};
+use super::openapi::schemas;
 use super::types::Secret;
 use super::{Api, Shared};
 use crate::secrets::Owner;
@@ -19,7 +24,14 @@ pub(super) const MAX_BODY: usize = MAX_SECRET_VALUE + 1;
 /// Most secrets of a tenant.
 const MAX_SECRETS: u32 = 1000;
 
-/// PUT `/secrets/{id}`: the raw bytes, whatever they are.
+/// Set a secret
+///
+/// The body is its value: any bytes, at most 512 KiB.
+#[utoipa::path(
+    put, path = "/secrets/{id}", tag = "secrets", params(Named),
+    request_body(content = inline(Raw), content_type = "application/octet-stream"),
+    responses((status = 204, description = "It is set."), Forbidden, Conflict, TooLarge, Unprocessable),
+)]
 pub(super) async fn put_secret(
     State(api): State<Shared>,
     caller: Caller,
@@ -47,7 +59,13 @@ pub(super) async fn put_secret(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// GET `/secrets`: names and times of the caller's tenant.
+/// List secrets
+///
+/// Names and times of the caller's tenant's; values never come out.
+#[utoipa::path(
+    get, path = "/secrets", tag = "secrets",
+    responses((status = 200, description = "All of them.", body = Vec<Secret>), Forbidden),
+)]
 pub(super) async fn list_secrets(
     State(api): State<Shared>,
     caller: Caller,
@@ -57,7 +75,11 @@ pub(super) async fn list_secrets(
     Ok(Json(secrets.iter().map(Secret::new).collect()))
 }
 
-/// DELETE `/secrets/{id}`.
+/// Remove a secret
+#[utoipa::path(
+    delete, path = "/secrets/{id}", tag = "secrets", params(Named),
+    responses((status = 204, description = "It is gone."), Forbidden, NotFound, Unprocessable),
+)]
 pub(super) async fn delete_secret(
     State(api): State<Shared>,
     caller: Caller,
@@ -72,6 +94,19 @@ pub(super) async fn delete_secret(
 
 /// The id in the path.
 pub(super) struct Named(SecretId);
+
+params!(Named: params::path("id", "The secret's id.", schemas::secret_id()));
+
+/// What a secret's body may be.
+struct Raw;
+
+impl PartialSchema for Raw {
+    fn schema() -> RefOr<Schema> {
+        schemas::bytes().max_length(Some(MAX_SECRET_VALUE)).build().into()
+    }
+}
+
+impl ToSchema for Raw {}
 
 impl FromRequestParts<Shared> for Named {
     type Rejection = ApiError;

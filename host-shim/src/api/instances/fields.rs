@@ -7,13 +7,13 @@ use crate::api::error::{ApiError, shown};
 use crate::instances::launch::Wanted;
 
 /// MiB of memory where the request does not say.
-const DEFAULT_MEMORY_MB: u32 = 1024;
+pub(super) const DEFAULT_MEMORY_MB: u32 = 1024;
 /// What the VM's own kernel and agent leave room in.
-const LEAST_MEMORY_MB: u32 = 256;
+pub(super) const LEAST_MEMORY_MB: u32 = 256;
 /// Processors where the request does not say.
-const DEFAULT_VCPUS: u32 = 1;
+pub(super) const DEFAULT_VCPUS: u32 = 1;
 /// Longest name: it is the VM's host name.
-const MAX_NAME: usize = kiln_protocol::run::MAX_HOSTNAME;
+pub(super) const MAX_NAME: usize = kiln_protocol::run::MAX_HOSTNAME;
 
 /// A request, checked.
 #[derive(Clone, PartialEq, Eq)]
@@ -94,7 +94,7 @@ fn variables(value: Value) -> Result<Vec<(String, String)>, ApiError> {
     object.into_iter().map(variable).collect()
 }
 
-fn parse_name(name: String) -> Result<String, ApiError> {
+pub(super) fn parse_name(name: String) -> Result<String, ApiError> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = name.as_bytes();
     let fits = (1..=MAX_NAME).contains(&bytes.len())
