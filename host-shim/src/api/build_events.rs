@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::error::{ApiError, log, shown};
 use super::get_build::{Wanted, find};
+use super::openapi::events::BuildBlock;
 use super::openapi::params::{self, params};
 use super::openapi::problems::{BadRequest, NotFound};
 use super::openapi::schemas;
@@ -49,14 +50,12 @@ params!(Follow: params::query(
 
 /// Stream a build's events
 ///
-/// Server-sent events. The data of each is one JSON object with `type`, `timestamp` and what the type has: `log` (`content`,
-/// `content_b64`, `stream`, `step`, `partial`), `status` (`status`, `queue_position`), `step` (`index`, `total`, `name`,
-/// `state`, `exit_code`, `duration_ms`), `failure` (as in a build), `egress` (`host`, `allowed`), `trimmed` (`from`, `to`),
-/// `heartbeat` after 15 s of silence. `id` is the event's number, which `Last-Event-ID` goes on after.
+/// Server-sent events: the data of each block is a `BuildEvent` as JSON. `id` is the event's number, which `Last-Event-ID` goes
+/// on after; a heartbeat has none.
 #[utoipa::path(
     get, path = "/builds/{id}/events", tag = "builds", params(Wanted, Follow, LastEventId),
     responses(
-        (status = 200, description = "The stream.", body = String, content_type = "text/event-stream"),
+        (status = 200, description = "The stream.", body = inline(BuildBlock), content_type = "text/event-stream"),
         BadRequest, NotFound,
     ),
 )]

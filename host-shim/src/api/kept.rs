@@ -14,7 +14,7 @@ use super::openapi::problems::{
     BadRequest, Conflict, Forbidden, NotFound, TooLarge, Unprocessable,
 };
 use super::openapi::schemas;
-use super::{Shared, fields, types};
+use super::{Shared, fields, types, whole};
 use crate::build::BuildId;
 use crate::kept;
 use crate::store::Role;
@@ -58,8 +58,9 @@ impl Lease {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Extend {
+    #[serde(deserialize_with = "whole::number")]
     #[schema(value_type = Seconds)]
-    seconds: u32,
+    seconds: u64,
 }
 
 /// The same, for the document.
@@ -110,11 +111,12 @@ pub(super) async fn extend_kept(
     let wanted: Extend = serde_json::from_slice(&body).map_err(|e| {
         ApiError::bad_request("invalid_body", format!("the body is not {{\"seconds\":N}}: {e}"))
     })?;
-    if !allowed.contains(&wanted.seconds) {
+    let seconds = u32::try_from(wanted.seconds).ok().filter(|seconds| allowed.contains(seconds));
+    let Some(seconds) = seconds else {
         let range = format!("a number from {} to {}", allowed.start(), allowed.end());
         return Err(ApiError::invalid("seconds", &wanted.seconds.to_string(), &range));
-    }
-    let lease = api.state.kept.extend(&id, wanted.seconds).ok_or_else(|| not_kept(&id))?;
+    };
+    let lease = api.state.kept.extend(&id, seconds).ok_or_else(|| not_kept(&id))?;
     Ok(Json(Lease::new(&lease)))
 }
 

@@ -33,6 +33,7 @@ mod source;
 mod tokens;
 pub mod types;
 mod uploads;
+mod whole;
 
 use std::collections::HashSet;
 use std::path::PathBuf;

@@ -26,10 +26,10 @@ const MAX_SECRETS: u32 = 1000;
 
 /// Set a secret
 ///
-/// The body is its value: any bytes, at most 512 KiB.
+/// The body is its value: any bytes, at most 512 KiB; none is an empty value.
 #[utoipa::path(
     put, path = "/secrets/{id}", tag = "secrets", params(Named),
-    request_body(content = inline(Raw), content_type = "application/octet-stream"),
+    request_body(content = inline(Option<Raw>), content_type = "application/octet-stream"),
     responses((status = 204, description = "It is set."), Forbidden, Conflict, TooLarge, Unprocessable),
 )]
 pub(super) async fn put_secret(

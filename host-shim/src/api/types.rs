@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::openapi::schemas;
+use super::whole;
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
 use crate::exec::{Session as StoredSession, Subject};
 use crate::store::{Role, SecretRecord, TokenRecord};
@@ -218,7 +219,11 @@ pub struct NewToken {
     #[schema(value_type = schemas::RoleName)]
     pub role: String,
     /// How long it lives; for ever where it is absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "whole::optional"
+    )]
     #[schema(value_type = schemas::TtlSeconds, required = false)]
     pub ttl_seconds: Option<u64>,
     /// A name for people.

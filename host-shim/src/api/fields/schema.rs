@@ -58,13 +58,11 @@ impl NewBuild {
             )
             .property("build_args", build_args())
             .property("tags", tags::schema())
-            .property("secrets", secrets())
+            .property("secrets", json(secrets()).description(Some("A JSON array, in one part.")))
             .property("network_mode", words(super::NETWORKS))
             .property(
                 "allowed_domains",
-                ArrayBuilder::new()
-                    .items(text())
-                    .max_items(Some(0))
+                json(ArrayBuilder::new().items(text()).max_items(Some(0)))
                     .description(Some("Not available yet.")),
             );
         let form = ["cache_scope", "builder_id", "global_cache_key"]
@@ -80,6 +78,11 @@ impl NewBuild {
         });
         form.build()
     }
+}
+
+/// A text that is JSON: what is an array otherwise is one part for each item (OpenAPI 3.1, 4.8.14.3).
+fn json(schema: impl Into<RefOr<Schema>>) -> ObjectBuilder {
+    text().content_media_type("application/json").content_schema(Some(schema))
 }
 
 /// As [`super::Fields::target`] has it.

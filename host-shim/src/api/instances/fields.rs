@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::api::Limits;
 use crate::api::error::{ApiError, shown};
+use crate::api::whole::whole;
 use crate::instances::launch::Wanted;
 
 /// MiB of memory where the request does not say.
@@ -109,7 +110,7 @@ pub(super) fn parse_name(name: String) -> Result<String, ApiError> {
 }
 
 fn processors(value: &Value, most: u32) -> Result<u32, ApiError> {
-    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    let number = whole(value).and_then(|number| u32::try_from(number).ok());
     number
         .filter(|number| (1..=most).contains(number))
         .ok_or_else(|| ApiError::invalid("vcpus", &value.to_string(), &format!("1 to {most}")))
@@ -184,6 +185,7 @@ mod tests {
             (json!({"image": "a", "vcpus": 0}), "invalid_field"),
             (json!({"image": "a", "vcpus": 65}), "invalid_field"),
             (json!({"image": "a", "vcpus": 1.5}), "invalid_field"),
+            (json!({"image": "a", "vcpus": "1"}), "invalid_field"),
         ] {
             assert_eq!(fields(body.clone()).err(), Some(code), "{body}");
         }

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::get::{Wanted, find};
 use crate::api::build_events::{LastEventId, RETRY, parse_last_event_id};
 use crate::api::error::{ApiError, log};
+use crate::api::openapi::events::InstanceBlock;
 use crate::api::openapi::params::{self, params};
 use crate::api::openapi::problems::{BadRequest, NotFound};
 use crate::api::openapi::schemas;
@@ -37,12 +38,11 @@ params!(Asked:
 
 /// Stream what an instance printed
 ///
-/// Server-sent events: the data of each is one line as a JSON text, or with `format=events` an object with `type` (`log`, `heartbeat`,
-/// and at the end `status`) and `timestamp`.
+/// Server-sent events: the data of each block is one line as a JSON text, or with `format=events` an `InstanceEvent`.
 #[utoipa::path(
     get, path = "/instances/{id}/logs", tag = "instances", params(Wanted, Asked, LastEventId),
     responses(
-        (status = 200, description = "The stream.", body = String, content_type = "text/event-stream"),
+        (status = 200, description = "The stream.", body = inline(InstanceBlock), content_type = "text/event-stream"),
         BadRequest, NotFound,
     ),
 )]

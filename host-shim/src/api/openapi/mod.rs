@@ -7,6 +7,7 @@
 //! Bounds come from the constants that the code checks, and from the server's own limits. `docs/openapi.json` is that of a
 //! server with default settings.
 
+pub(super) mod events;
 pub(super) mod params;
 pub(super) mod problems;
 pub(crate) mod schemas;
@@ -21,6 +22,7 @@ use utoipa::openapi::tag::TagBuilder;
 use utoipa::openapi::{InfoBuilder, OpenApi, OpenApiBuilder};
 use utoipa::{IntoResponses, ToSchema};
 
+use self::events::{BuildEvent, InstanceEvent};
 use self::problems::{Internal, TooMany, Unauthorized};
 use super::error::Problem;
 use super::fields::schema::NewBuild;
@@ -48,6 +50,8 @@ pub(super) fn base() -> OpenApi {
         .description(Some("An API token, `kiln_…`. It is the only thing that tells who calls."));
     let components = problems::components()
         .schema_from::<Problem<'_>>()
+        .schema_from::<BuildEvent>()
+        .schema_from::<InstanceEvent>()
         .security_scheme(TOKEN, SecurityScheme::Http(token.build()))
         .build();
     let info = InfoBuilder::new()
