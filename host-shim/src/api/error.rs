@@ -1,12 +1,9 @@
 //! Every refusal, as `application/problem+json` (RFC 9457) with hypeman's `code` and `message`.
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{FromRequest, Request};
 use axum::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use utoipa::ToSchema;
 
 use crate::build::Refused;
@@ -189,26 +186,6 @@ impl From<AuthError> for ApiError {
         let refusal = Self::new(StatusCode::UNAUTHORIZED, "unauthorized", error.to_string());
         let header = Some((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
         Self { header, ..refusal }
-    }
-}
-
-/// A JSON body; what is not one is refused in the API's shape.
-pub(super) struct ApiJson<T>(pub(super) T);
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let refused = |rejection: JsonRejection| {
-            let code = match rejection.status() {
-                StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
-                StatusCode::PAYLOAD_TOO_LARGE => "too_large",
-                StatusCode::UNPROCESSABLE_ENTITY => "invalid_field",
-                _ => "invalid_json",
-            };
-            ApiError::new(rejection.status(), code, rejection.body_text())
-        };
-        axum::Json::from_request(request, state).await.map(|axum::Json(t)| Self(t)).map_err(refused)
     }
 }
 

@@ -1,17 +1,17 @@
 //! `/kept`: the VMs of failed builds that can still be entered.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::body::Whole;
 use super::error::ApiError;
 use super::get_build::{self, Wanted};
 use super::openapi::problems::{
-    BadRequest, Conflict, Forbidden, NotFound, TooLarge, Unprocessable,
+    BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unprocessable,
 };
 use super::openapi::schemas;
 use super::{Shared, fields, types, whole};
@@ -96,14 +96,14 @@ pub(super) async fn list_kept(
     put, path = "/kept/{id}", tag = "sessions", params(Wanted), request_body = Extend,
     responses(
         (status = 200, description = "It stays.", body = Lease),
-        BadRequest, Forbidden, NotFound, Conflict, TooLarge, Unprocessable,
+        BadRequest, Forbidden, NotFound, Stalled, Conflict, TooLarge, Unprocessable,
     ),
 )]
 pub(super) async fn extend_kept(
     State(api): State<Shared>,
     caller: Caller,
     Wanted(id): Wanted,
-    body: Bytes,
+    Whole(body): Whole,
 ) -> Result<Json<Lease>, ApiError> {
     caller.require(Role::Tenant)?;
     get_build::find(&api, &caller, &id).await?;

@@ -1,7 +1,7 @@
 //! The HTTP API: one file per verb.
 //!
 //! ```text
-//! request ─▶ trace (id, span) ─▶ route ─▶ auth (Caller) ─▶ verb ─▶ store, events, scheduler
+//! request ─▶ trace (id, span) ─▶ route ─▶ auth (Caller), rate ─▶ verb ─▶ store, events, scheduler
 //! response ◀─ security headers ◀─ error (problem+json, whatever made it)
 //! ```
 //!
@@ -10,6 +10,7 @@
 //! [`crate::build`].
 
 mod auth;
+mod body;
 mod build_events;
 mod cancel_build;
 mod create_build;
@@ -27,6 +28,7 @@ mod multipart;
 pub(crate) mod openapi;
 mod own_secrets;
 mod query;
+mod rates;
 mod secrets;
 mod sessions;
 mod source;
@@ -46,6 +48,7 @@ use bytes::Bytes;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
+use self::rates::Rates;
 pub use self::source::{SOURCE_FILE, sweep};
 use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
@@ -63,8 +66,9 @@ pub fn router(state: ApiState) -> Router {
     let (routes, document) = routes().split_for_parts();
     let document = openapi::complete(document, &state.limits, &state.public_host);
     let uploads = Uploads::new(state.limits.max_uploads);
+    let rates = Rates::new(state.limits.max_requests_per_second);
     let shared: Shared =
-        Arc::new(Api { state, uploads, keys_in_flight: Mutex::default(), document });
+        Arc::new(Api { state, uploads, rates, keys_in_flight: Mutex::default(), document });
     let routes = routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
@@ -207,6 +211,8 @@ pub struct Limits {
     pub max_queued: u32,
     /// Sources that are received at one time; half of them of one tenant.
     pub max_uploads: usize,
+    /// Requests of one token.
+    pub max_requests_per_second: u32,
     /// For builds that do not say.
     pub network_default: NetworkMode,
 }
@@ -221,6 +227,7 @@ impl Default for Limits {
             max_disk_gb: 500,
             max_queued: 1000,
             max_uploads: 64,
+            max_requests_per_second: 1000,
             network_default: NetworkMode::Open,
         }
     }
@@ -229,6 +236,7 @@ impl Default for Limits {
 struct Api {
     state: ApiState,
     uploads: Arc<Uploads>,
+    rates: Rates,
     /// Idempotency keys of submits that are being received now.
     keys_in_flight: Mutex<HashSet<(Tenant, String)>>,
     /// What GET `/openapi.json` answers.

@@ -1,7 +1,6 @@
 //! `/secrets`: a tenant's secrets. Values go in and never come out.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
@@ -9,9 +8,12 @@ use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretId};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::body::Whole;
 use super::error::{ApiError, shown};
 use super::openapi::params::{self, params};
-use super::openapi::problems::{Conflict, Forbidden, NotFound, TooLarge, Unprocessable};
+use super::openapi::problems::{
+    BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unprocessable,
+};
 use super::openapi::schemas;
 use super::types::Secret;
 use super::{Api, Shared};
@@ -30,16 +32,19 @@ const MAX_SECRETS: u32 = 1000;
 #[utoipa::path(
     put, path = "/secrets/{id}", tag = "secrets", params(Named),
     request_body(content = inline(Option<Raw>), content_type = "application/octet-stream"),
-    responses((status = 204, description = "It is set."), Forbidden, Conflict, TooLarge, Unprocessable),
+    responses((status = 204, description = "It is set."), BadRequest, Forbidden, Stalled, Conflict, TooLarge, Unprocessable),
 )]
 pub(super) async fn put_secret(
     State(api): State<Shared>,
     caller: Caller,
     Named(id): Named,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    body: Result<Whole, ApiError>,
 ) -> Result<StatusCode, ApiError> {
     caller.require(Role::Tenant)?;
-    let value = body.map_err(|_| too_large())?;
+    let Whole(value) = body.map_err(|error| match error.code() {
+        "too_large" => too_large(),
+        _ => error,
+    })?;
     if value.len() > MAX_SECRET_VALUE {
         return Err(too_large());
     }

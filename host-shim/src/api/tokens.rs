@@ -6,10 +6,11 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 
 use super::Shared;
-use super::error::{ApiError, ApiJson};
+use super::body::ApiJson;
+use super::error::ApiError;
 use super::openapi::params::{self, params};
 use super::openapi::problems::{
-    BadRequest, Forbidden, NotFound, TooLarge, Unprocessable, UnsupportedMediaType,
+    BadRequest, Forbidden, NotFound, Stalled, TooLarge, Unprocessable, UnsupportedMediaType,
 };
 use super::openapi::schemas;
 use super::types::{NewToken, Token, role_names};
@@ -24,7 +25,7 @@ use crate::token::{self, Caller, CreateError};
     post, path = "/tokens", tag = "tokens", request_body = NewToken,
     responses(
         (status = 201, description = "It is made.", body = Token),
-        BadRequest, Forbidden, TooLarge, UnsupportedMediaType, Unprocessable,
+        BadRequest, Forbidden, Stalled, TooLarge, UnsupportedMediaType, Unprocessable,
     ),
 )]
 pub(super) async fn create_token(

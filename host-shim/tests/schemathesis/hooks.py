@@ -53,6 +53,8 @@ def before_load_schema(context, raw_schema):
     parts = schemas["NewBuild"]["properties"]
     for name in (name for name, part in parts.items() if "contentSchema" in part):
         parts[name]["format"] = f"json-{name}"
+    # A value is of a secret that is declared: one that is not is refused.
+    del schemas["NewBuild"]["patternProperties"]
     # A pattern cannot say how long a part of it may be: a repository, with the tenant.
     for owner, name in (("NewBuild", "image_name"), ("NewInstance", "image")):
         image = schemas[owner]["properties"][name]

@@ -1,7 +1,8 @@
 //! The parts of POST `/builds` for the document, with the bounds that the fields are held to.
 
 use kiln_protocol::job::{MAX_BUILD_ARGS, MAX_DOCKERFILE, MAX_JOB_TEXT};
-use kiln_protocol::secret::{MAX_SECRET_VARIABLE, MAX_SECRETS};
+use kiln_protocol::secret::{MAX_SECRET_VALUE, MAX_SECRET_VARIABLE, MAX_SECRETS};
+use serde_json::{Value, json};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{
     AdditionalProperties, ArrayBuilder, Object, ObjectBuilder, Schema, Type,
@@ -9,10 +10,10 @@ use utoipa::openapi::schema::{
 use utoipa::{PartialSchema, ToSchema};
 
 use super::{MAX_ARG_NAME, MAX_IMAGE_TAG, MAX_TARGET, NUMBERS, SOURCE, tags};
-use crate::api::Limits;
 use crate::api::openapi::schemas::{
-    bytes, matching, number, or_null, secret_id, sized, text, words,
+    bytes, keyword, matching, number, or_null, secret_id, secret_pattern, sized, text, words,
 };
+use crate::api::{Limits, own_secrets};
 
 /// One component of a repository, as [`super::is_path_component`] has it.
 pub(in crate::api) const COMPONENT: &str = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*";
@@ -36,6 +37,7 @@ impl NewBuild {
             .description(Some(
                 "The parts may come in any order. A part `secret.ID` holds the value of the declared secret ID for this build alone.",
             ))
+            .extensions(Some(keyword("patternProperties", own_secrets())))
             .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(false)))
             .required(SOURCE)
             .property(SOURCE, bytes().description(Some("A tar, tar.gz or tar.zst archive.")))
@@ -58,11 +60,11 @@ impl NewBuild {
             )
             .property("build_args", build_args())
             .property("tags", tags::schema())
-            .property("secrets", json(secrets()).description(Some("A JSON array, in one part.")))
+            .property("secrets", json_text(secrets()).description(Some("A JSON array, in one part.")))
             .property("network_mode", words(super::NETWORKS))
             .property(
                 "allowed_domains",
-                json(ArrayBuilder::new().items(text()).max_items(Some(0)))
+                json_text(ArrayBuilder::new().items(text()).max_items(Some(0)))
                     .description(Some("Not available yet.")),
             );
         let form = ["cache_scope", "builder_id", "global_cache_key"]
@@ -80,8 +82,14 @@ impl NewBuild {
     }
 }
 
+/// The parts `secret.ID`.
+fn own_secrets() -> Value {
+    let pattern = secret_pattern(&regex::escape(own_secrets::PREFIX));
+    json!({ pattern: bytes().max_length(Some(MAX_SECRET_VALUE)).build() })
+}
+
 /// A text that is JSON: what is an array otherwise is one part for each item (OpenAPI 3.1, 4.8.14.3).
-fn json(schema: impl Into<RefOr<Schema>>) -> ObjectBuilder {
+fn json_text(schema: impl Into<RefOr<Schema>>) -> ObjectBuilder {
     text().content_media_type("application/json").content_schema(Some(schema))
 }
 

@@ -10,10 +10,11 @@ use serde_json::{Map, Value};
 
 use super::schema::NewInstance;
 use super::{Instance, fields};
-use crate::api::error::{ApiError, ApiJson, TRY_AGAIN, shown};
+use crate::api::body::ApiJson;
+use crate::api::error::{ApiError, TRY_AGAIN, shown};
 use crate::api::openapi::problems::{
-    BadGateway, BadRequest, Conflict, Forbidden, NotFound, TooLarge, Unavailable, Unprocessable,
-    UnsupportedMediaType,
+    BadGateway, BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unavailable,
+    Unprocessable, UnsupportedMediaType,
 };
 use crate::api::{Api, Shared};
 use crate::build::BuildId;
@@ -34,7 +35,7 @@ use crate::token::Caller;
         (status = 201, description = "It is stored, and will run.", body = Instance, headers(
             ("location" = String, description = "The instance's path.")
         )),
-        BadRequest, Forbidden, NotFound, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, BadGateway, Unavailable,
+        BadRequest, Forbidden, NotFound, Stalled, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, BadGateway, Unavailable,
     ),
 )]
 pub(in crate::api) async fn create_instance(

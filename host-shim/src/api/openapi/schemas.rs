@@ -5,11 +5,13 @@
 use kiln_protocol::event::FailureKind as Kind;
 use kiln_protocol::job::MAX_BUILD_ID;
 use kiln_protocol::secret::MAX_SECRET_ID;
+use serde_json::{Value, json};
+use utoipa::openapi::extensions::Extensions;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, SchemaType, Type};
 use utoipa::openapi::{Object, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::build::MAX_TENANT;
+use crate::build::{MAX_TENANT, RESERVED_TENANTS};
 use crate::exec::How;
 use crate::instances::State as Lifecycle;
 use crate::store::Role;
@@ -28,6 +30,11 @@ pub(crate) fn text() -> ObjectBuilder {
 /// A text that matches, from the first character to the last.
 pub(crate) fn matching(pattern: impl Into<String>) -> ObjectBuilder {
     text().pattern(Some(pattern))
+}
+
+/// A keyword of JSON Schema that the builders do not have.
+pub(crate) fn keyword(name: &str, value: Value) -> Extensions {
+    [(name, value)].into_iter().collect()
 }
 
 /// A text of so many characters.
@@ -69,9 +76,14 @@ pub(crate) fn id() -> ObjectBuilder {
     matching(format!("^[a-z0-9-]{{1,{MAX_BUILD_ID}}}$"))
 }
 
-/// The grammar of a secret's id.
+/// The grammar of a secret's id, with what stands before it.
+pub(crate) fn secret_pattern(prefix: &str) -> String {
+    format!("^{prefix}[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{}}}$", MAX_SECRET_ID - 1)
+}
+
+/// A secret's id.
 pub(crate) fn secret_id() -> ObjectBuilder {
-    matching(format!("^[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{}}}$", MAX_SECRET_ID - 1))
+    matching(secret_pattern(""))
 }
 
 fn tenant() -> ObjectBuilder {
@@ -110,7 +122,7 @@ named! {
     /// Of a secret.
     SecretId = secret_id();
     /// Of a tenant.
-    TenantName = tenant();
+    TenantName = tenant().extensions(Some(keyword("not", json!({ "enum": RESERVED_TENANTS }))));
     /// Of a token.
     RoleName = words(Role::ALL.map(Role::as_str));
     /// Of an instance.
