@@ -43,8 +43,10 @@ impl NewBuild {
             .property(SOURCE, bytes().description(Some("A tar, tar.gz or tar.zst archive.")))
             .property(
                 "dockerfile",
-                sized(0, MAX_DOCKERFILE)
-                    .description(Some("Its content. It wins over the archive's.")),
+                // In bytes, which a schema cannot count.
+                text().description(Some(format!(
+                    "Its content, at most {MAX_DOCKERFILE} bytes. It wins over the archive's."
+                ))),
             )
             .property("target", target().description(Some("The stage to build: its name or number.")))
             .property(

@@ -80,7 +80,7 @@ pub(super) async fn get_of_instance(
 /// The body is an uncompressed tar archive.
 #[utoipa::path(
     put, path = "/builds/{id}/files", tag = "sessions", params(Wanted, Asked),
-    request_body(content = inline(Archive), content_type = "application/x-tar"),
+    request_body(content((inline(Archive) = "application/x-tar"), (inline(Archive) = "application/octet-stream"))),
     responses(
         (status = 204, description = "All of it is there."),
         BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
@@ -103,7 +103,7 @@ pub(super) async fn put_to_build(
 /// The body is an uncompressed tar archive.
 #[utoipa::path(
     put, path = "/instances/{id}/files", tag = "sessions", params(get_instance::Wanted, Asked),
-    request_body(content = inline(Archive), content_type = "application/x-tar"),
+    request_body(content((inline(Archive) = "application/x-tar"), (inline(Archive) = "application/octet-stream"))),
     responses(
         (status = 204, description = "All of it is there."),
         BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
