@@ -73,8 +73,12 @@ async fn routes_and_document_are_the_same() {
         };
         for method in METHODS {
             let response = request(method).await.unwrap();
-            if item.contains_key(method) {
+            if let Some(operation) = item.get(method) {
                 assert_ne!(response.status(), 405, "{method} {path}");
+                let method: Method = method.to_uppercase().parse().unwrap();
+                let unknown = server.anonymous().request(method, &path).send().await.unwrap();
+                let open = operation["security"][0] == serde_json::json!({});
+                assert_eq!(unknown.status() == 401, !open, "{path}");
                 continue;
             }
             assert_eq!(response.status(), 405, "{method} {path}");

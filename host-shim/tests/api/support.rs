@@ -68,10 +68,13 @@ async fn documented(
 ) -> axum::response::Response {
     let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let method = request.method().as_str().to_lowercase();
+    let request_has_host = request.headers().get_all("host").iter().count() == 1;
     let response = next.run(request).await;
     let status = response.status();
     if let Some(path) = path
         && status != StatusCode::METHOD_NOT_ALLOWED
+        // Refused before it is looked at.
+        && request_has_host
     {
         let answers = &document["paths"][&path][&method]["responses"];
         if method != "head" && answers.get(status.as_str()).is_none() {
