@@ -117,7 +117,7 @@ fn processors(value: &Value, most: u32) -> Result<u32, ApiError> {
 }
 
 /// MiB of hypeman's texts: `512MB`, `1GB`, `2G`, by powers of 1024.
-fn memory(text: &str, most: u32) -> Result<u32, ApiError> {
+pub(super) fn memory(text: &str, most: u32) -> Result<u32, ApiError> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let factor: Option<u64> = match unit.trim().to_ascii_uppercase().as_str() {

@@ -103,12 +103,18 @@ mod tests {
     use proptest::prelude::*;
     use regex::Regex;
 
-    use super::super::fields::parse_name;
+    use super::super::fields::{memory, parse_name};
     use super::*;
     use crate::build::Tenant;
     use crate::instances::reference::Image;
 
     proptest! {
+        #[test]
+        fn a_size_that_the_code_takes_is_of_the_form(text in "[0-9]{1,4}[ kKmMgGiIbB]{0,4}") {
+            let matches = Regex::new(SIZE).unwrap().is_match(&text);
+            prop_assert!(matches || memory(&text, u32::MAX).is_err());
+        }
+
         #[test]
         fn patterns_say_what_the_code_takes(
             text in "[a0-]{0,3}|[a0-]{60,64}|((localhost|127.0.0.1):1/|registry.kiln/)?[a0._/:-]{0,9}(@sha256:[0-9a-f]{63,65})?"
