@@ -14,7 +14,7 @@ export PATH="$BIN:$TOOLS/bin:$PATH"
 # What Kiln runs on (Debian's names), and what its tests use besides.
 RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs skopeo)
 BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils patch zstd xz-utils)
-TEST_PACKAGES=(shellcheck iproute2 jq procps busybox-static tmux)
+TEST_PACKAGES=(shellcheck iproute2 jq procps busybox-static tmux python3 python3-venv)
 
 # The released one can leave a connection waiting for ever: see the patch.
 VSOCK_DEVICE_VERSION=0.3.0
@@ -88,6 +88,22 @@ install_crate() {
   local name=$1 version=$2
   command -v "$name" >/dev/null && "$name" --version 2>/dev/null | grep -qF "$version" && return
   step "Installing $name $version" cargo install --quiet --locked --root "$TOOLS" "$name@$version"
+}
+
+# schemathesis, which tests the API by its document, into .kiln/tools. Debian's Python: its packages are those that are
+# installed.
+install_schemathesis() {
+  local place=$TOOLS/schemathesis wanted=$ROOT/host-shim/tests/schemathesis/requirements.txt
+  cmp -s "$wanted" "$place/requirements.txt" && return
+  step "Installing schemathesis" make_schemathesis "$place" "$wanted"
+}
+
+make_schemathesis() {
+  local place=$1 wanted=$2
+  /usr/bin/python3 -m venv --clear "$place"
+  "$place/bin/pip" install --quiet --disable-pip-version-check --no-deps --requirement "$wanted"
+  # Last of all: only what is whole is not made again.
+  cp "$wanted" "$place/requirements.txt"
 }
 
 need_rust() {

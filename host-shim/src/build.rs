@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub type Millis = i64;
 
 /// Where a build is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
     /// Stored, waiting for a VM.
@@ -80,6 +80,9 @@ impl std::fmt::Display for Status {
 #[serde(try_from = "String", into = "String")]
 pub struct Tenant(String);
 
+/// Longest name of a tenant, in bytes.
+pub const MAX_TENANT: usize = 39;
+
 /// Names that no tenant may have: they are namespaces of the registry.
 pub const RESERVED_TENANTS: [&str; 4] = ["builds", "base", "upstream", "staging"];
 
@@ -101,7 +104,7 @@ impl Tenant {
     pub fn new(name: impl Into<String>) -> Result<Self, BadTenant> {
         let name = name.into();
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-        let fits = (1..=39).contains(&name.len())
+        let fits = (1..=MAX_TENANT).contains(&name.len())
             && plain(name.as_bytes()[0])
             && name.bytes().all(|b| plain(b) || b == b'-');
         if !fits {
@@ -200,20 +203,24 @@ pub struct Request {
 }
 
 /// Why a build failed. Shown as it is by the API.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Failure {
     /// The cause, for programs.
+    #[schema(value_type = crate::api::openapi::schemas::FailureKind)]
     pub kind: FailureKind,
     /// What happened, to what, and what to do.
     pub message: String,
     /// The step to blame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub step: Option<u32>,
     /// Its exit code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub exit_code: Option<i32>,
     /// More, such as the engine's last lines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub detail: Option<String>,
 }
 
@@ -239,7 +246,7 @@ impl From<kiln_protocol::event::Failure> for Failure {
 }
 
 /// What a build used, as far as is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Usage {
     /// The most memory that one step used at one time, in bytes.
     pub memory_peak_bytes: Option<u64>,
@@ -260,11 +267,12 @@ pub struct Usage {
 }
 
 /// Something that the build pulled through the gateway.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Pulled {
     /// As the build named it: `registry.kiln/base/debian:trixie`.
     pub reference: String,
     /// Of the manifest that was served, `sha256:…`.
+    #[schema(value_type = crate::api::openapi::schemas::Digest)]
     pub digest: String,
 }
 

@@ -113,6 +113,10 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_UPLOADS", value_name = "N")]
     pub max_uploads: Option<u32>,
 
+    /// Requests of one token in a second [default: 1000]
+    #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
+    pub max_requests_per_second: Option<u32>,
+
     /// QEMU [default: qemu-system-x86_64, looked for]
     #[arg(long, env = "KILN_QEMU", value_name = "FILE")]
     pub qemu: Option<PathBuf>,
@@ -263,6 +267,7 @@ impl ServeArgs {
             keep_sessions_days: self.keep_sessions_days.or(file.keep_sessions_days),
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
+            max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
             qemu: self.qemu.or(file.qemu),
             vhost_device_vsock: self.vhost_device_vsock.or(file.vhost_device_vsock),
             docker_registry: self.docker_registry.or(file.docker_registry),
@@ -364,6 +369,12 @@ impl ServeArgs {
                     1..=100_000,
                 )?,
                 max_uploads: number("max-uploads", self.max_uploads, 64, 1..=10_000)? as usize,
+                max_requests_per_second: number(
+                    "max-requests-per-second",
+                    self.max_requests_per_second,
+                    defaults.max_requests_per_second,
+                    1..=1_000_000,
+                )?,
                 network_default: self.network_default.unwrap_or(defaults.network_default),
             },
             qemu: host.program("qemu", self.qemu, "qemu-system-x86_64")?,

@@ -17,7 +17,7 @@ pub const PREFIX: &str = "kiln_";
 const SECRET_BYTES: usize = 32;
 /// Length of those in base64url.
 const SECRET_TEXT: usize = 43;
-/// Longest name of a token, in bytes.
+/// Longest name of a token, in characters.
 pub const MAX_NAME: usize = 128;
 /// Longest life of a token: 10 years, so that no sum of times overflows.
 pub const MAX_TTL_SECONDS: u64 = 10 * 366 * 24 * 60 * 60;
@@ -85,7 +85,7 @@ pub enum CreateError {
     #[error("a token lives for 1 to {MAX_TTL_SECONDS} seconds, not {0}")]
     Ttl(u64),
     /// Its name is no name.
-    #[error("a token's name has 1 to {MAX_NAME} bytes and no control characters")]
+    #[error("a token's name has 1 to {MAX_NAME} characters and no control characters")]
     Name,
     /// The system has no random bytes.
     #[error("the system gives no random bytes")]
@@ -131,10 +131,9 @@ pub async fn create(
     name: Option<String>,
     now: Millis,
 ) -> Result<(String, TokenRecord), CreateError> {
-    if name
-        .as_ref()
-        .is_some_and(|n| n.is_empty() || n.len() > MAX_NAME || n.chars().any(char::is_control))
-    {
+    if name.as_ref().is_some_and(|n| {
+        n.is_empty() || n.chars().count() > MAX_NAME || n.chars().any(char::is_control)
+    }) {
         return Err(CreateError::Name);
     }
     let expires_at = match ttl_seconds {

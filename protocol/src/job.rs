@@ -17,6 +17,9 @@ pub const MAX_DOCKERFILE: usize = 512 * 1024;
 /// Most bytes of all build arguments together.
 pub const MAX_BUILD_ARGS_BYTES: usize = 256 * 1024;
 
+/// Longest id of a build, in bytes.
+pub const MAX_BUILD_ID: usize = 64;
+
 /// Identifies a build. Lower-case letters, digits and `-`; 1 to 64 bytes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -31,7 +34,7 @@ impl BuildId {
     /// Checks the text and takes it as an id.
     pub fn new(id: impl Into<String>) -> Result<Self, BadBuildId> {
         let id = id.into();
-        let fits = (1..=64).contains(&id.len())
+        let fits = (1..=MAX_BUILD_ID).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if fits { Ok(Self(id)) } else { Err(BadBuildId) }
     }

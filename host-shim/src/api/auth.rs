@@ -1,4 +1,4 @@
-//! Who calls: the token, and nothing else. There is no way in by address, header or path.
+//! Who calls, and not too often: the token, and nothing else. There is no way in by address, header or path.
 
 use axum::extract::FromRequestParts;
 use axum::http::header::AUTHORIZATION;
@@ -20,7 +20,9 @@ impl FromRequestParts<Shared> for Caller {
             return Err(AuthError::Invalid.into());
         }
         let value = value.map(|v| v.to_str().map_err(|_| AuthError::Invalid)).transpose()?;
-        Ok(token::authenticate(&*api.state.store, value, api.now()).await?)
+        let caller = token::authenticate(&*api.state.store, value, api.now()).await?;
+        api.rates.admit(&caller.token_id)?;
+        Ok(caller)
     }
 }
 

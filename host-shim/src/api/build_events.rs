@@ -11,11 +11,14 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use url::form_urlencoded;
 
 use super::error::{ApiError, log, shown};
 use super::get_build::{Wanted, find};
-use super::{Clock, Shared, types};
+use super::openapi::events::BuildBlock;
+use super::openapi::params::{self, params};
+use super::openapi::problems::{BadRequest, NotFound};
+use super::openapi::schemas;
+use super::{Clock, Shared, query, types};
 use crate::build::Millis;
 use crate::events::{Batch, Follower};
 use crate::token::Caller;
@@ -24,6 +27,38 @@ const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// How long a client waits before it connects again, in milliseconds.
 pub(super) const RETRY: u32 = 1000;
 
+/// Largest id of an event: the store's numbers have a sign.
+const MAX_EVENT_ID: u64 = i64::MAX.unsigned_abs();
+
+/// Where a client goes on.
+pub(super) struct LastEventId;
+
+params!(LastEventId: params::header(
+    LAST_EVENT_ID.as_str(),
+    "The id of the last event that was seen: the stream goes on after it.",
+    schemas::number(0, MAX_EVENT_ID),
+));
+
+/// How long a client stays.
+struct Follow;
+
+params!(Follow: params::query(
+    "follow",
+    "`false`: what there is. `true`: all up to the final status.",
+    schemas::flag().default(Some(false.into())),
+));
+
+/// Stream a build's events
+///
+/// Server-sent events: the data of each block is a `BuildEvent` as JSON. `id` is the event's number, which `Last-Event-ID` goes
+/// on after; a heartbeat has none.
+#[utoipa::path(
+    get, path = "/builds/{id}/events", tag = "builds", params(Wanted, Follow, LastEventId),
+    responses(
+        (status = 200, description = "The stream.", body = inline(BuildBlock), content_type = "text/event-stream"),
+        BadRequest, NotFound,
+    ),
+)]
 pub(super) async fn build_events(
     State(api): State<Shared>,
     caller: Caller,
@@ -32,7 +67,7 @@ pub(super) async fn build_events(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let build = find(&api, &caller, &id).await?;
-    let follow = parse_follow(query.as_deref().unwrap_or_default())?;
+    let follow = parse_follow(query.as_deref())?;
     let after = parse_last_event_id(&headers)?;
     let reader = Reader {
         follower: api.state.events.read(&build.id, after, follow),
@@ -94,24 +129,14 @@ impl Reader {
     }
 }
 
-fn parse_follow(query: &str) -> Result<bool, ApiError> {
+fn parse_follow(text: Option<&str>) -> Result<bool, ApiError> {
     let mut follow = None;
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+    for (name, value) in query::pairs(text)? {
         if name != "follow" {
-            let message =
-                format!("there is no parameter {}; events have only follow", shown(&name));
-            return Err(ApiError::bad_request("unknown_parameter", message));
+            return Err(query::unknown(&name, "follow and no other"));
         }
-        let asked = match &*value {
-            "true" => true,
-            "false" => false,
-            other => {
-                let message = format!("follow is {}; it must be true or false", shown(other));
-                return Err(ApiError::bad_request("invalid_query", message));
-            }
-        };
-        if follow.replace(asked).is_some() {
-            return Err(ApiError::bad_request("invalid_query", "follow is given twice"));
+        if follow.replace(query::flag(&name, &value)?).is_some() {
+            return Err(query::twice(&name));
         }
     }
     Ok(follow.unwrap_or(false))
@@ -127,8 +152,7 @@ pub(super) fn parse_last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> 
     };
     match values.as_slice() {
         [] => Ok(0),
-        // `+1` would parse.
-        [one] if one.bytes().all(|b| b.is_ascii_digit()) => one.parse().map_err(|_| refused(one)),
+        [one] => query::number(one, &(0..=MAX_EVENT_ID)).ok_or_else(|| refused(one)),
         [one, ..] => Err(refused(one)),
     }
 }

@@ -8,6 +8,7 @@ use axum::http::StatusCode;
 
 use super::error::ApiError;
 use super::get_build::{Wanted, find};
+use super::openapi::problems::{Conflict, Forbidden, NotFound, Unavailable};
 use super::{Api, CancelOutcome, Shared};
 use crate::build::{Build, BuildId, Refused, Status};
 use crate::events::payload;
@@ -20,6 +21,11 @@ const DEADLINE: Duration = Duration::from_mins(1);
 /// needs another such race.
 const TRIES: usize = 3;
 
+/// Cancel a build
+#[utoipa::path(
+    delete, path = "/builds/{id}", tag = "builds", params(Wanted),
+    responses((status = 204, description = "It is `cancelled`."), Forbidden, NotFound, Conflict, Unavailable),
+)]
 pub(super) async fn cancel_build(
     State(api): State<Shared>,
     caller: Caller,

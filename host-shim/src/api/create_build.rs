@@ -18,14 +18,21 @@ use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
-use super::error::{ApiError, log, shown};
+use super::error::{ApiError, TRY_AGAIN, log, shown};
+use super::fields::schema::NewBuild;
 use super::fields::{self, Fields, SOURCE};
 use super::get_build::shape;
 use super::multipart::{self, Part, Parts};
+use super::openapi::params::{self, params};
+use super::openapi::problems::{
+    BadRequest, Conflict, Forbidden, NoRoom, Stalled, TooLarge, Unavailable, Unprocessable,
+    UnsupportedMediaType,
+};
+use super::openapi::schemas;
 use super::own_secrets::{self, OwnSecrets};
 use super::source::{Received, SourceError, Upload};
 use super::uploads::Place;
-use super::{Api, Shared};
+use super::{Api, Shared, types};
 use crate::build::{self, Build, BuildId, Status, Tenant};
 use crate::events::payload;
 use crate::store::{IdempotencyKey, Role, StoreError};
@@ -37,6 +44,28 @@ const MAX_KEY: usize = 255;
 /// What a body may have beside its source: every text part at its bound, and what surrounds them.
 const MAX_BESIDE_SOURCE: u64 = 24 * 1024 * 1024;
 
+/// The key of a submit.
+struct Key;
+
+params!(Key: params::header(
+    "idempotency-key",
+    "A request with the same key and the same body makes no second build: it gets the first one.",
+    schemas::matching(format!("^[!-~](?:[ -~]{{0,{}}}[!-~])?$", MAX_KEY - 2)),
+));
+
+/// Submit a build
+///
+/// The source is on the disk and the build in the store, with its idempotency key, before the answer is sent.
+#[utoipa::path(
+    post, path = "/builds", tag = "builds", params(Key),
+    request_body(content = NewBuild, content_type = "multipart/form-data"),
+    responses(
+        (status = 202, description = "It is queued.", body = types::Build, headers(
+            ("location" = String, description = "The build's path.")
+        )),
+        BadRequest, Forbidden, Stalled, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, Unavailable, NoRoom,
+    ),
+)]
 pub(super) async fn create_build(
     State(api): State<Shared>,
     caller: Caller,
@@ -245,8 +274,10 @@ fn new_id() -> Result<BuildId, ApiError> {
 fn parse_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
-    let text = value.to_str().unwrap_or_default();
-    if values.next().is_some() || text.is_empty() || text.len() > MAX_KEY {
+    // Spaces at the ends are no part of a header's value (RFC 9110, 5.5).
+    let text = value.to_str().unwrap_or_default().trim_matches([' ', '\t']);
+    let plain = text.bytes().all(|b| (b' '..=b'~').contains(&b));
+    if values.next().is_some() || text.is_empty() || text.len() > MAX_KEY || !plain {
         let message =
             format!("Idempotency-Key must be one of 1 to {MAX_KEY} visible ASCII characters");
         return Err(ApiError::bad_request("invalid_header", message));
@@ -273,7 +304,7 @@ async fn check_queue(api: &Api, tenant: &Tenant) -> Result<(), ApiError> {
     let message = format!(
         "{tenant} has {most} queued builds, as many as it may; try again when some are done"
     );
-    Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message).retry_after(30))
+    Err(ApiError::too_many("queue_full", message, TRY_AGAIN))
 }
 
 /// An idempotency key while its submit is under way.

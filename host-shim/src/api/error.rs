@@ -1,19 +1,21 @@
 //! Every refusal, as `application/problem+json` (RFC 9457) with hypeman's `code` and `message`.
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{FromRequest, Request};
 use axum::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use utoipa::ToSchema;
 
 use crate::build::Refused;
 use crate::causes::chain;
 use crate::store::StoreError;
 use crate::token::AuthError;
 
-const PROBLEM: &str = "application/problem+json";
+/// The media type of refusals.
+pub(super) const PROBLEM: &str = "application/problem+json";
+
+/// When a client may look again whether one of too many has gone, in seconds.
+pub(super) const TRY_AGAIN: u32 = 30;
 
 /// A refusal.
 #[derive(Debug)]
@@ -24,14 +26,21 @@ pub struct ApiError {
     header: Option<(HeaderName, HeaderValue)>,
 }
 
-/// The body of a refusal.
-#[derive(Debug, Serialize)]
-struct Problem<'a> {
+/// A refusal (RFC 9457).
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Problem<'a> {
+    /// `urn:kiln:problem:` and the code.
     r#type: String,
+    /// The status in words.
     title: &'static str,
+    /// The answer's status.
+    #[schema(minimum = 400, maximum = 599)]
     status: u16,
+    /// What happened, to what, and what to do.
     detail: &'a str,
+    /// For programs.
     code: &'static str,
+    /// The same as `detail`: hypeman's name of it.
     message: &'a str,
 }
 
@@ -44,6 +53,16 @@ impl ApiError {
     /// The code for programs.
     pub fn code(&self) -> &'static str {
         self.code
+    }
+
+    /// What is told to people.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// As many as there may be, or too fast: a client may try again after so many seconds.
+    pub(super) fn too_many(code: &'static str, message: impl Into<String>, seconds: u32) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, code, message).retry_after(seconds)
     }
 
     pub(super) fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
@@ -151,9 +170,7 @@ impl From<StoreError> for ApiError {
             | StoreError::InstanceRefused(_)
             | StoreError::Taken(_)
             | StoreError::Fenced => Self::conflict("conflict", error.to_string()),
-            StoreError::TooMany { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many", error.to_string())
-            }
+            StoreError::TooMany { .. } => Self::too_many("too_many", error.to_string(), TRY_AGAIN),
             StoreError::Database { .. } => Self::internal(&error),
         }
     }
@@ -169,26 +186,6 @@ impl From<AuthError> for ApiError {
         let refusal = Self::new(StatusCode::UNAUTHORIZED, "unauthorized", error.to_string());
         let header = Some((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
         Self { header, ..refusal }
-    }
-}
-
-/// A JSON body; what is not one is refused in the API's shape.
-pub(super) struct ApiJson<T>(pub(super) T);
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let refused = |rejection: JsonRejection| {
-            let code = match rejection.status() {
-                StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
-                StatusCode::PAYLOAD_TOO_LARGE => "too_large",
-                StatusCode::UNPROCESSABLE_ENTITY => "invalid_field",
-                _ => "invalid_json",
-            };
-            ApiError::new(rejection.status(), code, rejection.body_text())
-        };
-        axum::Json::from_request(request, state).await.map(|axum::Json(t)| Self(t)).map_err(refused)
     }
 }
 

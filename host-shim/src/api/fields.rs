@@ -3,7 +3,9 @@
 //! A field that Kiln does not act on yet is refused unless it asks for nothing: to take it and do
 //! nothing would be worse.
 
+pub(super) mod schema;
 mod secrets;
+pub(super) mod tags;
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -18,23 +20,56 @@ use crate::build::{ImageName, NetworkMode, Request, Tenant};
 
 /// The part that is not text.
 pub(super) const SOURCE: &str = "source";
-/// Most tags of a build.
-pub(super) const MAX_TAGS: usize = 64;
-/// Longest key of a tag, in bytes.
-const MAX_TAG_KEY: usize = 128;
-/// Longest value of a tag, in bytes.
-const MAX_TAG_VALUE: usize = 512;
 /// Longest repository, tenant included: the distribution specification's bound.
 const MAX_REPOSITORY: usize = 255;
 /// Longest tag of an image, by the same.
 const MAX_IMAGE_TAG: usize = 128;
 /// Longest name of a stage; they are words.
 const MAX_TARGET: usize = 128;
-/// Longest name of a build argument.
+/// Longest name of a build argument, in characters.
 const MAX_ARG_NAME: usize = 256;
 
 /// Longest time that a failed step stays: a day.
 pub(super) const MAX_KEEP_SECONDS: u32 = 24 * 60 * 60;
+
+/// What a build may ask of the network: Kiln's words, and hypeman's. An allow-list is not available yet.
+const NETWORKS: [&str; 5] = ["", "none", "open", "isolated", "egress"];
+
+/// A part that holds a number.
+struct Number {
+    name: &'static str,
+    default: u32,
+    least: u32,
+    most: fn(&Limits) -> u32,
+}
+
+const TIMEOUT: Number = Number {
+    name: "timeout_seconds",
+    default: 600,
+    least: 1,
+    most: |limits| limits.max_timeout_seconds,
+};
+const MEMORY: Number =
+    Number { name: "memory_mb", default: 2048, least: 256, most: |limits| limits.max_memory_mb };
+const CPUS: Number = Number { name: "cpus", default: 2, least: 1, most: |limits| limits.max_cpus };
+const DISK: Number =
+    Number { name: "disk_gb", default: 10, least: 1, most: |limits| limits.max_disk_gb };
+const KEEP: Number =
+    Number { name: "keep_failed_seconds", default: 0, least: 0, most: |_| MAX_KEEP_SECONDS };
+
+/// Every part that holds a number.
+const NUMBERS: [Number; 5] = [TIMEOUT, MEMORY, CPUS, DISK, KEEP];
+
+impl Number {
+    fn range(&self, limits: &Limits) -> RangeInclusive<u32> {
+        self.least..=(self.most)(limits)
+    }
+
+    /// A host that allows less than the default gives what it allows.
+    fn default_on(&self, limits: &Limits) -> u32 {
+        self.default.clamp(self.least, (self.most)(limits))
+    }
+}
 
 /// Every text part there is.
 const NAMES: [&str; 19] = [
@@ -89,7 +124,7 @@ impl Fields {
     /// The request that the fields make, apart from the source.
     pub(super) fn request(&self, tenant: &Tenant, limits: &Limits) -> Result<Request, ApiError> {
         self.refuse_what_is_not_there_yet()?;
-        let number = |name, default, range| self.number(name, default, range);
+        let number = |field| self.number(field, limits);
         Ok(Request {
             dockerfile: self.dockerfile()?,
             target: self.target()?,
@@ -100,11 +135,11 @@ impl Fields {
             secrets: secrets::parse(self.text("secrets"))?,
             network: self.network(limits.network_default)?,
             allowed_domains: vec![],
-            timeout_seconds: number("timeout_seconds", 600, 1..=limits.max_timeout_seconds)?,
-            memory_mb: number("memory_mb", 2048, 256..=limits.max_memory_mb)?,
-            cpus: number("cpus", 2, 1..=limits.max_cpus)?,
-            disk_gb: number("disk_gb", 10, 1..=limits.max_disk_gb)?,
-            keep_failed_seconds: number("keep_failed_seconds", 0, 0..=MAX_KEEP_SECONDS)?,
+            timeout_seconds: number(TIMEOUT)?,
+            memory_mb: number(MEMORY)?,
+            cpus: number(CPUS)?,
+            disk_gb: number(DISK)?,
+            keep_failed_seconds: number(KEEP)?,
             source_digest: String::new(),
             source_bytes: 0,
         })
@@ -157,20 +192,14 @@ impl Fields {
     }
 
     /// A decimal number and nothing else: no sign, no space.
-    fn number(
-        &self,
-        name: &str,
-        default: u32,
-        range: RangeInclusive<u32>,
-    ) -> Result<u32, ApiError> {
-        let Some(text) = self.0.get(name) else {
-            // A host that allows less than the default gives what it allows.
-            return Ok(default.clamp(*range.start(), *range.end()));
-        };
+    #[expect(clippy::needless_pass_by_value, reason = "a constant each time")]
+    fn number(&self, field: Number, limits: &Limits) -> Result<u32, ApiError> {
+        let range = field.range(limits);
+        let Some(text) = self.0.get(field.name) else { return Ok(field.default_on(limits)) };
         let plain = text.bytes().all(|b| b.is_ascii_digit());
         let number = text.parse().ok().filter(|n| plain && range.contains(n));
         let allowed = format!("a number from {} to {}", range.start(), range.end());
-        number.ok_or_else(|| ApiError::invalid(name, text, &allowed))
+        number.ok_or_else(|| ApiError::invalid(field.name, text, &allowed))
     }
 
     fn dockerfile(&self) -> Result<Option<String>, ApiError> {
@@ -216,8 +245,8 @@ impl Fields {
         let mut total = 0;
         for (name, value) in &args {
             let plain = |c: char| !c.is_control() && !c.is_whitespace() && c != '=';
-            if name.is_empty() || name.len() > MAX_ARG_NAME || !name.chars().all(plain) {
-                let allowed = format!("1 to {MAX_ARG_NAME} bytes without spaces and '='");
+            if name.is_empty() || name.chars().count() > MAX_ARG_NAME || !name.chars().all(plain) {
+                let allowed = format!("1 to {MAX_ARG_NAME} characters without spaces and '='");
                 return Err(ApiError::invalid("the name of a build argument", name, &allowed));
             }
             // The value is not repeated: people put passwords here, however often they are told.
@@ -242,20 +271,7 @@ impl Fields {
 
     fn tags(&self) -> Result<BTreeMap<String, String>, ApiError> {
         let tags = self.object("tags")?;
-        if tags.len() > MAX_TAGS {
-            return Err(ApiError::too_large(format!("tags has more than {MAX_TAGS} tags")));
-        }
-        let plain = |text: &str| !text.contains(char::is_control);
-        for (key, value) in &tags {
-            if key.is_empty() || key.len() > MAX_TAG_KEY || !plain(key) {
-                let allowed = format!("1 to {MAX_TAG_KEY} bytes without control characters");
-                return Err(ApiError::invalid("the key of a tag", key, &allowed));
-            }
-            if value.len() > MAX_TAG_VALUE || !plain(value) {
-                let allowed = format!("at most {MAX_TAG_VALUE} bytes without control characters");
-                return Err(ApiError::invalid(&format!("the tag {}", shown(key)), value, &allowed));
-            }
-        }
+        tags::check_all(&tags)?;
         Ok(tags)
     }
 

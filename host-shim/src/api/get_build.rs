@@ -5,11 +5,19 @@ use axum::extract::{FromRequestParts, Path, State};
 use axum::http::request::Parts;
 
 use super::error::ApiError;
+use super::openapi::params::{self, params};
+use super::openapi::problems::NotFound;
+use super::openapi::schemas;
 use super::{Api, Shared, types};
 use crate::build::{Build, BuildId, Status};
 use crate::store::StoreError;
 use crate::token::Caller;
 
+/// Get a build
+#[utoipa::path(
+    get, path = "/builds/{id}", tag = "builds", params(Wanted),
+    responses((status = 200, description = "The build.", body = types::Build), NotFound),
+)]
 pub(super) async fn get_build(
     State(api): State<Shared>,
     caller: Caller,
@@ -21,6 +29,8 @@ pub(super) async fn get_build(
 
 /// The id in the path. What is no id at all is no build either.
 pub(super) struct Wanted(pub(super) BuildId);
+
+params!(Wanted: params::path("id", "The build's id.", schemas::id()));
 
 impl FromRequestParts<Shared> for Wanted {
     type Rejection = ApiError;

@@ -3,20 +3,24 @@
 use axum::Router;
 use axum::extract::{MatchedPath, Request};
 use axum::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, Version};
 use axum::middleware::{Next, from_fn, map_response};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 
-use super::error;
+use super::error::{self, ApiError};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Adds the layers to routes, the outermost last.
 pub(super) fn add(routes: Router) -> Router {
-    routes.layer(map_response(error::wrap)).layer(map_response(secure)).layer(from_fn(trace))
+    routes
+        .layer(from_fn(host))
+        .layer(map_response(error::wrap))
+        .layer(map_response(secure))
+        .layer(from_fn(trace))
 }
 
 /// Gives a request an id of the host's own (what a client sent is not believed) and a span. The
@@ -36,6 +40,16 @@ async fn trace(request: Request, next: Next) -> Response {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// A request of HTTP/1.1 names one host (RFC 9112, 3.2). Which one is not looked at: nothing depends on it.
+async fn host(request: Request, next: Next) -> Response {
+    let named = request.headers().get_all(HOST).iter().count();
+    if request.version() == Version::HTTP_11 && named != 1 {
+        let message = format!("send one Host header; this request has {named}");
+        return ApiError::bad_request("invalid_header", message).into_response();
+    }
+    next.run(request).await
 }
 
 async fn secure(mut response: Response) -> Response {

@@ -1,7 +1,7 @@
 //! The HTTP API: one file per verb.
 //!
 //! ```text
-//! request ─▶ trace (id, span) ─▶ route ─▶ auth (Caller) ─▶ verb ─▶ store, events, scheduler
+//! request ─▶ trace (id, span) ─▶ route ─▶ auth (Caller), rate ─▶ verb ─▶ store, events, scheduler
 //! response ◀─ security headers ◀─ error (problem+json, whatever made it)
 //! ```
 //!
@@ -10,6 +10,7 @@
 //! [`crate::build`].
 
 mod auth;
+mod body;
 mod build_events;
 mod cancel_build;
 mod create_build;
@@ -24,13 +25,17 @@ mod kept;
 mod layers;
 mod list_builds;
 mod multipart;
+pub(crate) mod openapi;
 mod own_secrets;
+mod query;
+mod rates;
 mod secrets;
 mod sessions;
 mod source;
 mod tokens;
 pub mod types;
 mod uploads;
+mod whole;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -39,8 +44,11 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get, post, put};
+use bytes::Bytes;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
 
+use self::rates::Rates;
 pub use self::source::{SOURCE_FILE, sweep};
 use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
@@ -55,42 +63,59 @@ use crate::store::Store;
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
 /// gateway's) can be merged into it and is left alone by the API's layers.
 pub fn router(state: ApiState) -> Router {
+    let (routes, document) = routes().split_for_parts();
+    let document = openapi::complete(document, &state.limits, &state.public_host);
     let uploads = Uploads::new(state.limits.max_uploads);
-    let shared: Shared = Arc::new(Api { state, uploads, keys_in_flight: Mutex::default() });
-    let submit = post(create_build::create_build).layer(DefaultBodyLimit::disable());
-    let create_instance =
-        post(instances::create::create_instance).layer(DefaultBodyLimit::max(MAX_INSTANCE_BODY));
-    let put_secret = put(secrets::put_secret).layer(DefaultBodyLimit::max(secrets::MAX_BODY));
-    let put_build_files = put(files::put_to_build).layer(DefaultBodyLimit::disable());
-    let put_instance_files = put(files::put_to_instance).layer(DefaultBodyLimit::disable());
-    let routes = Router::new()
-        .route("/health", get(health::health))
-        .route("/ready", get(health::ready))
-        .route("/builds", submit.get(list_builds::list_builds))
-        .route("/builds/{id}", get(get_build::get_build).delete(cancel_build::cancel_build))
-        .route("/builds/{id}/events", get(build_events::build_events))
-        .route("/builds/{id}/exec", get(exec::build_exec))
-        .route("/instances/{id}/exec", get(exec::instance_exec))
-        .route("/builds/{id}/files", get(files::get_of_build).merge(put_build_files))
-        .route("/instances/{id}/files", get(files::get_of_instance).merge(put_instance_files))
-        .route("/sessions", get(sessions::list_sessions))
-        .route("/kept", get(kept::list_kept))
-        .route("/kept/{id}", put(kept::extend_kept).delete(kept::release_kept))
-        .route("/instances", create_instance.get(instances::list::list_instances))
-        .route(
-            "/instances/{id}",
-            get(instances::get::get_instance).delete(instances::delete::delete_instance),
-        )
-        .route("/instances/{id}/logs", get(instances::logs::instance_logs))
-        .route("/secrets", get(secrets::list_secrets))
-        .route("/secrets/{id}", put_secret.delete(secrets::delete_secret))
-        .route("/tokens", post(tokens::create_token).get(tokens::list_tokens))
-        .route("/tokens/{id}", delete(tokens::revoke_token))
+    let rates = Rates::new(state.limits.max_requests_per_second);
+    let shared: Shared =
+        Arc::new(Api { state, uploads, rates, keys_in_flight: Mutex::default(), document });
+    let routes = routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
         .with_state(shared)
         .layer(DefaultBodyLimit::max(MAX_BODY));
     layers::add(routes)
+}
+
+/// The document of a server with default settings, which is checked in.
+pub fn document() -> String {
+    let document = openapi::complete(routes().into_openapi(), &Limits::default(), openapi::HOST);
+    String::from_utf8_lossy(&document).into_owned()
+}
+
+/// Every route, with its description.
+fn routes() -> OpenApiRouter<Shared> {
+    let unbounded = DefaultBodyLimit::disable;
+    let create_instance =
+        routes!(instances::create::create_instance).layer(DefaultBodyLimit::max(MAX_INSTANCE_BODY));
+    let put_secret = routes!(secrets::put_secret).layer(DefaultBodyLimit::max(secrets::MAX_BODY));
+    OpenApiRouter::with_openapi(openapi::base())
+        .routes(routes!(health::health))
+        .routes(routes!(health::ready))
+        .routes(routes!(openapi::openapi))
+        .routes(routes!(create_build::create_build).layer(unbounded()))
+        .routes(routes!(list_builds::list_builds))
+        .routes(routes!(get_build::get_build, cancel_build::cancel_build))
+        .routes(routes!(build_events::build_events))
+        .routes(routes!(exec::build_exec))
+        .routes(routes!(exec::instance_exec))
+        .routes(routes!(files::get_of_build))
+        .routes(routes!(files::put_to_build).layer(unbounded()))
+        .routes(routes!(files::get_of_instance))
+        .routes(routes!(files::put_to_instance).layer(unbounded()))
+        .routes(routes!(sessions::list_sessions))
+        .routes(routes!(kept::list_kept))
+        .routes(routes!(kept::extend_kept, kept::release_kept))
+        .routes(create_instance)
+        .routes(routes!(instances::list::list_instances))
+        .routes(routes!(instances::get::get_instance))
+        .routes(routes!(instances::delete::delete_instance))
+        .routes(routes!(instances::logs::instance_logs))
+        .routes(routes!(secrets::list_secrets))
+        .routes(put_secret)
+        .routes(routes!(secrets::delete_secret))
+        .routes(routes!(tokens::create_token, tokens::list_tokens))
+        .routes(routes!(tokens::revoke_token))
 }
 
 /// Most body bytes of a request that uploads no source.
@@ -186,6 +211,8 @@ pub struct Limits {
     pub max_queued: u32,
     /// Sources that are received at one time; half of them of one tenant.
     pub max_uploads: usize,
+    /// Requests of one token.
+    pub max_requests_per_second: u32,
     /// For builds that do not say.
     pub network_default: NetworkMode,
 }
@@ -200,6 +227,7 @@ impl Default for Limits {
             max_disk_gb: 500,
             max_queued: 1000,
             max_uploads: 64,
+            max_requests_per_second: 1000,
             network_default: NetworkMode::Open,
         }
     }
@@ -208,8 +236,11 @@ impl Default for Limits {
 struct Api {
     state: ApiState,
     uploads: Arc<Uploads>,
+    rates: Rates,
     /// Idempotency keys of submits that are being received now.
     keys_in_flight: Mutex<HashSet<(Tenant, String)>>,
+    /// What GET `/openapi.json` answers.
+    document: Bytes,
 }
 
 type Shared = Arc<Api>;

@@ -1,13 +1,20 @@
 //! `/secrets`: a tenant's secrets. Values go in and never come out.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use kiln_protocol::secret::{MAX_SECRET_VALUE, SecretId};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
+use super::body::Whole;
 use super::error::{ApiError, shown};
+use super::openapi::params::{self, params};
+use super::openapi::problems::{
+    BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unprocessable,
+};
+use super::openapi::schemas;
 use super::types::Secret;
 use super::{Api, Shared};
 use crate::secrets::Owner;
@@ -19,15 +26,25 @@ pub(super) const MAX_BODY: usize = MAX_SECRET_VALUE + 1;
 /// Most secrets of a tenant.
 const MAX_SECRETS: u32 = 1000;
 
-/// PUT `/secrets/{id}`: the raw bytes, whatever they are.
+/// Set a secret
+///
+/// The body is its value: any bytes, at most 512 KiB; none is an empty value.
+#[utoipa::path(
+    put, path = "/secrets/{id}", tag = "secrets", params(Named),
+    request_body(content = inline(Option<Raw>), content_type = "application/octet-stream"),
+    responses((status = 204, description = "It is set."), BadRequest, Forbidden, Stalled, Conflict, TooLarge, Unprocessable),
+)]
 pub(super) async fn put_secret(
     State(api): State<Shared>,
     caller: Caller,
     Named(id): Named,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    body: Result<Whole, ApiError>,
 ) -> Result<StatusCode, ApiError> {
     caller.require(Role::Tenant)?;
-    let value = body.map_err(|_| too_large())?;
+    let Whole(value) = body.map_err(|error| match error.code() {
+        "too_large" => too_large(),
+        _ => error,
+    })?;
     if value.len() > MAX_SECRET_VALUE {
         return Err(too_large());
     }
@@ -47,7 +64,13 @@ pub(super) async fn put_secret(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// GET `/secrets`: names and times of the caller's tenant.
+/// List secrets
+///
+/// Names and times of the caller's tenant's; values never come out.
+#[utoipa::path(
+    get, path = "/secrets", tag = "secrets",
+    responses((status = 200, description = "All of them.", body = Vec<Secret>), Forbidden),
+)]
 pub(super) async fn list_secrets(
     State(api): State<Shared>,
     caller: Caller,
@@ -57,7 +80,11 @@ pub(super) async fn list_secrets(
     Ok(Json(secrets.iter().map(Secret::new).collect()))
 }
 
-/// DELETE `/secrets/{id}`.
+/// Remove a secret
+#[utoipa::path(
+    delete, path = "/secrets/{id}", tag = "secrets", params(Named),
+    responses((status = 204, description = "It is gone."), Forbidden, NotFound, Unprocessable),
+)]
 pub(super) async fn delete_secret(
     State(api): State<Shared>,
     caller: Caller,
@@ -72,6 +99,19 @@ pub(super) async fn delete_secret(
 
 /// The id in the path.
 pub(super) struct Named(SecretId);
+
+params!(Named: params::path("id", "The secret's id.", schemas::secret_id()));
+
+/// What a secret's body may be.
+struct Raw;
+
+impl PartialSchema for Raw {
+    fn schema() -> RefOr<Schema> {
+        schemas::bytes().max_length(Some(MAX_SECRET_VALUE)).build().into()
+    }
+}
+
+impl ToSchema for Raw {}
 
 impl FromRequestParts<Shared> for Named {
     type Rejection = ApiError;

@@ -7,8 +7,12 @@ use axum::http::header::LINK;
 use axum::response::{IntoResponse, Response};
 use url::form_urlencoded;
 
-use super::error::{ApiError, shown};
-use super::{Shared, types};
+use super::error::ApiError;
+use super::list_builds::{cursor_parameter, limit, limit_parameter};
+use super::openapi::params::{self, params};
+use super::openapi::problems::{BadRequest, Forbidden};
+use super::openapi::schemas;
+use super::{Shared, query, types};
 use crate::build::BuildId;
 use crate::exec::Subject;
 use crate::instances::InstanceId;
@@ -20,13 +24,35 @@ const DEFAULT_LIMIT: u32 = 50;
 /// Most sessions of a page.
 const MAX_LIMIT: u32 = 200;
 
+/// What a caller may ask the list for.
+struct Page;
+
+params!(Page:
+    params::query("build", "Only those in this build; not together with `instance`.", schemas::id()),
+    params::query("instance", "Only those in this instance; not together with `build`.", schemas::id()),
+    limit_parameter(MAX_LIMIT, DEFAULT_LIMIT),
+    cursor_parameter(),
+);
+
+/// List sessions
+///
+/// Who entered what: the audit log of the caller's tenant, or of all for an administrator. Newest first.
+#[utoipa::path(
+    get, path = "/sessions", tag = "sessions", params(Page),
+    responses(
+        (status = 200, description = "A page.", body = Vec<types::Session>, headers(
+            ("link" = String, description = "The next page, `rel=\"next\"`, where there is one (RFC 8288).")
+        )),
+        BadRequest, Forbidden,
+    ),
+)]
 pub(super) async fn list_sessions(
     State(api): State<Shared>,
     caller: Caller,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
     caller.require(Role::Tenant)?;
-    let mut filter = parse(query.as_deref().unwrap_or_default())?;
+    let mut filter = parse(query.as_deref())?;
     if caller.role != Role::Admin {
         filter.tenant = Some(caller.tenant.clone());
     }
@@ -47,14 +73,11 @@ pub(super) async fn list_sessions(
 }
 
 /// The filter that a query asks for. Pure.
-fn parse(query: &str) -> Result<SessionFilter, ApiError> {
+fn parse(text: Option<&str>) -> Result<SessionFilter, ApiError> {
     let mut filter = SessionFilter::default();
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        let refused = |allowed: &str| {
-            let message = format!("{name} is {}; it must be {allowed}", shown(&value));
-            ApiError::bad_request("invalid_query", message)
-        };
-        let fresh = match &*name {
+    for (name, value) in query::pairs(text)? {
+        let refused = |allowed: &str| query::invalid(&name, &value, allowed);
+        let fresh = match name.as_str() {
             "build" => {
                 let id = BuildId::new(&*value).map_err(|_| refused("a build's id"))?;
                 filter.subject.replace(Subject::Build(id)).is_none()
@@ -63,31 +86,19 @@ fn parse(query: &str) -> Result<SessionFilter, ApiError> {
                 let id = InstanceId::parse(&value).ok_or_else(|| refused("an instance's id"))?;
                 filter.subject.replace(Subject::Instance(id)).is_none()
             }
-            "limit" => {
-                let limit = value.parse().ok().filter(|n| (1..=MAX_LIMIT).contains(n));
-                let limit =
-                    limit.ok_or_else(|| refused(&format!("a number from 1 to {MAX_LIMIT}")))?;
-                std::mem::replace(&mut filter.limit, limit) == 0
-            }
+            "limit" => std::mem::replace(&mut filter.limit, limit(&value, MAX_LIMIT)?) == 0,
             "cursor" => {
                 let id = BuildId::new(&*value)
                     .map_err(|_| refused("one that a Link header of this list gave"))?;
                 filter.before.replace(id.to_string()).is_none()
             }
-            _ => {
-                let message = format!(
-                    "there is no parameter {}; sessions have build, instance, limit and cursor",
-                    shown(&name)
-                );
-                return Err(ApiError::bad_request("unknown_parameter", message));
-            }
+            _ => return Err(query::unknown(&name, "build, instance, limit and cursor")),
         };
         if !fresh {
             let message = format!(
-                "{} is one too many: give one build or instance, one limit, one cursor",
-                shown(&name)
+                "{name} is one too many: give one build or instance, one limit, one cursor"
             );
-            return Err(ApiError::bad_request("invalid_query", message));
+            return Err(query::refused(message));
         }
     }
     if filter.limit == 0 {
@@ -113,6 +124,10 @@ fn next_link(filter: &SessionFilter, last: &str) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    fn parse(text: &str) -> Result<SessionFilter, ApiError> {
+        super::parse(Some(text))
+    }
 
     #[test]
     fn a_query_is_taken_as_a_whole_or_not_at_all() {

@@ -1,17 +1,33 @@
 //! `/tokens`: for administrators, what `kiln token` does when it is not offline.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 
 use super::Shared;
-use super::error::{ApiError, ApiJson};
+use super::body::ApiJson;
+use super::error::ApiError;
+use super::openapi::params::{self, params};
+use super::openapi::problems::{
+    BadRequest, Forbidden, NotFound, Stalled, TooLarge, Unprocessable, UnsupportedMediaType,
+};
+use super::openapi::schemas;
 use super::types::{NewToken, Token, role_names};
 use crate::build::Tenant;
-use crate::store::Role;
+use crate::store::{Role, StoreError};
 use crate::token::{self, Caller, CreateError};
 
-/// POST `/tokens`: the only answer that ever holds the token itself.
+/// Make a token
+///
+/// For administrators. The answer is the only one that ever holds the token itself.
+#[utoipa::path(
+    post, path = "/tokens", tag = "tokens", request_body = NewToken,
+    responses(
+        (status = 201, description = "It is made.", body = Token),
+        BadRequest, Forbidden, Stalled, TooLarge, UnsupportedMediaType, Unprocessable,
+    ),
+)]
 pub(super) async fn create_token(
     State(api): State<Shared>,
     caller: Caller,
@@ -35,7 +51,13 @@ pub(super) async fn create_token(
     Ok((StatusCode::CREATED, Json(Token { token: Some(text), ..Token::new(&record) })))
 }
 
-/// GET `/tokens`: all of them, oldest first, revoked and expired ones too.
+/// List tokens
+///
+/// For administrators. All of them, the oldest first, revoked and expired ones too.
+#[utoipa::path(
+    get, path = "/tokens", tag = "tokens",
+    responses((status = 200, description = "All of them.", body = Vec<Token>), Forbidden),
+)]
 pub(super) async fn list_tokens(
     State(api): State<Shared>,
     caller: Caller,
@@ -44,15 +66,37 @@ pub(super) async fn list_tokens(
     Ok(Json(api.state.store.tokens().await?.iter().map(Token::new).collect()))
 }
 
-/// DELETE `/tokens/{id}`: from now on it opens nothing, and its sessions end.
+/// Revoke a token
+///
+/// For administrators. From now on it opens nothing, and its sessions end.
+#[utoipa::path(
+    delete, path = "/tokens/{id}", tag = "tokens", params(TokenId),
+    responses((status = 204, description = "It is revoked."), Forbidden, NotFound),
+)]
 pub(super) async fn revoke_token(
     State(api): State<Shared>,
     caller: Caller,
-    Path(id): Path<String>,
+    TokenId(id): TokenId,
 ) -> Result<StatusCode, ApiError> {
     caller.require(Role::Admin)?;
     api.state.store.revoke_token(&id).await?;
     api.state.sessions.revoke(&id);
     tracing::info!(token = id, "a token was revoked");
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The id in the path: the public one, not the token.
+pub(super) struct TokenId(String);
+
+params!(TokenId: params::path("id", "The token's public id.", schemas::text()));
+
+impl FromRequestParts<Shared> for TokenId {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Shared) -> Result<Self, ApiError> {
+        // What is not UTF-8 is no token's.
+        let unknown = |_| StoreError::NotFound("token");
+        let Path(id) = Path::from_request_parts(parts, api).await.map_err(unknown)?;
+        Ok(Self(id))
+    }
 }

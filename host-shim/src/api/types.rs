@@ -6,96 +6,125 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::openapi::schemas;
+use super::whole;
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
 use crate::exec::{Session as StoredSession, Subject};
 use crate::store::{Role, SecretRecord, TokenRecord};
 
 /// A build.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Build {
     /// Its id.
+    #[schema(value_type = schemas::Id)]
     pub id: String,
     /// Where it is.
     pub status: Status,
     /// 1 for the next to be taken; only while queued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub queue_position: Option<u32>,
     /// Of the manifest; only when ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub image_digest: Option<String>,
     /// `HOST:PORT/REPOSITORY@DIGEST`; only when ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub image_ref: Option<String>,
     /// The failure's message; for a failed step with its number and exit code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub error: Option<String>,
     /// What it was made from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub provenance: Option<Provenance>,
     /// RFC 3339.
+    #[schema(value_type = schemas::Time)]
     pub created_at: String,
     /// RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub started_at: Option<String>,
     /// RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub completed_at: Option<String>,
     /// From `started_at` to `completed_at`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub duration_ms: Option<i64>,
     /// The user's labels.
     #[serde(default)]
+    #[schema(required = true)]
     pub tags: BTreeMap<String, String>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub failure: Option<Failure>,
     /// Whose it is.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
     /// What it used, as far as is known.
     #[serde(default)]
+    #[schema(required = true)]
     pub usage: Usage,
     /// What it pulled.
     #[serde(default)]
+    #[schema(required = true)]
     pub pulled: Vec<Pulled>,
     /// How often it was taken by a VM.
     #[serde(default)]
+    #[schema(required = true)]
     pub attempt: u32,
     /// Until when its failed step can be entered (`kiln exec`), RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub kept_until: Option<String>,
     /// Whether somebody entered its VM while it ran (`kiln exec`).
     #[serde(default)]
+    #[schema(required = true)]
     pub entered: bool,
 }
 
 /// What a build was made from: hypeman's fields that Kiln knows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Provenance {
     /// SHA-256 over the source as it was sent, `sha256:…`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub source_hash: Option<String>,
     /// SHA-256 over what was asked for beside the source, `sha256:…`: a Dockerfile that was sent apart, the stage, the
     /// build arguments, the base's digest, the secrets' names (`docs/PROVENANCE.md` has the form).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub request_hash: Option<String>,
     /// When the build was completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub timestamp: Option<String>,
     /// The digest that the base had to have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub base_image_digest: Option<String>,
     /// Digest of the builder bundle that the build ran in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub builder_digest: Option<String>,
     /// Digest of the kernel that its VM ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Digest, required = false)]
     pub kernel_digest: Option<String>,
     /// What executed the Dockerfile. The guest says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub engine_version: Option<String>,
     /// `sha256:…` of the source's lockfiles, by path. The guest says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub lockfile_hashes: Option<BTreeMap<String, String>>,
     /// Which of these the guest said: the host cannot check them. It has seen all others itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -180,42 +209,56 @@ pub fn rfc3339(at: Millis) -> String {
 }
 
 /// Body of POST `/tokens`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewToken {
     /// Whose it will be.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
     /// `reader`, `tenant` or `admin`.
+    #[schema(value_type = schemas::RoleName)]
     pub role: String,
     /// How long it lives; for ever where it is absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "whole::optional"
+    )]
+    #[schema(value_type = schemas::TtlSeconds, required = false)]
     pub ttl_seconds: Option<u64>,
     /// A name for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::TokenName, required = false)]
     pub name: Option<String>,
 }
 
 /// An API token, as GET `/tokens` lists it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Token {
     /// Its public id.
     pub id: String,
     /// Whose it is.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
     /// `reader`, `tenant` or `admin`.
+    #[schema(value_type = schemas::RoleName)]
     pub role: String,
     /// A name for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub name: Option<String>,
     /// RFC 3339.
+    #[schema(value_type = schemas::Time)]
     pub created_at: String,
     /// RFC 3339; absent for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub expires_at: Option<String>,
     /// Whether it was revoked.
     pub revoked: bool,
     /// The token itself: only in the answer of the POST that made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub token: Option<String>,
 }
 
@@ -236,13 +279,16 @@ impl Token {
 }
 
 /// A tenant's secret, as GET `/secrets` lists it: never with its value.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Secret {
     /// What builds call it.
+    #[schema(value_type = schemas::SecretId)]
     pub id: String,
     /// RFC 3339: when it was first set.
+    #[schema(value_type = schemas::Time)]
     pub created_at: String,
     /// RFC 3339: when its value was set.
+    #[schema(value_type = schemas::Time)]
     pub updated_at: String,
 }
 
@@ -258,18 +304,22 @@ impl Secret {
 }
 
 /// A session in a VM, as GET `/sessions` lists it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[expect(clippy::struct_excessive_bools, reason = "each says one thing of a session")]
 pub struct Session {
     /// Its id.
+    #[schema(value_type = schemas::Id)]
     pub id: String,
     /// The build that was entered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Id, required = false)]
     pub build: Option<String>,
     /// The instance that was entered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Id, required = false)]
     pub instance: Option<String>,
     /// Whose that is.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
     /// Who entered.
     pub by: SessionBy,
@@ -279,12 +329,15 @@ pub struct Session {
     pub env: Vec<String>,
     /// Whether the command or the names went on: only so much is kept.
     #[serde(default)]
+    #[schema(required = true)]
     pub cut: bool,
     /// The directory that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub cwd: Option<String>,
     /// The user that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub user: Option<String>,
     /// With a terminal.
     pub tty: bool,
@@ -293,32 +346,40 @@ pub struct Session {
     /// With the step's secrets.
     pub with_secrets: bool,
     /// RFC 3339.
+    #[schema(value_type = schemas::Time)]
     pub started_at: String,
     /// RFC 3339; absent while it goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub ended_at: Option<String>,
     /// `exited`, `client_lost`, `timed_out`, `vm_ended`, `server_stopped`, `revoked`, `refused` or `failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::SessionEnd, required = false)]
     pub how: Option<String>,
     /// What the client was told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub exit_code: Option<u8>,
     /// Why, where the command did not end by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub error: Option<String>,
 }
 
 /// Who entered: a token, as it was then.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SessionBy {
     /// The token's public id.
     pub token: String,
     /// The token's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub name: Option<String>,
     /// The token's role.
+    #[schema(value_type = schemas::RoleName)]
     pub role: String,
     /// The token's tenant.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
 }
 

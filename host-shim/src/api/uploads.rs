@@ -42,8 +42,7 @@ impl Uploads {
                 "{tenant} sends {share} sources at this time, as many as one tenant may; try again when \
                  some are there"
             );
-            let status = StatusCode::TOO_MANY_REQUESTS;
-            return Err(ApiError::new(status, "too_many_uploads", message).retry_after(5));
+            return Err(ApiError::too_many("too_many_uploads", message, 5));
         }
         taken.insert(tenant.clone(), own + 1);
         Ok(Place { uploads: Arc::clone(self), tenant: tenant.clone() })

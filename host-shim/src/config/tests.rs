@@ -85,6 +85,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         keep_sessions_days = 0
         max_queued = 6
         max_uploads = 8
+        max_requests_per_second = 9
         qemu = "/bin/sh"
         vhost_device_vsock = "/bin/sh"
         docker_registry = "/bin/sh"
@@ -106,6 +107,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
             max_disk_gb: 5,
             max_queued: 6,
             max_uploads: 8,
+            max_requests_per_second: 9,
             network_default: NetworkMode::None,
         }
     );

@@ -108,7 +108,11 @@ fn needed(route: &Route, method: &Method) -> Result<Option<(Name, Action)>, Refu
     let Some(name) = route.name() else {
         return match (route, method) {
             (Route::Base, &Method::GET | &Method::HEAD) => Ok(None),
-            _ => Err(Refusal::unsupported("Kiln does not list repositories")),
+            (Route::Base, _) => Err(no_such_method(route)),
+            _ => {
+                Err(Refusal::unsupported("Kiln does not list repositories")
+                    .allowing(methods(route)))
+            }
         };
     };
     let action = match (route, method) {
@@ -120,9 +124,25 @@ fn needed(route: &Route, method: &Method) -> Result<Option<(Name, Action)>, Refu
             &Method::GET | &Method::HEAD,
         ) => Action::Pull,
         (Route::Manifest(..) | Route::Blob(..), &Method::DELETE) => Action::Delete,
-        _ => return Err(Refusal::unsupported("the distribution API has no such method here")),
+        _ => return Err(no_such_method(route)),
     };
     Ok(Some((name.clone(), action)))
+}
+
+fn no_such_method(route: &Route) -> Refusal {
+    Refusal::unsupported("the distribution API has no such method here").allowing(methods(route))
+}
+
+/// For the Allow header: what [`needed`] takes. Of the catalogue there is none.
+fn methods(route: &Route) -> &'static str {
+    match route {
+        Route::Base | Route::Tags(_) | Route::Referrers(..) => "GET, HEAD",
+        Route::Catalog => "",
+        Route::Uploads(_) => "POST",
+        Route::Upload(..) => "GET, PATCH, PUT, DELETE",
+        Route::Manifest(..) => "GET, HEAD, PUT, DELETE",
+        Route::Blob(..) => "GET, HEAD, DELETE",
+    }
 }
 
 /// Those parts of the query that the route has. A mount from a repository that the token does not
@@ -221,5 +241,33 @@ impl GatewayState {
         };
         Refusal::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", message)
             .with_challenge(HeaderValue::try_from(challenge.join(",")).ok())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_method_is_told_those_that_are_not() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        for path in [
+            "/v2/".to_owned(),
+            "/v2/_catalog".into(),
+            "/v2/a/tags/list".into(),
+            "/v2/a/manifests/x".into(),
+            format!("/v2/a/blobs/{digest}"),
+            "/v2/a/blobs/uploads/".into(),
+            "/v2/a/blobs/uploads/0b6f2a52-7d4c-4f0e-9c39-5b0a1c1c2d3e".into(),
+            format!("/v2/a/referrers/{digest}"),
+        ] {
+            let route = Route::parse(&path).unwrap();
+            for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+                let needed = needed(&route, &method.parse().unwrap());
+                let allowed = methods(&route).split(", ").any(|one| one == method);
+                assert_eq!(needed.is_ok(), allowed, "{method} {path}");
+            }
+        }
     }
 }

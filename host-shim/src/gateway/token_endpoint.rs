@@ -48,7 +48,10 @@ async fn answer(state: &GatewayState, request: Request<Body>) -> Result<Response
     let asked = match *request.method() {
         Method::GET => asked_by_get(&request)?,
         Method::POST => asked_by_post(request).await?,
-        _ => return Err(Refusal::unsupported("the token endpoint takes GET and POST")),
+        _ => {
+            let refusal = Refusal::unsupported("the token endpoint takes GET and POST");
+            return Err(refusal.allowing("GET, POST"));
+        }
     };
     if asked.service.as_deref().is_some_and(|service| service != SERVICE) {
         return Err(bad(format!("this is the token service of {SERVICE:?}")));

@@ -61,7 +61,11 @@ impl Image {
         };
         let (repository, reference) = if let Some((name, digest)) = rest.split_once('@') {
             // With both, the digest counts.
-            let name = without_tag(name).map_or(name, |(name, _)| name);
+            let name = match without_tag(name) {
+                Some((name, tag)) if is_tag(tag) => name,
+                Some(_) => return Err(form()),
+                None => name,
+            };
             (name, Reference::Digest(Digest::parse(digest).map_err(|_| form())?))
         } else {
             let (name, tag) = without_tag(rest).unwrap_or((rest, DEFAULT_TAG));
@@ -159,6 +163,9 @@ mod tests {
         {
             assert!(matches!(parse(text), Err(BadImage::Form { .. })), "{text}");
         }
+        // A digest makes no bad tag good.
+        let text = format!("app:@sha256:{}", "a".repeat(64));
+        assert!(matches!(parse(&text), Err(BadImage::Form { .. })));
     }
 
     proptest! {

@@ -180,3 +180,19 @@ async fn a_client_that_goes_away_leaves_nothing() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_token_that_asks_too_often_is_told_when_to_come_back() {
+    let server = limited(Limits { max_requests_per_second: 1, ..Limits::default() }).await;
+    let client = server.client("acme", Role::Tenant).await;
+    // A burst of two.
+    assert_eq!(client.get("/builds").await.status(), 200);
+    assert_eq!(client.get("/builds").await.status(), 200);
+    let refused = client.get("/builds").await;
+    let after: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=2).contains(&after), "{after}");
+    refusal(refused, 429, "too_many_requests").await;
+    // Another token of the same tenant, and what needs none.
+    assert_eq!(server.client("acme", Role::Tenant).await.get("/builds").await.status(), 200);
+    assert_eq!(client.get("/health").await.status(), 200);
+}

@@ -13,6 +13,7 @@ mod exec_cli;
 mod files;
 mod instances;
 mod limits;
+mod openapi;
 mod refusals;
 mod registry;
 mod secrets;

@@ -4,11 +4,12 @@ use kiln::store::Role;
 use reqwest::multipart::Form;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::{form, id_of, refusal, server, source};
 
 #[tokio::test]
-async fn without_a_token_there_are_only_health_and_ready() {
+async fn without_a_token_there_are_only_health_ready_and_the_document() {
     let server = server().await;
     let nobody = server.anonymous();
     assert_eq!(nobody.json("/health").await, json!({"status": "ok"}));
@@ -204,4 +205,22 @@ async fn ready_says_why_not() {
     let body = refusal(server.anonymous().get("/ready").await, 503, "not_ready").await;
     assert_eq!(body["message"], "the builder image is missing");
     assert_eq!(server.anonymous().get("/health").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_request_names_one_host() {
+    let server = server().await;
+    let address = server.url.strip_prefix("http://").unwrap();
+    for (head, status) in [
+        ("GET /health HTTP/1.1\r\nHost: a\r\n", "200"),
+        ("GET /health HTTP/1.0\r\n", "200"),
+        ("GET /health HTTP/1.1\r\n", "400"),
+        ("GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n", "400"),
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{head}");
+    }
 }

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::{Next, from_fn_with_state};
 use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
@@ -40,13 +42,46 @@ pub struct Server {
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
     task: tokio::task::JoinHandle<()>,
+    undocumented: Arc<Mutex<Vec<String>>>,
     _dir: tempfile::TempDir,
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
+        if !std::thread::panicking() {
+            let undocumented = self.undocumented.lock().unwrap();
+            assert!(undocumented.is_empty(), "not in the document: {undocumented:?}");
+        }
     }
+}
+
+/// The document, and answers that are not in it.
+#[derive(Clone)]
+struct Watched(Arc<Value>, Arc<Mutex<Vec<String>>>);
+
+/// Whatever a test provokes is to be in the document.
+async fn documented(
+    State(Watched(document, undocumented)): State<Watched>,
+    request: Request,
+    next: Next,
+) -> axum::response::Response {
+    let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let method = request.method().as_str().to_lowercase();
+    let request_has_host = request.headers().get_all("host").iter().count() == 1;
+    let response = next.run(request).await;
+    let status = response.status();
+    if let Some(path) = path
+        && status != StatusCode::METHOD_NOT_ALLOWED
+        // Refused before it is looked at.
+        && request_has_host
+    {
+        let answers = &document["paths"][&path][&method]["responses"];
+        if method != "head" && answers.get(status.as_str()).is_none() {
+            undocumented.lock().unwrap().push(format!("{method} {path} {status}"));
+        }
+    }
+    response
 }
 
 pub async fn server() -> Server {
@@ -90,6 +125,10 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
     });
+    let undocumented = Arc::<Mutex<Vec<String>>>::default();
+    let document = serde_json::from_str(&kiln::api::document()).unwrap();
+    let watched = Watched(Arc::new(document), undocumented.clone());
+    let app = app.layer(from_fn_with_state(watched, documented));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
@@ -109,6 +148,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         instances_dir,
         sessions,
         task,
+        undocumented,
         _dir: dir,
     }
 }

@@ -4,6 +4,8 @@
 #![allow(missing_docs, reason = "tests")]
 
 mod server;
+#[path = "../support/bundle.rs"]
+mod small_bundle;
 
 mod building;
 mod bundle;

@@ -49,9 +49,19 @@ impl Server {
 
     /// Keeps everything of the server's in a directory below this one.
     pub fn start_in(dir: &Path, flags: &[&str]) -> Self {
-        let mut server = Self::serve(tempfile::tempdir_in(dir).unwrap(), flags);
+        let mut server = Self::serve(tempfile::tempdir_in(dir).unwrap(), &state().join("builder"), flags);
         server.token = server.new_token("dev", "admin");
         server.publish_base(&state());
+        server
+    }
+
+    /// Starts a server whose builds fail before their VMs start. It needs no images.
+    pub fn start_without_vms(builder: &Path) -> Self {
+        let programs =
+            ["--accel", "tcg", "--qemu", "/bin/false", "--vhost-device-vsock", "/bin/false"];
+        let flags = [&programs[..], &["--max-queued", "100000"]].concat();
+        let mut server = Self::serve(tempfile::tempdir().unwrap(), builder, &flags);
+        server.token = server.new_token("dev", "admin");
         server
     }
 
@@ -61,12 +71,12 @@ impl Server {
         self.child.wait().unwrap();
         let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
         let token = std::mem::take(&mut self.token);
-        let mut server = Self::serve(dir, &[]);
+        let mut server = Self::serve(dir, &state().join("builder"), &[]);
         server.token = token;
         server
     }
 
-    fn serve(dir: tempfile::TempDir, flags: &[&str]) -> Self {
+    fn serve(dir: tempfile::TempDir, builder: &Path, flags: &[&str]) -> Self {
         let (reader, writer) = std::io::pipe().unwrap();
         let fd = writer.as_raw_fd();
         clear_close_on_exec(&writer);
@@ -82,7 +92,7 @@ impl Server {
             .arg("--run-dir")
             .arg(dir.path().join("run"))
             .arg("--builder")
-            .arg(state().join("builder"))
+            .arg(builder)
             .args(["--notify-fd", &fd.to_string()])
             .args(flags)
             .stdin(Stdio::null())
@@ -368,9 +378,17 @@ fn program(name: &str) -> PathBuf {
     path
 }
 
+/// What scripts/test has installed.
+pub fn tools() -> PathBuf {
+    state_dir().join("tools")
+}
+
+fn state_dir() -> PathBuf {
+    std::env::var_os("KILN_TEST_STATE").map_or_else(|| workspace().join(".kiln"), PathBuf::from)
+}
+
 fn state() -> PathBuf {
-    let state = std::env::var_os("KILN_TEST_STATE")
-        .map_or_else(|| workspace().join(".kiln"), PathBuf::from);
+    let state = state_dir();
     let bundle = state.join("builder/bundle.json");
     assert!(
         bundle.exists(),

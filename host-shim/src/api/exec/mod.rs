@@ -25,6 +25,7 @@ use self::socket::Socket;
 use super::error::ApiError;
 use super::get_build::{self, Wanted};
 use super::instances::get as get_instance;
+use super::openapi::problems::{Conflict, Forbidden, NotFound, Unavailable, UpgradeRequired};
 use super::{Api, Shared};
 use crate::build::{BuildId, Status};
 use crate::exec::{Admitted, Entrance, NotAdmitted, Outcome, Subject};
@@ -37,6 +38,18 @@ const READ_BUFFER: usize = 32 * 1024;
 
 type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
 
+/// Run a command in build's VM
+///
+/// A WebSocket (RFC 6455). First text message: `{"command":["sh"],"tty","env","cwd","user","timeout","rows","cols","vm","with_secrets"}`; binary messages
+/// are standard input and output; then `{"resize":{"rows","cols"}}`, `{"signal":"INT"}`, `{"stdin_closed":true}`; the last text message that
+/// comes is `{"exitCode":N}`.
+#[utoipa::path(
+    get, path = "/builds/{id}/exec", tag = "sessions", params(Wanted),
+    responses(
+        (status = 101, description = "The session begins."),
+        Forbidden, NotFound, Conflict, UpgradeRequired, Unavailable,
+    ),
+)]
 pub(super) async fn build_exec(
     State(api): State<Shared>,
     caller: Caller,
@@ -47,6 +60,18 @@ pub(super) async fn build_exec(
     upgraded(&api, upgrade, admitted)
 }
 
+/// Run a command in instance's VM
+///
+/// A WebSocket (RFC 6455). First text message: `{"command":["sh"],"tty","env","cwd","user","timeout","rows","cols","vm","with_secrets"}`; binary messages
+/// are standard input and output; then `{"resize":{"rows","cols"}}`, `{"signal":"INT"}`, `{"stdin_closed":true}`; the last text message that
+/// comes is `{"exitCode":N}`.
+#[utoipa::path(
+    get, path = "/instances/{id}/exec", tag = "sessions", params(get_instance::Wanted),
+    responses(
+        (status = 101, description = "The session begins."),
+        Forbidden, NotFound, Conflict, UpgradeRequired, Unavailable,
+    ),
+)]
 pub(super) async fn instance_exec(
     State(api): State<Shared>,
     caller: Caller,
@@ -130,10 +155,7 @@ fn admit(
     admitted.map_err(|refused| {
         let message = refused.to_string();
         match refused {
-            NotAdmitted::Full(_) => {
-                let status = StatusCode::TOO_MANY_REQUESTS;
-                ApiError::new(status, "too_many_sessions", message).retry_after(5)
-            }
+            NotAdmitted::Full(_) => ApiError::too_many("too_many_sessions", message, 5),
             NotAdmitted::Stopping => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
                 ApiError::new(status, "stopping", message).retry_after(5)

@@ -1,5 +1,6 @@
 use serde_json::json;
 
+use super::tags::{MAX_KEY, MAX_TAGS, MAX_VALUE};
 use super::*;
 
 fn request(pairs: &[(&'static str, &str)]) -> Result<Request, ApiError> {
@@ -156,9 +157,9 @@ fn tags_are_bounded() {
         |n: usize| (0..n).map(|i| (i.to_string(), json!("x"))).collect::<serde_json::Map<_, _>>();
     assert_eq!(tags(many(MAX_TAGS).into()), "fine");
     assert_eq!(tags(many(MAX_TAGS + 1).into()), "too_large");
-    assert_eq!(tags(json!({"k".repeat(MAX_TAG_KEY): "v".repeat(MAX_TAG_VALUE)})), "fine");
-    assert_eq!(tags(json!({"k".repeat(MAX_TAG_KEY + 1): "v"})), "invalid_field");
-    assert_eq!(tags(json!({"k": "v".repeat(MAX_TAG_VALUE + 1)})), "invalid_field");
+    assert_eq!(tags(json!({"k".repeat(MAX_KEY): "v".repeat(MAX_VALUE)})), "fine");
+    assert_eq!(tags(json!({"k".repeat(MAX_KEY + 1): "v"})), "invalid_field");
+    assert_eq!(tags(json!({"k": "v".repeat(MAX_VALUE + 1)})), "invalid_field");
     for bad in [
         json!({"": "v"}),
         json!({"a\n": "v"}),

@@ -1,33 +1,48 @@
 //! What a copy's query asks for. Pure.
 
 use kiln_protocol::exec::{Copy, Open, Place};
-use url::form_urlencoded;
+use kiln_protocol::run::MAX_DIRECTORY;
+use utoipa::openapi::Required;
+use utoipa::openapi::path::ParameterIn;
+use utoipa::openapi::schema::ObjectBuilder;
 
-use crate::api::error::{ApiError, shown};
+use crate::api::error::ApiError;
+use crate::api::openapi::params::{self, params};
+use crate::api::openapi::schemas;
+use crate::api::query::{self, flag, refused};
+
+/// What a copy is asked for.
+pub(super) struct Asked;
+
+params!(Asked:
+    params::parameter(ParameterIn::Query, "path", "What to copy, or where to.", path_schema()).required(Required::True).build(),
+    params::query("vm", "Of the VM itself, for administrators; not together with `with_secrets`.", schemas::flag()),
+    params::query("with_secrets", "With the secrets of the step.", schemas::flag()),
+);
+
+fn path_schema() -> ObjectBuilder {
+    schemas::sized(1, MAX_DIRECTORY).pattern(Some(r"^[^\u0000]*$"))
+}
 
 /// Takes the query apart: `path`, and `vm` or `with_secrets`.
-pub(super) fn parse(query: Option<&str>) -> Result<Copy, ApiError> {
-    let refused = |message: String| ApiError::bad_request("invalid_query", message);
+pub(super) fn parse(text: Option<&str>) -> Result<Copy, ApiError> {
     let (mut path, mut vm, mut secrets) = (None, None, None);
-    for (name, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-        let fresh = match &*name {
-            "path" => path.replace(value.into_owned()).is_none(),
+    for (name, value) in query::pairs(text)? {
+        let fresh = match name.as_str() {
+            "path" => path.replace(value).is_none(),
             "vm" => vm.replace(flag(&name, &value)?).is_none(),
             "with_secrets" => secrets.replace(flag(&name, &value)?).is_none(),
-            _ => {
-                let message = format!("{} is no parameter of a copy", shown(&name));
-                return Err(refused(message));
-            }
+            _ => return Err(query::unknown(&name, "path, vm and with_secrets")),
         };
         if !fresh {
-            return Err(refused(format!("{name} is there twice")));
+            return Err(query::twice(&name));
         }
     }
     let path = path.filter(|path| !path.is_empty() && !path.contains('\0'));
-    let path = path.ok_or_else(|| refused("path is needed: what to copy, or where to".into()))?;
+    let path = path.ok_or_else(|| refused("path is needed: what to copy, or where to"))?;
     let place = match (vm.unwrap_or(false), secrets.unwrap_or(false)) {
         (true, true) => {
-            return Err(refused("vm and with_secrets exclude each other".into()));
+            return Err(refused("vm and with_secrets exclude each other"));
         }
         (true, false) => Place::Vm,
         (false, secrets) => Place::Job { secrets },
@@ -36,26 +51,13 @@ pub(super) fn parse(query: Option<&str>) -> Result<Copy, ApiError> {
     open.check().map_err(|error| refused(error.to_string()))?;
     match open {
         Open::CopyOut(copy) | Open::CopyIn(copy) => Ok(copy),
-        Open::Exec(_) => Err(refused("this is no copy".into())),
-    }
-}
-
-fn flag(name: &str, value: &str) -> Result<bool, ApiError> {
-    match value {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => {
-            let message = format!("{name} is {}; it must be true or false", shown(value));
-            Err(ApiError::bad_request("invalid_query", message))
-        }
+        Open::Exec(_) => Err(refused("this is no copy")),
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use kiln_protocol::run::MAX_DIRECTORY;
-
     use super::*;
 
     #[test]
@@ -78,12 +80,12 @@ mod tests {
             "path=%00",
             "path=a&path=b",
             "path=a&vm=1",
-            "path=a&x=1",
             "path=a&vm=true&with_secrets=true",
             &long,
         ] {
             assert_eq!(parse(Some(query)).unwrap_err().code(), "invalid_query", "{query}");
         }
+        assert_eq!(parse(Some("path=a&x=1")).unwrap_err().code(), "unknown_parameter");
         assert!(parse(None).is_err());
     }
 }

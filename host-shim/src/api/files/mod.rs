@@ -17,15 +17,32 @@ use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use kiln_protocol::exec::{Copy, Open};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
+use self::asked::Asked;
 use super::error::ApiError;
 use super::exec::{enter_build, enter_instance, permitted};
 use super::get_build::Wanted;
 use super::instances::get as get_instance;
+use super::openapi::problems::{
+    BadGateway, BadRequest, Conflict, Forbidden, NotFound, Unavailable, Unprocessable,
+};
+use super::openapi::schemas;
 use super::{Api, Shared};
 use crate::exec::Admitted;
 use crate::token::Caller;
 
+/// Copy files out of a build's VM
+///
+/// As a tar archive. What goes wrong after its first byte breaks the body.
+#[utoipa::path(
+    get, path = "/builds/{id}/files", tag = "sessions", params(Wanted, Asked),
+    responses(
+        (status = 200, description = "The archive.", body = inline(Archive), content_type = "application/x-tar"),
+        BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
+    ),
+)]
 pub(super) async fn get_of_build(
     State(api): State<Shared>,
     caller: Caller,
@@ -37,6 +54,16 @@ pub(super) async fn get_of_build(
     download(&api, admitted, copy).await
 }
 
+/// Copy files out of an instance's VM
+///
+/// As a tar archive. What goes wrong after its first byte breaks the body.
+#[utoipa::path(
+    get, path = "/instances/{id}/files", tag = "sessions", params(get_instance::Wanted, Asked),
+    responses(
+        (status = 200, description = "The archive.", body = inline(Archive), content_type = "application/x-tar"),
+        BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
+    ),
+)]
 pub(super) async fn get_of_instance(
     State(api): State<Shared>,
     caller: Caller,
@@ -48,6 +75,17 @@ pub(super) async fn get_of_instance(
     download(&api, admitted, copy).await
 }
 
+/// Copy files into a build's VM
+///
+/// The body is an uncompressed tar archive.
+#[utoipa::path(
+    put, path = "/builds/{id}/files", tag = "sessions", params(Wanted, Asked),
+    request_body(content((inline(Archive) = "application/x-tar"), (inline(Archive) = "application/octet-stream"))),
+    responses(
+        (status = 204, description = "All of it is there."),
+        BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
+    ),
+)]
 pub(super) async fn put_to_build(
     State(api): State<Shared>,
     caller: Caller,
@@ -60,6 +98,17 @@ pub(super) async fn put_to_build(
     upload(&api, admitted, copy, body).await
 }
 
+/// Copy files into an instance's VM
+///
+/// The body is an uncompressed tar archive.
+#[utoipa::path(
+    put, path = "/instances/{id}/files", tag = "sessions", params(get_instance::Wanted, Asked),
+    request_body(content((inline(Archive) = "application/x-tar"), (inline(Archive) = "application/octet-stream"))),
+    responses(
+        (status = 204, description = "All of it is there."),
+        BadRequest, Forbidden, NotFound, Conflict, Unprocessable, BadGateway, Unavailable,
+    ),
+)]
 pub(super) async fn put_to_instance(
     State(api): State<Shared>,
     caller: Caller,
@@ -71,6 +120,17 @@ pub(super) async fn put_to_instance(
     let admitted = enter_instance(&api, caller, id).await?;
     upload(&api, admitted, copy, body).await
 }
+
+/// A tar archive.
+struct Archive;
+
+impl PartialSchema for Archive {
+    fn schema() -> RefOr<Schema> {
+        schemas::bytes().build().into()
+    }
+}
+
+impl ToSchema for Archive {}
 
 async fn download(api: &Api, admitted: Admitted, copy: Copy) -> Result<Response, ApiError> {
     let open = allowed(&admitted, Open::CopyOut(copy)).await?;

@@ -8,8 +8,14 @@ use axum::http::header::LOCATION;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value};
 
+use super::schema::NewInstance;
 use super::{Instance, fields};
-use crate::api::error::{ApiError, ApiJson, shown};
+use crate::api::body::ApiJson;
+use crate::api::error::{ApiError, TRY_AGAIN, shown};
+use crate::api::openapi::problems::{
+    BadGateway, BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unavailable,
+    Unprocessable, UnsupportedMediaType,
+};
 use crate::api::{Api, Shared};
 use crate::build::BuildId;
 use crate::causes::chain;
@@ -22,6 +28,16 @@ use crate::instances::{Instance as Stored, InstanceError, InstanceId, State as L
 use crate::store::{Role, StoreError};
 use crate::token::Caller;
 
+/// Run an image
+#[utoipa::path(
+    post, path = "/instances", tag = "instances", request_body = NewInstance,
+    responses(
+        (status = 201, description = "It is stored, and will run.", body = Instance, headers(
+            ("location" = String, description = "The instance's path.")
+        )),
+        BadRequest, Forbidden, NotFound, Stalled, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, BadGateway, Unavailable,
+    ),
+)]
 pub(in crate::api) async fn create_instance(
     State(api): State<Shared>,
     caller: Caller,
@@ -83,7 +99,7 @@ fn not_created(error: InstanceError, name: &str) -> ApiError {
         }
         InstanceError::Store(error @ StoreError::TooMany { .. }) => {
             let message = format!("{error}; delete some, stopped ones count too");
-            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_instances", message)
+            ApiError::too_many("too_many_instances", message, TRY_AGAIN)
         }
         error => error.into(),
     }

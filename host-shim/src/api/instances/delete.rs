@@ -9,12 +9,18 @@ use axum::http::StatusCode;
 use super::get::{Wanted, find};
 use crate::api::Shared;
 use crate::api::error::ApiError;
+use crate::api::openapi::problems::{Conflict, Forbidden, NotFound, Unavailable};
 use crate::store::Role;
 use crate::token::Caller;
 
 /// How long the answer waits. The removal goes on behind it.
 const DEADLINE: Duration = Duration::from_mins(1);
 
+/// Stop and remove an instance
+#[utoipa::path(
+    delete, path = "/instances/{id}", tag = "instances", params(Wanted),
+    responses((status = 204, description = "Nothing of it is left."), Forbidden, NotFound, Conflict, Unavailable),
+)]
 pub(in crate::api) async fn delete_instance(
     State(api): State<Shared>,
     caller: Caller,

@@ -4,16 +4,17 @@ use serde_json::{Map, Value};
 
 use crate::api::Limits;
 use crate::api::error::{ApiError, shown};
+use crate::api::whole::whole;
 use crate::instances::launch::Wanted;
 
 /// MiB of memory where the request does not say.
-const DEFAULT_MEMORY_MB: u32 = 1024;
+pub(super) const DEFAULT_MEMORY_MB: u32 = 1024;
 /// What the VM's own kernel and agent leave room in.
-const LEAST_MEMORY_MB: u32 = 256;
+pub(super) const LEAST_MEMORY_MB: u32 = 256;
 /// Processors where the request does not say.
-const DEFAULT_VCPUS: u32 = 1;
+pub(super) const DEFAULT_VCPUS: u32 = 1;
 /// Longest name: it is the VM's host name.
-const MAX_NAME: usize = kiln_protocol::run::MAX_HOSTNAME;
+pub(super) const MAX_NAME: usize = kiln_protocol::run::MAX_HOSTNAME;
 
 /// A request, checked.
 #[derive(Clone, PartialEq, Eq)]
@@ -94,7 +95,7 @@ fn variables(value: Value) -> Result<Vec<(String, String)>, ApiError> {
     object.into_iter().map(variable).collect()
 }
 
-fn parse_name(name: String) -> Result<String, ApiError> {
+pub(super) fn parse_name(name: String) -> Result<String, ApiError> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = name.as_bytes();
     let fits = (1..=MAX_NAME).contains(&bytes.len())
@@ -109,14 +110,14 @@ fn parse_name(name: String) -> Result<String, ApiError> {
 }
 
 fn processors(value: &Value, most: u32) -> Result<u32, ApiError> {
-    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    let number = whole(value).and_then(|number| u32::try_from(number).ok());
     number
         .filter(|number| (1..=most).contains(number))
         .ok_or_else(|| ApiError::invalid("vcpus", &value.to_string(), &format!("1 to {most}")))
 }
 
 /// MiB of hypeman's texts: `512MB`, `1GB`, `2G`, by powers of 1024.
-fn memory(text: &str, most: u32) -> Result<u32, ApiError> {
+pub(super) fn memory(text: &str, most: u32) -> Result<u32, ApiError> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let factor: Option<u64> = match unit.trim().to_ascii_uppercase().as_str() {
@@ -184,6 +185,7 @@ mod tests {
             (json!({"image": "a", "vcpus": 0}), "invalid_field"),
             (json!({"image": "a", "vcpus": 65}), "invalid_field"),
             (json!({"image": "a", "vcpus": 1.5}), "invalid_field"),
+            (json!({"image": "a", "vcpus": "1"}), "invalid_field"),
         ] {
             assert_eq!(fields(body.clone()).err(), Some(code), "{body}");
         }

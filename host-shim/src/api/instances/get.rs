@@ -6,10 +6,18 @@ use axum::http::request::Parts;
 
 use super::Instance;
 use crate::api::error::ApiError;
+use crate::api::openapi::params::{self, params};
+use crate::api::openapi::problems::NotFound;
+use crate::api::openapi::schemas;
 use crate::api::{Api, Shared};
 use crate::instances::{Instance as Stored, InstanceId};
 use crate::token::Caller;
 
+/// Get an instance
+#[utoipa::path(
+    get, path = "/instances/{id}", tag = "instances", params(Wanted),
+    responses((status = 200, description = "The instance.", body = Instance), NotFound),
+)]
 pub(in crate::api) async fn get_instance(
     State(api): State<Shared>,
     caller: Caller,
@@ -20,6 +28,8 @@ pub(in crate::api) async fn get_instance(
 
 /// The id in the path. What is no id at all is no instance either.
 pub(in crate::api) struct Wanted(pub(in crate::api) InstanceId);
+
+params!(Wanted: params::path("id", "The instance's id.", schemas::id()));
 
 impl FromRequestParts<Shared> for Wanted {
     type Rejection = ApiError;

@@ -12,17 +12,40 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use url::form_urlencoded;
 
 use super::get::{Wanted, find};
-use crate::api::build_events::{RETRY, parse_last_event_id};
-use crate::api::error::{ApiError, log, shown};
+use crate::api::build_events::{LastEventId, RETRY, parse_last_event_id};
+use crate::api::error::{ApiError, log};
+use crate::api::openapi::events::InstanceBlock;
+use crate::api::openapi::params::{self, params};
+use crate::api::openapi::problems::{BadRequest, NotFound};
+use crate::api::openapi::schemas;
 use crate::api::types::rfc3339;
-use crate::api::{Clock, Shared};
+use crate::api::{Clock, Shared, query};
 use crate::instances::log::{Batch, From, Reader};
 use crate::instances::{Instance, State as Lifecycle};
 use crate::token::Caller;
 
+/// Most lines that a caller may ask back for: more than any log holds.
+const MAX_TAIL: u64 = i64::MAX.unsigned_abs();
+
+params!(Asked:
+    params::query("follow", "`false`: what there is. `true`: all up to the end.", schemas::flag().default(Some(false.into()))),
+    params::query("tail", "Only so many lines of what there is.", schemas::number(0, MAX_TAIL)),
+    params::query("source", "hypeman's; there is no other.", schemas::words(["app"])),
+    params::query("format", "`lines`: each a JSON text, as hypeman has it. `events`: objects, as of a build.", schemas::words(["lines", "events"])),
+);
+
+/// Stream what an instance printed
+///
+/// Server-sent events: the data of each block is one line as a JSON text, or with `format=events` an `InstanceEvent`.
+#[utoipa::path(
+    get, path = "/instances/{id}/logs", tag = "instances", params(Wanted, Asked, LastEventId),
+    responses(
+        (status = 200, description = "The stream.", body = inline(InstanceBlock), content_type = "text/event-stream"),
+        BadRequest, NotFound,
+    ),
+)]
 pub(in crate::api) async fn instance_logs(
     State(api): State<Shared>,
     caller: Caller,
@@ -31,7 +54,7 @@ pub(in crate::api) async fn instance_logs(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let instance = find(&api, &caller, &id).await?;
-    let asked = Asked::parse(query.as_deref().unwrap_or_default())?;
+    let asked = Asked::parse(query.as_deref())?;
     let from = match asked.tail {
         Some(lines) => From::Tail(lines),
         None => From::Byte(parse_last_event_id(&headers)?),
@@ -130,36 +153,29 @@ struct Asked {
 }
 
 impl Asked {
-    fn parse(query: &str) -> Result<Self, ApiError> {
-        let mut asked = Self::default();
-        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-            let refused = |allowed: &str| {
-                let message = format!("{name} is {}; it must be {allowed}", shown(&value));
-                ApiError::bad_request("invalid_query", message)
-            };
-            match (&*name, &*value) {
-                ("follow", "true") => asked.follow = true,
-                ("follow", "false") => asked.follow = false,
-                ("follow", _) => return Err(refused("true or false")),
-                ("tail", text) if text.bytes().all(|b| b.is_ascii_digit()) => {
-                    asked.tail = Some(text.parse().map_err(|_| refused("a number of lines"))?);
+    fn parse(text: Option<&str>) -> Result<Self, ApiError> {
+        let (mut follow, mut tail, mut source, mut format) = (None, None, None, None);
+        for (name, value) in query::pairs(text)? {
+            let refused = |allowed: &str| query::invalid(&name, &value, allowed);
+            let fresh = match (name.as_str(), value.as_str()) {
+                ("follow", _) => follow.replace(query::flag(&name, &value)?).is_none(),
+                ("tail", text) => {
+                    let lines = query::number(text, &(0..=MAX_TAIL));
+                    let lines = lines.ok_or_else(|| refused("a number of lines"))?;
+                    tail.replace(lines).is_none()
                 }
-                ("tail", _) => return Err(refused("a number of lines")),
-                ("source", "app") => {}
+                ("source", "app") => source.replace(()).is_none(),
                 ("source", _) => return Err(refused("app: other logs are the operator's")),
-                ("format", "events") => asked.events = true,
-                ("format", "lines") => asked.events = false,
+                ("format", "events") => format.replace(true).is_none(),
+                ("format", "lines") => format.replace(false).is_none(),
                 ("format", _) => return Err(refused("lines or events")),
-                _ => {
-                    let message = format!(
-                        "there is no parameter {}; logs have follow, tail, source and format",
-                        shown(&name)
-                    );
-                    return Err(ApiError::bad_request("unknown_parameter", message));
-                }
+                _ => return Err(query::unknown(&name, "follow, tail, source and format")),
+            };
+            if !fresh {
+                return Err(query::twice(&name));
             }
         }
-        Ok(asked)
+        Ok(Self { follow: follow.unwrap_or(false), tail, events: format.unwrap_or(false) })
     }
 }
 
@@ -170,11 +186,13 @@ mod tests {
 
     #[test]
     fn a_query_is_read_and_what_it_is_not_is_refused() {
-        let parse = |query| Asked::parse(query).map_err(|error| error.code());
+        let parse = |query| Asked::parse(Some(query)).map_err(|error| error.code());
         assert_eq!(parse(""), Ok(Asked::default()));
         let all = Asked { follow: true, tail: Some(10), events: true };
         assert_eq!(parse("follow=true&tail=10&source=app&format=events"), Ok(all));
-        for bad in ["follow=yes", "tail=-1", "tail=", "tail=x", "source=vmm", "format=x"] {
+        for bad in
+            ["follow=yes", "tail=-1", "tail=", "tail=x", "source=vmm", "format=x", "tail=1&tail=1"]
+        {
             assert_eq!(parse(bad), Err("invalid_query"), "{bad}");
         }
         assert_eq!(parse("lines=1"), Err("unknown_parameter"));

@@ -6,46 +6,58 @@ mod fields;
 pub(super) mod get;
 pub(super) mod list;
 pub(super) mod logs;
+pub(super) mod schema;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::openapi::schemas;
 use super::types::rfc3339;
 use crate::instances::{Instance as Stored, InstanceError};
 
 use super::error::ApiError;
 
 /// An instance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Instance {
     /// Its id.
+    #[schema(value_type = schemas::Id)]
     pub id: String,
     /// Its name, the tenant's only one.
     pub name: String,
     /// The image as it was asked for.
     pub image: String,
     /// Of the image's manifest.
+    #[schema(value_type = schemas::Digest)]
     pub image_digest: String,
     /// `Created`, `Initializing`, `Running` or `Stopped`.
+    #[schema(value_type = schemas::InstanceState)]
     pub state: String,
     /// RFC 3339.
+    #[schema(value_type = schemas::Time)]
     pub created_at: String,
     /// RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub started_at: Option<String>,
     /// RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
     pub stopped_at: Option<String>,
     /// Of the program, once it has ended: 128 + n when signal n ended it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub exit_code: Option<u8>,
     /// Why it ended, where it was not its program's own end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub exit_message: Option<String>,
     /// Of its VM.
     pub vcpus: u32,
     /// Of its VM's memory, such as `1024MB`.
     pub size: String,
     /// Whose it is.
+    #[schema(value_type = schemas::TenantName)]
     pub tenant: String,
 }
 
