@@ -49,7 +49,8 @@ impl Server {
 
     /// Keeps everything of the server's in a directory below this one.
     pub fn start_in(dir: &Path, flags: &[&str]) -> Self {
-        let mut server = Self::serve(tempfile::tempdir_in(dir).unwrap(), &state().join("builder"), flags);
+        let mut server =
+            Self::serve(tempfile::tempdir_in(dir).unwrap(), &state().join("builder"), flags);
         server.token = server.new_token("dev", "admin");
         server.publish_base(&state());
         server
