@@ -25,7 +25,7 @@ fn vm_a_shell_in_a_terminal_works() {
     assert!(server.follow(&id).until("waiting"), "{}", server.log());
 
     let enter = server.kiln(&["exec", "-it", "-e", "PS1=prompt> ", &id, "--", "sh"]);
-    let terminal = Terminal::open(enter);
+    let terminal = Terminal::open(&enter);
     terminal.until("prompt>");
     terminal.line("stty size");
     terminal.until("24 80\nprompt>");
@@ -90,7 +90,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn open(command: Command) -> Self {
+    fn open(command: &Command) -> Self {
         let terminal = Self { dir: tempfile::tempdir().unwrap() };
         let mut words = vec![command.get_program().to_str().unwrap()];
         words.extend(command.get_args().map(|word| word.to_str().unwrap()));
