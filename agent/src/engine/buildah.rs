@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::files::{Files, GATEWAY};
 use super::output::LastLines;
-use super::parse::Cause;
+use super::parse::{self, Cause};
 use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
@@ -233,7 +233,16 @@ impl Run<'_> {
             never = self.stays(failed) => match never {},
         };
         let status = status.map_err(could_not("wait for the build engine"))?;
-        if status.success() { Ok(()) } else { Err(Box::new(self.build_failure(status, &steps))) }
+        if !status.success() {
+            return Err(Box::new(self.build_failure(status, &steps)));
+        }
+        match self.last.passed_over() {
+            Some(instruction) => {
+                let cause = parse::not_built(&instruction);
+                Err(Box::new(failure::failure(cause, self.last.text())))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Once a failed step stays: tells that the build has failed. The engine waits for the step's end, which does
@@ -465,6 +474,18 @@ mod tests {
         let mut absent = Bench::new("");
         absent.buildah.program = "/nonexistent/buildah".into();
         assert_eq!(failure(absent.run().await.0).kind, FailureKind::Internal);
+    }
+
+    #[tokio::test]
+    async fn what_a_bases_onbuild_leaves_out_is_not_pushed() {
+        let bench = Bench::new(
+            "case $verb in build) echo 'STEP 2/9: COPY --exclude=*.md . /b'; seq 50;; push) exit 1;; esac",
+        );
+        let failure = failure(bench.run().await.0);
+        assert_eq!(failure.kind, FailureKind::DockerfileInvalid);
+        let expected =
+            "COPY --exclude=*.md . /b: an ONBUILD of the base, and --exclude is not supported";
+        assert_eq!(failure.message, expected);
     }
 
     #[tokio::test]

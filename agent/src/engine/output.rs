@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kiln_protocol::event::LogStream;
 use tokio::io::AsyncRead;
 
+use super::parse;
 use crate::events::Reporter;
 use crate::runtime::{Part, report_lines};
 
@@ -33,6 +34,8 @@ struct Kept {
     /// that one's stack.
     error: Option<(LogStream, String)>,
     lines: VecDeque<(LogStream, String)>,
+    /// The first instruction that the engine did only in part.
+    passed_over: Option<String>,
 }
 
 impl Kept {
@@ -55,8 +58,16 @@ impl LastLines {
         kept.all().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
+    /// The first instruction that the engine did only in part, without a word of it.
+    pub fn passed_over(&self) -> Option<String> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).passed_over.clone()
+    }
+
     fn push(&self, stream: LogStream, line: String) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.passed_over.is_none() {
+            kept.passed_over = parse::passed_over(&line).map(str::to_owned);
+        }
         if kept.lines.len() == LAST_LINES {
             let oldest = kept.lines.pop_front();
             let error = oldest.filter(|(_, line)| line.starts_with(ERROR));

@@ -71,6 +71,25 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
     Some(Cause::new(FailureKind::Internal, format!("the build engine failed: {error}")))
 }
 
+/// The instruction in a line such as `[1/2] STEP 3/5: COPY --exclude=*.md a /b`, where it has what the engine passes over
+/// in silence. No Dockerfile that it gets has that: it is of an `ONBUILD` that came with a base.
+pub fn passed_over(line: &str) -> Option<&str> {
+    let stage = line.strip_prefix('[').and_then(|rest| rest.split_once("] "));
+    let line = stage.map_or(line, |(_, rest)| rest);
+    let (_, instruction) = line.strip_prefix("STEP ")?.split_once(": ")?;
+    let (keyword, rest) = instruction.split_once([' ', '\t'])?;
+    let copies = ["ADD", "COPY"].iter().any(|known| known.eq_ignore_ascii_case(keyword));
+    let mut flags = rest.split_ascii_whitespace().take_while(|word| word.starts_with("--"));
+    let excludes = flags.any(|flag| flag.to_ascii_lowercase().starts_with("--exclude"));
+    (copies && excludes).then_some(instruction)
+}
+
+/// What to say of an instruction that was passed over.
+pub fn not_built(instruction: &str) -> Cause {
+    let message = format!("{instruction}: an ONBUILD of the base, and --exclude is not supported");
+    Cause::new(FailureKind::DockerfileInvalid, message)
+}
+
 /// The cause of a failed `buildah push`, by its last lines on stderr.
 pub fn push_failure(stderr: &[String]) -> Cause {
     if let Some(cause) = crash(stderr).or_else(|| disk_full(stderr)) {
@@ -347,6 +366,26 @@ mod tests {
             cause.message,
             "the build engine ran out of memory: ask for more with memory_mb"
         );
+    }
+
+    #[test]
+    fn what_the_engine_passes_over_is_seen_in_its_steps() {
+        for line in [
+            "STEP 2/3: COPY --exclude=*.md a /b",
+            "[1/2] STEP 10/12: add --chown=1 --exclude=b . /c",
+        ] {
+            assert_eq!(passed_over(line), line.split_once(": ").map(|(_, rest)| rest));
+        }
+        for line in [
+            "STEP 2/3: COPY a --exclude=b /c",
+            "STEP 2/3: RUN COPY --exclude=b a /c",
+            "STEP 2/3: COPY",
+            "COPY --exclude=*.md a /b",
+            "[1/2] COMMIT x",
+            "",
+        ] {
+            assert_eq!(passed_over(line), None, "{line}");
+        }
     }
 
     #[test]
