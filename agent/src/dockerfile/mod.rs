@@ -13,6 +13,7 @@
 mod parents;
 mod pattern;
 mod pin;
+mod platform;
 mod rules;
 mod scan;
 mod secret_mount;
@@ -60,6 +61,8 @@ pub struct Asked<'a> {
     pub target: Option<&'a str>,
     /// The digest that the base of that stage has to have, `sha256:…`.
     pub base_digest: Option<&'a str>,
+    /// `--build-arg`, by name.
+    pub build_args: &'a [(String, String)],
 }
 
 /// Adapts a Dockerfile to the engine. Patterns are looked up in `source`.
@@ -82,10 +85,15 @@ pub fn adapt<'a>(text: &'a str, source: &Path, asked: Asked<'_>) -> Result<Adapt
         let what = "`escape` is not supported: it is for Windows' paths. Use backslashes";
         return Err(refused(line, what.to_owned()));
     }
+    if let Some(changed) = stages::in_own_letters(text, &scanned.instructions) {
+        let Adapted { text, notes, target } = adapt(&changed, source, asked)?;
+        return Ok(Adapted { text: Cow::Owned(text.into_owned()), notes, target });
+    }
     let expand = |pattern: &str| pattern::names(source, pattern);
     let mut rewritten = Rewritten::default();
     let mut froms = 0_usize;
     let mut names = stages::Names::default();
+    let mut platforms = platform::Platforms::new(asked.build_args);
     let mut shells = shell::Shells::default();
     for instruction in &scanned.instructions {
         let refused = |what| refused(instruction.line, what);
@@ -96,6 +104,9 @@ pub fn adapt<'a>(text: &'a str, source: &Path, asked: Asked<'_>) -> Result<Adapt
             froms += 1;
             names.add(words.rest).map_err(refused)?;
         }
+        for left_out in platforms.see(&words).map_err(refused)? {
+            rewritten.put(instruction, left_out, "");
+        }
         // The stages of an ONBUILD are those of another Dockerfile.
         if !onbuild && let Some(what) = stages::refused(&words, froms.saturating_sub(1)) {
             return Err(refused(what));
@@ -104,11 +115,12 @@ pub fn adapt<'a>(text: &'a str, source: &Path, asked: Asked<'_>) -> Result<Adapt
             rewritten.replace(instruction, with);
             continue;
         }
+        let has_link = words.flags.iter().any(|flag| flag.name == "link" && rules::is_set(flag));
         match rules::rule(&words, onbuild) {
             Rule::Keep => {}
             Rule::Refuse(what) => return Err(refused(what)),
             Rule::Change(edits) => {
-                if words.flags.iter().any(|flag| flag.name == "link" && rules::is_set(flag)) {
+                if has_link {
                     rewritten.note(LINK, instruction.line);
                 }
                 for (range, with) in edits {
@@ -119,6 +131,12 @@ pub fn adapt<'a>(text: &'a str, source: &Path, asked: Asked<'_>) -> Result<Adapt
                 let copies =
                     parents::rewrite(&words, &instruction.joined, &expand).map_err(refused)?;
                 rewritten.note(PARENTS, instruction.line);
+                if has_link {
+                    rewritten.note(LINK, instruction.line);
+                }
+                if parents::has_variable(&words) {
+                    rewritten.note(PARENTS_VARIABLE, instruction.line);
+                }
                 rewritten.replace(instruction, copies);
             }
         }
@@ -138,6 +156,8 @@ const LINK: &str = "COPY --link is built without --link: the files become part o
                     layer, and links in the destination's path are followed";
 const PARENTS: &str = "COPY --parents is built as one COPY for each source: directories that it makes \
                        have mode 0755, whatever theirs is";
+const PARENTS_VARIABLE: &str = "COPY --parents with a variable in a source: its value is taken for a plain name, without \
+                                a pattern, `..` or `/./`";
 
 /// `docker/dockerfile:1`, as it is or with the name of Docker's registry.
 fn is_dockers(syntax: &str) -> bool {
@@ -237,7 +257,6 @@ mod tests {
             ("FROM x AS registry/y\nFROM z\n", 1),
             ("FROM x AS y@sha256:z\nFROM y\n", 1),
             ("FROM x AS a\nFROM y AS A\n", 2),
-            ("FROM x AS a\nFROM A\n", 2),
             ("FROM x\u{a0}AS a\nFROM a\n", 1),
             ("FROM x AS $a\n", 1),
             ("FROM x\nRUN --mount=$M true\n", 2),
@@ -284,11 +303,56 @@ mod tests {
             "FROM x\nCOPY [\"a/b/c.md\",\"/d/a/b/c.md\"]\nCOPY [\"a/b\",\"/d/a/b\"]\nRUN true\n"
         );
         assert!(notes[0].starts_with("Dockerfile line 2: COPY --parents"), "{notes:?}");
+        assert_eq!(notes.len(), 1);
+    }
+
+    #[test]
+    fn everything_that_is_dropped_from_a_copy_is_noted() {
+        let (out, notes) = adapted(
+            "FROM x\nCOPY --parents --link=true $A/b /d/\nCOPY --parents --link=false a /d/\n",
+        )
+        .unwrap();
+        assert_eq!(out, "FROM x\nCOPY [\"$A/b\",\"/d/$A/b\"]\nCOPY [\"a\",\"/d/a\"]\n");
+        let starts = [
+            "Dockerfile line 2: COPY --link is built without",
+            "Dockerfile line 2, 3: COPY --parents is built",
+            "Dockerfile line 2: COPY --parents with a variable",
+        ];
+        assert_eq!(notes.len(), starts.len(), "{notes:?}");
+        for (note, start) in notes.iter().zip(starts) {
+            assert!(note.starts_with(start), "{note}");
+        }
+    }
+
+    #[test]
+    fn stages_are_found_in_other_letters() {
+        let (out, _) = adapted(
+            "FROM x AS One\nSHELL [\"/s\"]\nFROM ONE\nCOPY --from=oNE --parents a /\nCMD b\n",
+        )
+        .unwrap();
+        let expected = "FROM x AS One\nSHELL [\"/s\"]\nFROM One\nCOPY --from=One [\"a\",\"/a\"]\nCMD [\"/s\",\"b\"]\n";
+        assert_eq!(out, expected);
+    }
+
+    #[test]
+    fn a_platform_that_is_this_machines_is_left_out() {
+        let (out, notes) =
+            adapted("FROM --platform=$BUILDPLATFORM x AS a\nFROM --platform=linux a\n").unwrap();
+        assert_eq!(
+            out.split_whitespace().collect::<Vec<_>>(),
+            ["FROM", "x", "AS", "a", "FROM", "a"]
+        );
+        assert_eq!((out.lines().count(), notes.len()), (2, 0));
+        let refused = adapted("FROM x\nFROM --platform=linux/s390x y\n").unwrap_err();
+        assert!(
+            refused.starts_with("Dockerfile line 2: FROM --platform=linux/s390x: "),
+            "{refused}"
+        );
     }
 
     #[test]
     fn a_base_is_pinned_among_other_changes() {
-        let pin = Asked { target: None, base_digest: Some("sha256:d") };
+        let pin = Asked { base_digest: Some("sha256:d"), ..Asked::default() };
         let text = "FROM x AS a\nCOPY --link a /b\nFROM a\nCOPY --link a /b\n";
         let adapted = adapt(text, Path::new("/nonexistent"), pin).unwrap();
         let expected = "FROM x@sha256:d AS a\nCOPY        a /b\nFROM a\nCOPY        a /b\n";
@@ -298,9 +362,9 @@ mod tests {
 
     #[test]
     fn the_stage_to_build_is_named_as_the_engine_has_it() {
-        let text = "FROM x AS Wanted\nFROM --platform=y z as other\nFROM other\n";
+        let text = "FROM x AS Wanted\nFROM --platform=linux z as other\nFROM other\n";
         let target = |target| {
-            let asked = Asked { target, base_digest: None };
+            let asked = Asked { target, ..Asked::default() };
             adapt(text, Path::new("/nonexistent"), asked).unwrap().target
         };
         for (asked, stage) in
@@ -340,9 +404,10 @@ mod tests {
             ) else {
                 continue;
             };
-            let found = adapt(&text, &dir, Asked::default())
-                .map(|_| ())
-                .map_err(|refused| refused.to_string());
+            let build_args = build_args(&dir.join("case.toml"));
+            let asked = Asked { build_args: &build_args, ..Asked::default() };
+            let found =
+                adapt(&text, &dir, asked).map(|_| ()).map_err(|refused| refused.to_string());
             let by_line = expected
                 .strip_prefix("fails as dockerfile_invalid\n")
                 .filter(|rest| rest.starts_with("Dockerfile line "));
@@ -350,6 +415,18 @@ mod tests {
             let expected = by_line.map_or(Ok(()), |line| Err(line.trim_end().to_owned()));
             assert_eq!(found, expected, "{}", dir.display());
         }
-        assert!(refused > 10, "{refused}");
+        assert!(refused > 40, "{refused}");
+    }
+
+    /// The `--build-arg` of a case: in `args = ["--build-arg", "NAME=VALUE"]`, which is JSON too.
+    fn build_args(case: &Path) -> Vec<(String, String)> {
+        let text = std::fs::read_to_string(case).unwrap_or_default();
+        let list = text.trim().strip_prefix("args =").unwrap_or("[]");
+        let args: Vec<String> = serde_json::from_str(list.trim()).unwrap();
+        let given = args.windows(2).filter(|pair| pair[0] == "--build-arg");
+        given
+            .filter_map(|pair| pair[1].split_once('='))
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect()
     }
 }

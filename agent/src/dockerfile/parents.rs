@@ -7,8 +7,8 @@
 use super::rules::is_dropped;
 use super::words::Words;
 
-/// Finds the names in the source that a pattern means; `None` when there is no telling.
-pub type Expand<'a> = &'a dyn Fn(&str) -> Option<Vec<String>>;
+/// Finds the names in the source that a pattern means; or tells with what there is no telling.
+pub type Expand<'a> = &'a dyn Fn(&str) -> Result<Vec<String>, String>;
 
 /// The instructions that do the same, in lines; or why there are none.
 pub fn rewrite(words: &Words<'_>, line: &str, expand: Expand<'_>) -> Result<String, String> {
@@ -30,27 +30,35 @@ pub fn rewrite(words: &Words<'_>, line: &str, expand: Expand<'_>) -> Result<Stri
         if kept.split('/').any(|part| part == "..") {
             return no("with `..` in a source");
         }
-        let names = if !is_pattern(source) {
-            vec![kept]
+        if source.contains('\\') {
+            return no("with a backslash in a source");
+        }
+        let mut pairs = Vec::new();
+        if !is_pattern(source) {
+            pairs.push([join(&root, &kept), under(destination, &kept)]);
         } else if from_stage {
             return no("with --from and a pattern: name the files, or copy their directory");
         } else if source.contains('$') {
             return no("with a variable and a pattern in one source");
+        } else if is_pattern(&root) {
+            return no("with a pattern before `/./`");
         } else {
-            match expand(&join(&root, &kept)) {
-                None => return no("with this pattern"),
-                Some(found) if found.is_empty() => {
-                    return Err(format!("COPY: nothing in the source matches {source}"));
-                }
-                Some(found) => {
-                    let below = format!("{root}/");
-                    let cut = |name: String| name.strip_prefix(&below).unwrap_or(&name).to_owned();
-                    found.into_iter().map(cut).collect()
-                }
+            let found = expand(&join(&root, &kept))
+                .map_err(|why| format!("COPY --parents is not supported {why}"))?;
+            if found.is_empty() {
+                return Err(format!("COPY: nothing in the source matches {source}"));
             }
-        };
-        for name in names {
-            let pair = [join(&root, &name), under(destination, &name)];
+            for name in found {
+                if !is_speakable(&name) {
+                    return no(&format!(
+                        "with the name {name:?}, which {source} matches: rename it, or copy its directory"
+                    ));
+                }
+                let kept = name.strip_prefix(&format!("{root}/")).unwrap_or(&name);
+                pairs.push([as_pattern(&name), under(destination, &as_word(kept))]);
+            }
+        }
+        for pair in pairs {
             let list = serde_json::to_string(&pair).map_err(|error| error.to_string())?;
             copies.push(format!("COPY {flags}{list}"));
         }
@@ -58,11 +66,17 @@ pub fn rewrite(words: &Words<'_>, line: &str, expand: Expand<'_>) -> Result<Stri
     Ok(copies.join("\n"))
 }
 
+/// Whether a source has a variable, whose value is not known here.
+pub fn has_variable(words: &Words<'_>) -> bool {
+    let arguments = words.arguments();
+    arguments.split_last().is_some_and(|(_, sources)| sources.iter().any(|s| s.contains('$')))
+}
+
 /// A source's part up to `/./`, and the part that is kept.
 fn pivot(source: &str) -> (String, String) {
     let source = source.strip_prefix("./").unwrap_or(source);
     let (root, kept) = source.split_once("/./").unwrap_or(("", source));
-    (root.trim_start_matches('/').to_owned(), clean(kept))
+    (clean(root), clean(kept))
 }
 
 fn clean(path: &str) -> String {
@@ -88,7 +102,38 @@ fn under(destination: &str, name: &str) -> String {
 }
 
 fn is_pattern(source: &str) -> bool {
-    source.contains(['*', '?', '[', '\\'])
+    source.contains(['*', '?', '['])
+}
+
+/// Whether there is a way to write a name for the engine. It looks for quotes once more than it escapes them, takes
+/// a backslash for an escape when it opens what it has found, and stumbles over `${` where it looks for
+/// here-documents.
+fn is_speakable(name: &str) -> bool {
+    !name.contains(['"', '\\']) && !name.contains("${") && !name.contains(char::is_control)
+}
+
+/// A name as the pattern that matches nothing else.
+fn as_pattern(name: &str) -> String {
+    let mut pattern = String::new();
+    for c in as_word(name).chars() {
+        match c {
+            '[' | '*' | '?' => pattern.extend(['[', c, ']']),
+            _ => pattern.push(c),
+        }
+    }
+    pattern
+}
+
+/// A name as a word in which nothing is expanded.
+fn as_word(name: &str) -> String {
+    let mut word = String::new();
+    for c in name.chars() {
+        if ['$', '\''].contains(&c) {
+            word.push('\\');
+        }
+        word.push(c);
+    }
+    word
 }
 
 #[cfg(test)]
@@ -100,9 +145,15 @@ mod tests {
     fn of(text: &str) -> Result<String, String> {
         let instruction = scan(text).unwrap().instructions.remove(0);
         let expand = |pattern: &str| match pattern {
-            "x/*/z" => Some(vec!["x/a/z".into(), "x/b/z".into()]),
-            "x/*.md" => Some(vec!["x/a.md".into()]),
-            _ => Some(vec![]),
+            "x/*/z" => Ok(vec!["x/a/z".into(), "x/b/z".into()]),
+            "x/*.md" => Ok(vec!["x/a.md".into()]),
+            "odd/*" => Ok(vec!["odd/x[1].md".into(), "odd/a*b?".into(), "odd/$it's".into()]),
+            "bad/1*" => Ok(vec!["bad/1\"".into()]),
+            "bad/2*" => Ok(vec!["bad/2\\".into()]),
+            "bad/3*" => Ok(vec!["bad/3${".into()]),
+            "bad/4*" => Ok(vec!["bad/4\n".into()]),
+            "bad/5*" => Err("with this pattern".into()),
+            _ => Ok(vec![]),
         };
         rewrite(&Words::of(&instruction), &instruction.joined, &expand)
     }
@@ -132,8 +183,25 @@ mod tests {
     }
 
     #[test]
+    fn names_that_are_found_mean_nothing_else() {
+        assert_eq!(
+            of("COPY --parents odd/* /d").unwrap(),
+            r#"COPY ["odd/x[[]1].md","/d/odd/x[1].md"]
+COPY ["odd/a[*]b[?]","/d/odd/a*b?"]
+COPY ["odd/\\$it\\'s","/d/odd/\\$it\\'s"]"#
+        );
+    }
+
+    #[test]
     fn what_cannot_be_told_is_refused() {
         for line in [
+            "COPY --parents bad/1* /d",
+            "COPY --parents bad/2* /d",
+            "COPY --parents bad/3* /d",
+            "COPY --parents bad/4* /d",
+            "COPY --parents bad/5* /d",
+            "COPY --parents a\\[b] /d",
+            "COPY --parents x*/./y /d",
             "COPY --parents a",
             "COPY --parents",
             "COPY --parents ../a /d",

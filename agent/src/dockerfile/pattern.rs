@@ -15,36 +15,45 @@ const OPTIONS: MatchOptions = MatchOptions {
     require_literal_leading_dot: false,
 };
 
-/// The names below `source` that a pattern matches, in order. Links are not followed. `None`: the
-/// pattern is not one, or matches too many.
-pub fn names(source: &Path, pattern: &str) -> Option<Vec<String>> {
+/// The names below `source` that a pattern matches, in order. Links are not followed. Or with what there is no telling.
+pub fn names(source: &Path, pattern: &str) -> Result<Vec<String>, String> {
+    let given = pattern;
     // Go's class of other characters is [^a].
-    let pattern = Pattern::new(&pattern.replace("[^", "[!")).ok()?;
+    let pattern = Pattern::new(&given.replace("[^", "[!"))
+        .map_err(|error| format!("with the pattern {given}: {}", error.msg))?;
     let mut found = Vec::new();
     let mut walk = walkdir::WalkDir::new(source).min_depth(1).sort_by_file_name().into_iter();
     while let Some(entry) = walk.next() {
-        let Ok(entry) = entry else { continue };
-        let Some(name) = entry.path().strip_prefix(source).ok().and_then(Path::to_str) else {
+        let entry = entry.map_err(|error| format!("with the pattern {given}: {error}"))?;
+        let Ok(path) = entry.path().strip_prefix(source) else { continue };
+        // What is not UTF-8 in it is a character that a pattern can match too.
+        let name = path.to_string_lossy();
+        if !pattern.matches_with(&name, OPTIONS) {
             continue;
-        };
-        if pattern.matches_with(name, OPTIONS) {
-            found.push(name.to_owned());
-            if found.len() > MAX_NAMES {
-                return None;
-            }
-            // What is in it comes with it.
-            if entry.file_type().is_dir() {
-                walk.skip_current_dir();
-            }
+        }
+        if path.to_str().is_none() {
+            return Err(format!("with the pattern {given}: it matches {name}, which is not UTF-8"));
+        }
+        found.push(name.into_owned());
+        if found.len() > MAX_NAMES {
+            return Err(format!(
+                "with the pattern {given}: it matches more than {MAX_NAMES} names"
+            ));
+        }
+        // What is in it comes with it.
+        if entry.file_type().is_dir() {
+            walk.skip_current_dir();
         }
     }
-    Some(found)
+    Ok(found)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
 
     #[test]
     fn patterns_stay_within_the_source() {
@@ -64,6 +73,31 @@ mod tests {
         assert_eq!(found("[^a]"), ["b"]);
         assert_eq!(found("up/*"), Vec::<String>::new());
         assert_eq!(found("../*"), Vec::<String>::new());
-        assert_eq!(names(&source, "a["), None);
+        assert!(names(&source, "a[").is_err());
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_in_the_way_of_their_patterns_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = dir.path().join(OsStr::from_bytes(b"\xff"));
+        std::fs::create_dir(&odd).unwrap();
+        std::fs::write(odd.join("a.md"), "").unwrap();
+        std::fs::write(dir.path().join("b.md"), "").unwrap();
+        assert_eq!(names(dir.path(), "*.md").unwrap(), ["b.md"]);
+        for pattern in ["*/*.md", "**/*.md", "?", "[^b]"] {
+            let why = names(dir.path(), pattern).unwrap_err();
+            assert!(why.contains("UTF-8"), "{pattern}: {why}");
+        }
+    }
+
+    #[test]
+    fn more_names_than_the_bound_are_too_many() {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 0..MAX_NAMES {
+            std::fs::write(dir.path().join(number.to_string()), "").unwrap();
+        }
+        assert_eq!(names(dir.path(), "*").unwrap().len(), MAX_NAMES);
+        std::fs::write(dir.path().join("more"), "").unwrap();
+        assert!(names(dir.path(), "*").unwrap_err().contains("1000"));
     }
 }

@@ -37,8 +37,12 @@ pub fn places<'a>(
             Err((line, format!("FROM {} is not {digest}, which the build asks for", base.image)))
         };
     }
-    let same = |stage: &&Stage<'_>| stage.image == base.image;
-    Ok(stages.iter().filter(same).map(|stage| (stage.instruction, image_end(stage))).collect())
+    // An earlier stage may have the image's name.
+    let same = |at: &usize| {
+        stages[*at].image == base.image && named(&stages[..*at], &base.image).is_none()
+    };
+    let places = (0..stages.len()).filter(same).map(|at| &stages[at]);
+    Ok(places.map(|stage| (stage.instruction, image_end(stage))).collect())
 }
 
 fn stage(instruction: &Instruction) -> Option<Stage<'_>> {
@@ -94,6 +98,8 @@ mod tests {
         );
         assert!(pinned(text, Some("1")).unwrap().contains("FROM b@D\n"));
         assert_eq!(pinned(text, Some("nosuch")).unwrap(), text);
+        let own_name = "FROM a AS a\nFROM a\nCOPY x /y\n";
+        assert_eq!(pinned(own_name, None).unwrap(), "FROM a@D AS a\nFROM a\nCOPY x /y\n");
         assert_eq!(
             pinned("FROM \\\n ${X}\nFROM ${X} AS b", None).unwrap(),
             "FROM \\\n ${X}@D\nFROM ${X}@D AS b"

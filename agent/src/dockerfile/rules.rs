@@ -106,6 +106,14 @@ pub fn rule(words: &Words<'_>, onbuild: bool) -> Rule {
             return Rule::Refuse(why);
         }
     }
+    if ["ADD", "COPY"].contains(&keyword)
+        && serde_json::from_str(words.rest)
+            .is_ok_and(|list: Vec<String>| list.iter().any(|name| name.contains('"')))
+    {
+        return Rule::Refuse(format!(
+            "{keyword}: a name with `\"` in a JSON list is not supported: rename it"
+        ));
+    }
     if keyword == "ADD"
         && let Some(address) =
             words.arguments().iter().rev().skip(1).find(|source| is_address(source))
@@ -212,7 +220,10 @@ fn refused(keyword: &str, flag: &Flag) -> Option<String> {
     let value = flag.value.as_deref().unwrap_or_default();
     let instead = match flag.name.as_str() {
         "exclude" => "exclude the files in .dockerignore, or remove them in a RUN",
-        "keep-git-dir" | "unpack" if is_set(flag) => "do it in a RUN",
+        "keep-git-dir" if is_set(flag) => "do it in a RUN",
+        // Set, it changes nothing for what is not fetched.
+        "unpack" if !is_set(flag) => "COPY does not unpack",
+        "checksum" => "check it in a RUN, with sha256sum",
         "chmod" if !is_octal(value) && !value.contains('$') => "give the mode as an octal number",
         "security" if value != "sandbox" => "steps have no more rights than the others",
         "device" => "a build's VM has no devices",
@@ -309,7 +320,8 @@ mod tests {
             "COPY --link=false a /b",
             "ADD --link --chown=1 a /b",
             "RUN --security=sandbox true",
-            "ADD --unpack=false a.tar /b",
+            "ADD --unpack a.tar /b",
+            "ADD --keep-git-dir=false a /b",
             "COPY --parents=false a /b",
         ] {
             let Rule::Change(flags) = of(line) else { panic!("{line}") };
@@ -348,6 +360,8 @@ mod tests {
             "COPY --nosuch a /b",
             "ADD --from=a a /b",
             "ADD --keep-git-dir=true https://example.com/a.git /b",
+            "ADD --unpack=false a.tar /b",
+            "ADD --checksum=sha256:0 a /b",
             "RUN --security=insecure id",
             "RUN --network=host id",
             "RUN --network=bridge id",
@@ -369,6 +383,10 @@ mod tests {
         for line in ["ARG", "ARG =a", "ENV =a", "LABEL = a"] {
             assert!(refusal(line).contains("without a name"), "{line}");
         }
+        for line in [r#"COPY ["a\"b", "/c"]"#, r#"ADD --link ["a", "/\"c\""]"#] {
+            assert!(refusal(line).contains("`\"`"), "{line}");
+        }
+        assert_eq!(of(r#"COPY "a" /b"#), Rule::Keep);
         assert!(refusal("INSTALL all").contains("INSTALL"));
         assert!(refusal("ENV a=${b?c}").contains("${b?"));
     }

@@ -77,7 +77,8 @@ pub fn scan(text: &str) -> Result<Scanned, Unclosed> {
         doubtful = doubtful.or(why);
         for here in heredocs(&instruction.joined, escape) {
             instruction.heredocs += 1;
-            if !lines.any(|line| here.ends(line.content)) {
+            // What is doubtful is the reason to name: the word may be another one.
+            if !lines.any(|line| here.ends(line.content)) && doubtful.is_none() {
                 return Err(Unclosed { line: instruction.line, word: here.word });
             }
         }

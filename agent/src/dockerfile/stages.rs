@@ -1,8 +1,11 @@
 //! Stages: their names, references to earlier ones by number, and the one to build. Pure.
 //!
-//! Docker takes names without regard to case and the engine does not; of two with one name one takes the first and
-//! the other the last. Where a number is no earlier stage's, Docker says so and the engine breaks down.
+//! Docker takes names without regard to case and the engine does not, so references get their stage's own letters; of
+//! two with one name one takes the first and the other the last. Where a number is no earlier stage's, Docker says so and the engine breaks down.
 
+use std::ops::Range;
+
+use super::scan::Instruction;
 use super::words::{Flag, Words};
 
 /// The stages so far, each with its name where it has one.
@@ -17,13 +20,7 @@ impl Names {
             return Err("FROM: a blank or a control character that is no space".to_owned());
         }
         let mut words = arguments.split_ascii_whitespace();
-        let image = words.next().unwrap_or_default();
-        if let Some(name) = self.known(image)
-            && name != image
-        {
-            return Err(format!("FROM {image}: the stage's name is {name}, in these letters"));
-        }
-        if words.next().is_none_or(|word| !word.eq_ignore_ascii_case("as")) {
+        if words.nth(1).is_none_or(|word| !word.eq_ignore_ascii_case("as")) {
             self.0.push(None);
             return Ok(());
         }
@@ -54,11 +51,64 @@ impl Names {
     }
 }
 
-/// Why an instruction of stage `stage` (from 0) is refused: what it takes files from is a number, and not that
-/// of an earlier stage.
+/// The text with every reference to a stage in that stage's own letters; `None` where they are. Nothing changes its place.
+pub fn in_own_letters(text: &str, instructions: &[Instruction]) -> Option<String> {
+    let mut names: Vec<String> = Vec::new();
+    let mut changed = text.to_owned();
+    for instruction in instructions {
+        let words = Words::of(instruction);
+        for range in references(&words, &instruction.joined) {
+            let given = &instruction.joined[range.clone()];
+            let own = names.iter().find(|name| name.eq_ignore_ascii_case(given));
+            for (at, letter) in range.zip(own.map_or(given, String::as_str).chars()) {
+                let at = instruction.at[at];
+                changed.replace_range(at..=at, letter.encode_utf8(&mut [0; 4]));
+            }
+        }
+        let mut given = words.rest.split_ascii_whitespace().skip(1);
+        if words.keyword == "FROM"
+            && given.next().is_some_and(|word| word.eq_ignore_ascii_case("as"))
+        {
+            names.extend(given.next().map(str::to_owned));
+        }
+    }
+    (changed != text).then_some(changed)
+}
+
+/// Where an instruction names what may be a stage, in its one line. Only ASCII.
+fn references(words: &Words<'_>, line: &str) -> Vec<Range<usize>> {
+    let found = |within: Range<usize>, name: &str| {
+        let start = within.start + line[within].find(name)?;
+        (!name.is_empty() && name.is_ascii()).then(|| start..start + name.len())
+    };
+    if words.keyword == "FROM" {
+        let image = words.rest.split_ascii_whitespace().next().unwrap_or_default();
+        return found(words.rest_range(), image).into_iter().collect();
+    }
+    let of_flag = |flag: &Flag| {
+        let name = from(&words.keyword, flag)?;
+        let written = &line[flag.range.clone()];
+        // A target may hold these letters too.
+        let edges = if words.keyword == "COPY" { "-" } else { ",=\"'" };
+        let is_key = |at: &usize| written[..*at].ends_with(|c| edges.contains(c));
+        let written = written.to_ascii_lowercase();
+        let at = written.match_indices("from=").map(|(at, _)| at).find(is_key)?;
+        found(flag.range.start + at + "from=".len()..flag.range.end, name)
+    };
+    words.flags.iter().filter_map(of_flag).collect()
+}
+
+/// Why an instruction of stage `stage` (from 0) is refused: what it takes files from is in a variable, or a number, and
+/// not that of an earlier stage.
 pub fn refused(words: &Words<'_>, stage: usize) -> Option<String> {
     words.flags.iter().find_map(|flag| {
         let from = from(&words.keyword, flag)?;
+        if from.contains('$') {
+            return Some(format!(
+                "{} --{}: from={from} is not supported, nor by Docker: name the stage or image, or a stage that is FROM it",
+                words.keyword, flag.name
+            ));
+        }
         let number: i64 = from.parse().ok()?;
         let earlier = usize::try_from(number).is_ok_and(|number| number < stage);
         (!earlier).then(|| {
@@ -113,6 +163,23 @@ mod tests {
     }
 
     #[test]
+    fn references_get_the_letters_of_their_stage() {
+        let own = |text: &str| in_own_letters(text, &scan(text).unwrap().instructions);
+        let text = "FROM x AS Build\nFROM \\\n  bUI\\\nLD as two\nCOPY --link --from=BUILD BUILD /BUILD\n\
+                    RUN --mount=target=/from=TWO,from=TWO --mount=type=bind,from=\"build\",target=/b TWO\n\
+                    COPY --from=\"Two\" a /b\nONBUILD COPY --from=TWO a /b\nCOPY --from=three a /b\n\
+                    COPY <<EOF /c\nFROM TWO\nEOF\nFROM y AS THREE";
+        let expected = "FROM x AS Build\nFROM \\\n  Bui\\\nld as two\nCOPY --link --from=Build BUILD /BUILD\n\
+                        RUN --mount=target=/from=TWO,from=two --mount=type=bind,from=\"Build\",target=/b TWO\n\
+                        COPY --from=\"two\" a /b\nONBUILD COPY --from=TWO a /b\nCOPY --from=three a /b\n\
+                        COPY <<EOF /c\nFROM TWO\nEOF\nFROM y AS THREE";
+        assert_eq!(own(text).unwrap(), expected);
+        assert_eq!(own(expected), None);
+        // Its own name is no stage before it.
+        assert_eq!(own("FROM Alpine AS alpine\nCOPY --from=É a /b"), None);
+    }
+
+    #[test]
     fn only_earlier_stages_have_a_number() {
         for (line, stage) in [
             ("COPY --from=0 a /b", 1),
@@ -132,6 +199,9 @@ mod tests {
             ("RUN --mount=type=bind,from=1,target=/x true", 1),
         ] {
             assert!(of(line, stage).unwrap().contains("there is no stage"), "{line}");
+        }
+        for line in ["COPY --from=$A a /b", "RUN --mount=from=x${A},target=/x true"] {
+            assert!(of(line, 9).unwrap().contains('$'), "{line}");
         }
     }
 }

@@ -52,8 +52,13 @@ pub async fn build<E: Engine>(
     let prepared = {
         let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
         let (target, base_digest) = (build.target.clone(), build.base_digest.clone());
+        let build_args = build.build_args.clone();
         tokio::task::spawn_blocking(move || {
-            let asked = Asked { target: target.as_deref(), base_digest: base_digest.as_deref() };
+            let asked = Asked {
+                target: target.as_deref(),
+                base_digest: base_digest.as_deref(),
+                build_args: &build_args,
+            };
             prepare(&places, feed, limits, &dockerfile, asked, &cancel)
         })
     };
