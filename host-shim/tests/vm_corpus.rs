@@ -5,6 +5,8 @@
 //! - `expect.txt`: the image's configuration and files, or the failure. Written by
 //!   `KILN_WRITE_GOLDEN=1`, and read by a person before it is committed.
 //!
+//! A case `hog-…` takes all that it gets of something. Others are built beside it, and become what they always do.
+//!
 //! `KILN_CORPUS=NAME,…` builds only these.
 
 #![allow(clippy::unwrap_used, missing_docs)]
@@ -30,17 +32,72 @@ struct Case {
 fn vm_corpus_of_dockerfiles() {
     let server = Server::start_with(&["--log-limit-mb", "8"]);
     let base = build_base(&server);
-    let cases: Vec<_> = cases().into_iter().map(|dir| (submit(&server, &dir), dir)).collect();
+    let excludes = serde_json::json!(["COPY --exclude=*.md . /copied"]);
+    base.publish_with(&server, "busybox-onbuild", "OnBuild", excludes);
+    let shell = serde_json::json!(["/bin/sh", "-eu", "-c"]);
+    base.publish_with(&server, "busybox-shell", "Shell", shell);
+    let cases = submit_all(&server);
     assert!(!cases.is_empty());
     let mut wrong = Vec::new();
+    let mut builds = Vec::new();
     for (id, dir) in &cases {
-        let found = describe(&server, &server.wait(id), &base, dir);
+        let build = server.wait(id);
+        let found = describe(&server, &build, &base, dir);
         if let Some(difference) = compare(&dir.join("expect.txt"), &found) {
             wrong.push(format!("=== {}\n{difference}", dir.display()));
         }
+        builds.push((dir, build));
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    assert_hogs_had_company(&builds);
     server.stop();
+}
+
+/// Submits every case, so that each hog has beside it only builds that are to become ready: the next hog is submitted
+/// when it is gone, and what fails comes last. Of two VMs one is then the hog's and the other theirs.
+fn submit_all(server: &Server) -> Vec<(String, PathBuf)> {
+    let (hogs, others): (Vec<_>, Vec<_>) = cases().into_iter().partition(|dir| is_hog(dir));
+    let (failing, ready): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|dir| expected(dir).starts_with("fails "));
+    let mut ready = ready.into_iter();
+    let share = ready.len() / hogs.len().max(1);
+    let mut submitted = Vec::new();
+    for hog in hogs {
+        let id = submit(server, &hog);
+        submitted.push((id.clone(), hog));
+        submitted.extend(ready.by_ref().take(share).map(|dir| (submit(server, &dir), dir)));
+        server.wait(&id);
+    }
+    submitted.extend(ready.chain(failing).map(|dir| (submit(server, &dir), dir)));
+    submitted
+}
+
+/// Each hog ran at the same time as a build that became ready. (With `KILN_CORPUS` there may be none.)
+fn assert_hogs_had_company(builds: &[(&PathBuf, Value)]) {
+    // The API's times sort as texts.
+    let time = |build: &Value, name: &str| build[name].as_str().unwrap().to_owned();
+    let ran = |build: &Value| (time(build, "started_at"), time(build, "completed_at"));
+    let ready: Vec<_> = builds
+        .iter()
+        .filter(|(_, build)| build["status"] == "ready")
+        .map(|(_, build)| ran(build))
+        .collect();
+    assert!(!ready.is_empty() || std::env::var_os("KILN_CORPUS").is_some(), "nothing is ready");
+    for (dir, hog) in builds.iter().filter(|(dir, _)| is_hog(dir)) {
+        let (begun, ended) = ran(hog);
+        let company =
+            ready.iter().filter(|(started, done)| *started < ended && begun < *done).count();
+        assert!(company > 0 || ready.is_empty(), "{} ran alone: {hog:#}", dir.display());
+    }
+}
+
+fn is_hog(dir: &Path) -> bool {
+    dir.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"hog-"))
+}
+
+/// What a case is to become; empty where nobody has written it yet.
+fn expected(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("expect.txt")).unwrap_or_default()
 }
 
 /// Debian's static busybox as an image, built by Kiln too.
@@ -133,8 +190,7 @@ fn cases() -> Vec<PathBuf> {
     // What the agent refuses by line needs no VM: its own tests go through all of these. One shows here
     // that the refusal arrives.
     let by_line = |dir: &PathBuf| {
-        let expected = std::fs::read_to_string(dir.join("expect.txt")).unwrap_or_default();
-        let starts = expected.starts_with("fails as dockerfile_invalid\nDockerfile line ");
+        let starts = expected(dir).starts_with("fails as dockerfile_invalid\nDockerfile line ");
         starts && only.is_none() && !dir.ends_with("copy-exclude")
     };
     let entries = std::fs::read_dir(corpus()).unwrap().map(|entry| entry.unwrap().path());

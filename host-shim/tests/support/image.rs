@@ -41,6 +41,33 @@ impl Image {
         Self { dir, layers, config }
     }
 
+    /// Publishes it as `dev/NAME` with one more value in its configuration, as an image that was built elsewhere has it.
+    pub fn publish_with(&self, server: &Server, name: &str, field: &str, value: Value) {
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(self.dir.path()).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+        }
+        let mut config = self.config.clone();
+        config["config"][field] = value;
+        let config = serde_json::to_vec(&config).unwrap();
+        let digest = hex::encode(Sha256::digest(&config));
+        std::fs::write(dir.path().join(&digest), &config).unwrap();
+        let path = dir.path().join("manifest.json");
+        let mut manifest = json(&path);
+        manifest["config"]["digest"] = format!("sha256:{digest}").into();
+        manifest["config"]["size"] = config.len().into();
+        std::fs::write(path, manifest.to_string()).unwrap();
+        let creds = format!("any:{}", server.token);
+        let out = Command::new("skopeo")
+            .args(["copy", "--quiet", "--dest-tls-verify=false", "--dest-creds", &creds])
+            .arg(format!("dir:{}", dir.path().display()))
+            .arg(format!("docker://{}/dev/{name}:latest", server.address))
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+
     /// What the image is run with, and every entry of the layers that `base` does not have.
     pub fn describe(&self, base: &Image) -> String {
         let over_base = self.layers.starts_with(&base.layers);
@@ -48,7 +75,11 @@ impl Image {
         let mut text = serde_json::to_string_pretty(&self.run_config()).unwrap();
         let base = if over_base { "the base" } else { "nothing" };
         let added = self.layers.len() - skipped;
-        write!(text, "\n\nlayers over {base}: {added}\n").unwrap();
+        let part = |name| self.config[name].as_str().unwrap_or("unknown");
+        let platform = format!("{}/{}", part("os"), part("architecture"));
+        let variant = self.config["variant"].as_str().map(|variant| format!("/{variant}"));
+        write!(text, "\n\nplatform {platform}{}\n", variant.unwrap_or_default()).unwrap();
+        writeln!(text, "layers over {base}: {added}").unwrap();
         for line in self.entries(skipped).into_values() {
             writeln!(text, "{line}").unwrap();
         }
