@@ -157,6 +157,19 @@ build_images() {
   step "Making the base image debian:trixie" kiln-image build "$ROOT/images/debian" -o "$STATE/debian"
 }
 
+# Publishes the base image where the server of KILN_URL has none.
+base_image() {
+  local image=${KILN_URL#http://}/base/debian:trixie
+  inspect "$image" '{{.Digest}}' >/dev/null 2>&1 && return
+  [[ -e $STATE/debian/index.json ]] || "$ROOT/scripts/quickstart" --prepare
+  step "Publishing base/debian:trixie" kiln-image publish "$STATE/debian" "$image" --plain-http --creds "any:$KILN_TOKEN"
+}
+
+# inspect IMAGE FORMAT: what the registry of KILN_URL says of an image.
+inspect() {
+  skopeo inspect --tls-verify=false --creds "any:$KILN_TOKEN" --format "$2" "docker://$1"
+}
+
 # The pid of the kiln serve that scripts/up started, if it still runs.
 serve_pid() {
   local pid start

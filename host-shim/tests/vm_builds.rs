@@ -4,12 +4,13 @@
 
 mod support;
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::{BASE, Server, sha256, source, text};
+use support::{BASE, CPUS, Server, sha256, source, text};
 
 /// Prints "up"; with an argument it then waits for ever. Static, so that a build FROM scratch can run
 /// it: under emulation a build that pulls no base takes a fifth of the time.
@@ -65,7 +66,12 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
         ("greeting.txt", b"hello WHO\n"),
         ("web/yarn.lock", b"lock\n"),
     ];
-    let out = server.build(files, &["-t", "team/hello:1", "--build-arg", "WHO=world"]);
+    // As an archive: its digest is known here, too.
+    let archive = archive(files);
+    let args = ["build", "-", "--progress", "plain", "--cpus", CPUS, "-t", "team/hello:1"];
+    let mut command = server.kiln(&args);
+    command.args(["--build-arg", "WHO=world"]).stdin(archive.reopen().unwrap());
+    let out = command.output().unwrap();
     let (stdout, stderr) = (text(out.stdout), text(out.stderr));
     assert!(out.status.success(), "{stderr}\n{}", server.log());
     assert!(stderr.contains("made for world"), "{stderr}");
@@ -104,11 +110,20 @@ fn vm_a_multi_stage_build_is_published_under_its_digest() {
     let builds: serde_json::Value = serde_json::from_slice(&builds.stdout).unwrap();
     let build = &builds[0];
     assert_eq!(build["status"], "ready");
+    let base = format!("docker://{}/base/debian:trixie", server.address);
+    let of_base = ["inspect", "--tls-verify=false", "--creds", &creds, "--format", "{{.Digest}}"];
+    let of_base = skopeo(&of_base, &base);
+    assert_eq!(build["pulled"].as_array().unwrap().len(), 1, "{build}");
     assert_eq!(build["pulled"][0]["reference"], BASE);
+    assert_eq!(build["pulled"][0]["digest"], of_base.trim());
     let provenance = &build["provenance"];
-    for of_the_host in ["source_hash", "request_hash", "builder_digest", "kernel_digest"] {
-        assert!(provenance[of_the_host].as_str().unwrap().starts_with("sha256:"), "{provenance}");
-    }
+    assert!(provenance["request_hash"].as_str().unwrap().starts_with("sha256:"), "{provenance}");
+    let digest_of = |file: &Path| format!("sha256:{}", sha256(&std::fs::read(file).unwrap()));
+    assert_eq!(provenance["source_hash"], digest_of(archive.path()));
+    assert_eq!(provenance["kernel_digest"], digest_of(&support::builder().join("kernel")));
+    let bundle = std::fs::read(support::builder().join("index.json")).unwrap();
+    let bundle: serde_json::Value = serde_json::from_slice(&bundle).unwrap();
+    assert_eq!(provenance["builder_digest"], bundle["manifests"][0]["digest"]);
     // What the guest says is marked as such.
     assert!(provenance["engine_version"].as_str().unwrap().starts_with("buildah 1."));
     assert_eq!(
@@ -454,6 +469,15 @@ fn vm_an_engine_that_crashes_is_named() {
     assert!(message.starts_with("the build engine crashed: panic: "), "{message}");
     assert!(!logs(&server, &id).contains("goroutine"), "{}", logs(&server, &id));
     server.stop();
+}
+
+/// A source of these files, packed.
+fn archive(files: &[(&str, &[u8])]) -> tempfile::NamedTempFile {
+    let (source, archive) = (source(files), tempfile::NamedTempFile::new().unwrap());
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(source.path()).arg("-cf").arg(archive.path()).arg(".");
+    assert!(tar.status().unwrap().success());
+    archive
 }
 
 fn logs(server: &Server, id: &str) -> String {

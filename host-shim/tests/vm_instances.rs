@@ -15,9 +15,11 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use support::{BASE, Server, text};
 
-/// A user of its own, with a further group, and a directory that does not exist.
+/// A user of its own, with a further group, and a directory that does not exist. A file of the base is gone, and a
+/// directory of it is another one.
 const DOCKERFILE: &str = "
 RUN useradd --create-home --uid 1234 app && groupadd --gid 777 extra && usermod --append --groups extra app
+RUN test -f /etc/skel/.bashrc && rm /etc/issue && rm -r /etc/skel && mkdir /etc/skel && touch /etc/skel/own
 ENV A=1 B=two
 USER app
 ENTRYPOINT [\"/bin/sh\", \"-c\"]
@@ -122,14 +124,14 @@ fn vm_an_image_runs_as_it_was_built_to() {
     assert!(removed.status.success(), "{}", text(removed.stderr));
 
     // What the user wants instead; every byte of a program; an orphan.
-    let script = "echo $A $B $C; (sleep 1000 &); cat /proc/1/comm >&2; sha256sum < /usr/bin/perl >&2; \
-                  cat /usr/bin/perl";
+    let script = "echo $A $B $C; (sleep 1000 &); cat /proc/1/comm >&2; ls -A /etc/skel >&2; \
+                  test -e /etc/issue || echo gone >&2; sha256sum < /usr/bin/perl >&2; cat /usr/bin/perl";
     let out = server.run(&["run", "--rm", "-e", "B=2", "-e", "C=3", "app", "--", script]);
     assert_eq!(out.status.code(), Some(0), "{}", text(out.stderr));
     let (head, bytes) = out.stdout.split_at(6);
     assert_eq!(head, b"1 2 3\n");
     let digest = hex::encode(Sha256::digest(bytes));
-    assert_eq!(text(out.stderr), format!("kiln-init\n{digest}  -\n"));
+    assert_eq!(text(out.stderr), format!("kiln-init\nown\ngone\n{digest}  -\n"));
 
     // How it did not run.
     for (cmd, code) in [("nonesuch", 127), ("/etc/passwd", 126)] {

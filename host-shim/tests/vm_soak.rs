@@ -7,17 +7,24 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use support::Server;
 
 /// How many builds are submitted and not yet over, at one time.
 const AHEAD: usize = 6;
+
+/// A build's life under emulation, from its VM's start, or from being submitted where it need not wait long.
+const LIFE_MS: u64 = 6000;
 
 /// What is to become of a build.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +32,20 @@ enum Fate {
     Works,
     Fails,
     IsCancelled,
+    IsKilled,
+}
+
+/// Of six in a row, in any order.
+const FATES: [Fate; 6] =
+    [Fate::IsCancelled, Fate::IsKilled, Fate::Fails, Fate::Works, Fate::Works, Fate::Works];
+
+/// A build that is not looked at yet.
+struct Waiting<'s> {
+    index: u64,
+    id: String,
+    fate: Fate,
+    /// Cancels or kills it, and tells whether that was done before its end.
+    doom: Option<ScopedJoinHandle<'s, bool>>,
 }
 
 #[test]
@@ -45,69 +66,130 @@ fn vm_soak_leaves_nothing_behind() {
     // Whatever is made once is there before the survey.
     assert_eq!(server.wait(&submit(Fate::Works))["status"], "ready");
     let before = Survey::of(&server);
+    assert!(before.uploads.is_empty(), "{:?}", before.uploads);
+    let database = database_bytes(&server);
 
-    let mut waiting = Vec::new();
-    let (mut kills, mut lost) = (0, 0);
-    for index in 0..count {
-        let fate = match random.below(6) {
-            0 => Fate::IsCancelled,
-            1 => Fate::Fails,
-            _ => Fate::Works,
-        };
-        let id = submit(fate);
-        let mut cancelled = false;
-        if fate == Fate::IsCancelled {
-            // A random moment of its life is what this is about.
-            std::thread::sleep(Duration::from_millis(random.below(6000)));
-            cancelled = server.run(&["cancel", &id]).status.success();
-        } else if random.below(5) == 0 {
-            std::thread::sleep(Duration::from_millis(random.below(6000)));
-            kills += usize::from(kill_one(&server, &mut random));
-        }
-        waiting.push((index, id, fate, cancelled));
-        if waiting.len() >= AHEAD || index + 1 == count {
-            let rest = if index + 1 == count { 0 } else { AHEAD / 2 };
-            while waiting.len() > rest {
-                let (index, id, fate, cancelled) = waiting.remove(0);
-                lost += usize::from(check(&server, index, &id, fate, cancelled));
+    let (mut doomed, mut lost) = (0, 0);
+    std::thread::scope(|scope| {
+        let mut waiting = VecDeque::new();
+        let mut fates = vec![];
+        for index in 0..count {
+            if fates.is_empty() {
+                fates = random.shuffled(FATES);
+            }
+            let fate = fates.pop().unwrap();
+            let id = submit(fate);
+            let doom = doom(scope, &server, &id, fate, &mut random);
+            waiting.push_back(Waiting { index, id, fate, doom });
+            if waiting.len() >= AHEAD {
+                for build in waiting.drain(..AHEAD / 2) {
+                    doomed += usize::from(build.doom.is_some());
+                    lost += usize::from(check(&server, build));
+                }
             }
         }
-    }
-    assert!(lost <= kills, "{lost} builds lost their VM, but {kills} were killed");
-    println!("{count} builds, {kills} VMs killed, {lost} of them before their end");
-    let after = Survey::of(&server);
+        for build in waiting {
+            doomed += usize::from(build.doom.is_some());
+            lost += usize::from(check(&server, build));
+        }
+    });
+    println!("{count} builds, {doomed} of them doomed, {lost} lost their VM");
+    let mut after = Survey::of(&server);
+    // Fewer is no leftover.
+    after.descriptors = after.descriptors.max(before.descriptors);
     assert_eq!(before, after);
+    let grown = database_bytes(&server).saturating_sub(database);
+    println!("the database has grown by {grown} bytes");
+    assert!(
+        grown <= DATABASE_ROOM + count * BYTES_A_BUILD,
+        "the database has grown by {grown} bytes"
+    );
     server.stop();
 }
 
-/// Waits for a build's end and looks at it. Tells whether its VM was lost.
-fn check(server: &Server, index: u64, id: &str, fate: Fate, cancelled: bool) -> bool {
-    let build = server.wait(id);
-    let (status, kind) = (&build["status"], &build["failure"]["kind"]);
-    if cancelled {
-        assert_eq!(status, "cancelled", "build {index}: {build}");
-        return false;
-    }
-    if kind == "vm_lost" {
-        return true;
-    }
+/// Cancels a build at a random moment, half of them before its VM starts; or kills a process of its VM.
+fn doom<'s>(
+    scope: &'s Scope<'s, '_>,
+    server: &'s Server,
+    id: &str,
+    fate: Fate,
+    random: &mut Random,
+) -> Option<ScopedJoinHandle<'s, bool>> {
+    let (id, moment) = (id.to_owned(), Duration::from_millis(random.below(LIFE_MS)));
+    let (waits, which) = (random.below(2) == 0, random.below(2));
     match fate {
-        Fate::Fails => assert_eq!(kind, "step_failed", "build {index}: {build}"),
-        // A cancel that was refused came after the end.
-        Fate::Works | Fate::IsCancelled => assert_eq!(status, "ready", "build {index}: {build}"),
+        Fate::Works | Fate::Fails => None,
+        Fate::IsCancelled => Some(scope.spawn(move || {
+            if waits {
+                wait_until_built(server, &id);
+            }
+            // A random moment of its life is what this is about.
+            std::thread::sleep(moment);
+            server.run(&["cancel", &id]).status.success()
+        })),
+        Fate::IsKilled => Some(scope.spawn(move || {
+            wait_until_built(server, &id);
+            std::thread::sleep(moment);
+            kill_one_of(&id, which)
+        })),
     }
-    false
 }
 
-/// Kills a process of some VM, if there is one.
-fn kill_one(server: &Server, random: &mut Random) -> bool {
-    let program = ["qemu-system-x86_64", "vhost-device-vsock"][usize::from(random.below(2) == 0)];
-    let pids = server.processes(program);
-    let Some(pid) = pids.get(usize::try_from(random.below(pids.len().max(1) as u64)).unwrap())
-    else {
-        return false;
-    };
-    kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok()
+/// Waits until the build is no longer queued.
+fn wait_until_built(server: &Server, id: &str) {
+    let mut events = Command::new("curl")
+        .args(["--silent", "--no-buffer"])
+        .args(["--header", &format!("Authorization: Bearer {}", server.token)])
+        .arg(format!("http://{}/builds/{id}/events?follow=true", server.address))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    let begun = lines.map_while(Result::ok).find(|line| line.contains(r#""status":"building""#));
+    let _ = events.kill();
+    events.wait().unwrap();
+    assert!(begun.is_some(), "the build {id} has never been built\n{}", server.log());
+}
+
+/// Kills a process of the build's own VM, QEMU or the vsock device, if it has one still.
+fn kill_one_of(id: &str, which: u64) -> bool {
+    let own = |path: &String| Path::new(path).file_name().is_some_and(|name| name == id);
+    let mut pids = vec![];
+    for cgroup in cgroups().iter().filter(|path| own(path)) {
+        let list = std::fs::read_to_string(Path::new(cgroup).join("cgroup.procs"));
+        pids.extend(list.unwrap_or_default().lines().map(|pid| pid.parse::<i32>().unwrap()));
+    }
+    // The VM may end in just this moment.
+    let pid = pids.get(usize::try_from(which).unwrap()).or(pids.first());
+    pid.is_some_and(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok())
+}
+
+/// Waits for a build's end and looks at it. Tells whether its VM was lost.
+fn check(server: &Server, build: Waiting<'_>) -> bool {
+    let Waiting { index, id, fate, doom } = build;
+    let done = doom.is_some_and(|doom| doom.join().unwrap());
+    let build = server.wait(&id);
+    let (status, kind) = (&build["status"], &build["failure"]["kind"]);
+    match fate {
+        Fate::Fails => assert_eq!(kind, "step_failed", "build {index}: {build}"),
+        Fate::IsCancelled if done => assert_eq!(status, "cancelled", "build {index}: {build}"),
+        // Its image was there already.
+        Fate::IsKilled if status == "ready" => {}
+        Fate::IsKilled if done => assert!(was_killed(&build), "build {index}: {build}"),
+        // What was to become of it came after its end.
+        _ => assert_eq!(status, "ready", "build {index}: {build}"),
+    }
+    kind == "vm_lost"
+}
+
+/// The VM was lost, or was not even all there.
+fn was_killed(build: &Value) -> bool {
+    let Value::String(message) = &build["failure"]["message"] else { return false };
+    match build["failure"]["kind"].as_str() {
+        Some("vm_lost") => true,
+        Some("internal") => message.starts_with("the host could not start a VM: "),
+        _ => false,
+    }
 }
 
 /// All that a VM could leave behind.
@@ -118,8 +200,11 @@ struct Survey {
     sockets: BTreeSet<String>,
     mounts: Vec<String>,
     cgroups: BTreeSet<String>,
-    /// Path and bytes of every file but the database, the log and the registry's images.
+    /// Path and bytes of every file but the database, the log and the registry's images. The server's
+    /// temporary files would be among them.
     files: BTreeSet<(String, u64)>,
+    /// What the registry did not take as an image's part in the end.
+    uploads: BTreeSet<(String, u64)>,
 }
 
 impl Survey {
@@ -129,6 +214,8 @@ impl Survey {
         let mine = |line: &&str| line.contains(dir.to_str().unwrap());
         let mut files = BTreeSet::new();
         list(&dir, &mut files);
+        let is_upload = |path: &str| path.contains("/registry/") && path.contains("/_uploads/");
+        let uploads = files.iter().filter(|(path, _)| is_upload(path)).cloned().collect();
         let kept = |(path, _): &(String, u64)| {
             !path.contains("/registry/")
                 && !path.contains("kiln.db")
@@ -142,8 +229,22 @@ impl Survey {
             mounts: lines("/proc/self/mounts").lines().map(str::to_owned).collect(),
             cgroups: cgroups(),
             files,
+            uploads,
         }
     }
+}
+
+/// What the database's log grows to before it is written back (SQLite's default of 1,000 pages), twice.
+const DATABASE_ROOM: u64 = 8 << 20;
+
+/// A build's record and its events in the database, and a reserve.
+const BYTES_A_BUILD: u64 = 64 << 10;
+
+/// Of the database and its log, on the disk.
+fn database_bytes(server: &Server) -> u64 {
+    let files = std::fs::read_dir(server.data()).unwrap().map(Result::unwrap);
+    let of_database = files.filter(|f| f.file_name().to_string_lossy().starts_with("kiln.db"));
+    of_database.map(|file| file.metadata().unwrap().len()).sum()
 }
 
 fn path_of(line: &str) -> String {
@@ -191,6 +292,15 @@ fn number(variable: &str, default: u64) -> u64 {
 struct Random(u64);
 
 impl Random {
+    /// By Fisher and Yates.
+    fn shuffled<T: Copy, const N: usize>(&mut self, items: [T; N]) -> Vec<T> {
+        let mut items = items.to_vec();
+        for last in (1..N).rev() {
+            items.swap(last, usize::try_from(self.below(last as u64 + 1)).unwrap());
+        }
+        items
+    }
+
     fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;

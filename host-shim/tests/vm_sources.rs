@@ -15,7 +15,7 @@ use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use archive::{EntryType, Tar, gzip, header, zstd};
+use archive::{EntryType, Tar, gzip, header, xz, zstd};
 use inputs::{
     ImageEntry, MEMORY_ROOM, Memory, accepted, agent_peak, image_entries, over, post, survey,
 };
@@ -29,6 +29,9 @@ const UNPACKED_LIMIT: u64 = 512 << 20;
 
 /// Clears the screen, rings, and sets the window's title, where a terminal is shown it.
 const EVIL_NAME: &str = "\x1b[2J\x07\x1b]0;owned";
+
+/// As `setcap all=ep` makes it: `struct vfs_cap_data` of capabilities(7), version 2.
+const ALL_CAPABILITIES: &[u8] = b"\x01\0\0\x02\xff\xff\xff\xff\0\0\0\0\xff\x01\0\0\0\0\0\0";
 
 /// An archive that must be refused, and what its failure must say.
 struct Refused {
@@ -84,6 +87,16 @@ fn names_and_links() -> Vec<Refused> {
             "hard link through a link",
             good().symlink("l", "/etc").hard_link("h", "l/passwd").end(),
             &["`h`", "hard link to `l/passwd`"],
+        ),
+        refused(
+            "hard link up, in PAX",
+            good().pax(&[("linkpath", b"../x")]).hard_link("h", "Dockerfile").end(),
+            &["`h`", "hard link to `../x`"],
+        ),
+        refused(
+            "hard link up, in GNU's long form",
+            good().long_link(b"../../x").hard_link("h", "Dockerfile").end(),
+            &["`h`", "hard link to `../../x`"],
         ),
         refused(
             "the root as a link",
@@ -198,7 +211,16 @@ fn sizes_and_damage() -> Vec<Refused> {
             &["`zeros`", "536870912"],
         ),
         refused("zstd bomb of many files", zstd(&bomb), &["`zeros7`", "536870912"]),
+        refused("too many entries", too_many(), &["more than 1000000 files", "`./`"]),
     ]
+}
+
+/// A million entries, each of which changes nothing, and one more. In frames: none has to be made whole here.
+fn too_many() -> Vec<u8> {
+    const A_FRAME: usize = 10_000;
+    let roots = (0..A_FRAME).fold(Tar::default(), |tar, _| tar.dir("./"));
+    [zstd(&good().0), zstd(&roots.0).repeat(1_000_000 / A_FRAME), zstd(&Tar::default().end())]
+        .concat()
 }
 
 /// tar's reader quotes the field in what it says.
@@ -241,7 +263,10 @@ fn contained() -> Tar {
         .sparse("in/sparse", 0o1000, &[7; 512], 0o2000)
         .pax(&[("size", b"512")])
         .raw(&header(EntryType::Regular, b"in/pax-size", b"", 0), &smuggled)
-        .of(EntryType::XGlobalHeader, "pax_global_header", "")
+        .pax(&[("SCHILY.xattr.security.capability", ALL_CAPABILITIES)])
+        .mode("in/capable", 0o755, b"root?")
+        .pax_of_all(&[("path", b"../x"), ("comment", b"by git archive")])
+        .file("in/after-all", b"by its own name")
 }
 
 #[test]
@@ -288,6 +313,11 @@ fn vm_hostile_sources_are_refused_or_contained() {
     large.as_file().set_len((MAX_SOURCE_MB << 20) + 1).unwrap();
     let (status, problem) = post(&server, large.path(), &[]);
     assert_eq!((status, &problem["code"]), (413, &"too_large".into()), "{problem}");
+    // Nor is what no agent unpacks.
+    let packed = tempfile::NamedTempFile::new().unwrap();
+    packed.as_file().write_all(&xz(&good().end())).unwrap();
+    let (status, problem) = post(&server, packed.path(), &[]);
+    assert_eq!((status, &problem["code"]), (400, &"invalid_source".into()), "{problem}");
 
     for program in ["qemu-system-x86_64", "vhost-device-vsock"] {
         assert!(server.processes(program).is_empty(), "{program} is left");
@@ -324,12 +354,14 @@ fn assert_contained(server: &Server, image: &str) {
         mode,
         owner: (0, 0),
         content: content.to_vec(),
+        xattrs: vec![],
     };
     let link = |target: &str| ImageEntry {
         kind: EntryType::Symlink,
         mode: 0o777,
         owner: (0, 0),
         content: target.into(),
+        xattrs: vec![],
     };
     let directory = ImageEntry { kind: EntryType::Directory, ..file(0o755, b"") };
     let mut expected = vec![
@@ -347,6 +379,8 @@ fn assert_contained(server: &Server, image: &str) {
         (b"up".to_vec(), link("../../../../etc/passwd")),
         (b"alias".to_vec(), link("was-dir-link")),
         (b"hard-to-link".to_vec(), file(0o644, b"replaced")),
+        (b"capable".to_vec(), file(0o755, b"root?")),
+        (b"after-all".to_vec(), file(0o644, b"by its own name")),
         (b"sparse".to_vec(), file(0o644, &[[0; 512], [7; 512]].concat())),
         (b"pax-size".to_vec(), file(0o644, &Tar::default().file("smuggled", b"").0)),
         ([&b"d/".repeat(60)[..], b"leaf"].concat(), file(0o644, b"deep")),

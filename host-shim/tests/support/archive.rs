@@ -67,15 +67,29 @@ impl Tar {
 
     /// An extended header of records for the next entry.
     pub fn pax(self, records: &[(&str, &[u8])]) -> Self {
+        self.extended(EntryType::XHeader, records)
+    }
+
+    /// An extended header of records for all entries that follow.
+    pub fn pax_of_all(self, records: &[(&str, &[u8])]) -> Self {
+        self.extended(EntryType::XGlobalHeader, records)
+    }
+
+    fn extended(self, kind: EntryType, records: &[(&str, &[u8])]) -> Self {
         let content: Vec<u8> = records.iter().flat_map(|(key, value)| record(key, value)).collect();
-        let header = header(EntryType::XHeader, b"pax", b"", content.len() as u64);
-        self.raw(&header, &content)
+        self.raw(&header(kind, b"pax", b"", content.len() as u64), &content)
     }
 
     /// GNU's long name for the next entry.
     pub fn long_name(self, name: &[u8]) -> Self {
         let header = header(EntryType::GNULongName, b"././@LongLink", b"", name.len() as u64);
         self.raw(&header, name)
+    }
+
+    /// GNU's long target for the next entry, which is a link.
+    pub fn long_link(self, target: &[u8]) -> Self {
+        let header = header(EntryType::GNULongLink, b"././@LongLink", b"", target.len() as u64);
+        self.raw(&header, target)
     }
 
     /// A file with holes in GNU's old form: `data` at `offset`, and so long in all.
@@ -115,6 +129,10 @@ pub fn gunzip(bytes: &[u8]) -> Vec<u8> {
 
 pub fn zstd(bytes: &[u8]) -> Vec<u8> {
     through("zstd", &["-qc"], bytes)
+}
+
+pub fn xz(bytes: &[u8]) -> Vec<u8> {
+    through("xz", &["-0c"], bytes)
 }
 
 fn through(program: &str, args: &[&str], bytes: &[u8]) -> Vec<u8> {

@@ -129,12 +129,16 @@ pub fn image_entries(server: &Server, image: &str) -> BTreeMap<Vec<u8>, ImageEnt
             let mut content = Vec::new();
             entry.read_to_end(&mut content).unwrap();
             let target = entry.link_name_bytes().map(std::borrow::Cow::into_owned);
+            let extensions = entry.pax_extensions().unwrap().into_iter().flatten();
+            let keys = extensions.map(|extension| extension.unwrap().key().unwrap().to_owned());
+            let xattrs = keys.filter(|key| key.contains("xattr")).collect();
             let header = entry.header();
             let found = ImageEntry {
                 kind: header.entry_type(),
                 mode: header.mode().unwrap() & 0o7777,
                 owner: (header.uid().unwrap(), header.gid().unwrap()),
                 content: target.unwrap_or(content),
+                xattrs,
             };
             let name = entry.path_bytes().into_owned();
             let name = name.strip_suffix(b"/").map_or(name.clone(), <[u8]>::to_vec);
@@ -152,4 +156,6 @@ pub struct ImageEntry {
     pub owner: (u64, u64),
     /// A link's target.
     pub content: Vec<u8>,
+    /// The keys of its extended attributes.
+    pub xattrs: Vec<String>,
 }

@@ -56,6 +56,13 @@ impl Server {
         server
     }
 
+    /// Starts a server whose VMs boot another bundle. It has no images.
+    pub fn start_of(builder: &Path) -> Self {
+        let mut server = Self::serve(tempfile::tempdir().unwrap(), builder, &[]);
+        server.token = server.new_token("dev", "admin");
+        server
+    }
+
     /// Starts a server whose builds fail before their VMs start. It needs no images.
     pub fn start_without_vms(builder: &Path) -> Self {
         let programs =
@@ -86,8 +93,12 @@ impl Server {
             .append(true)
             .open(dir.path().join("serve.log"))
             .unwrap();
+        // Tests that look for what is left find that there, too.
+        let temporary = dir.path().join("tmp");
+        std::fs::create_dir_all(&temporary).unwrap();
         let child = Command::new(kiln())
             .env("KILN_MAX_VMS", "2")
+            .env("TMPDIR", temporary)
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(dir.path().join("data"))
             .arg("--run-dir")
@@ -382,6 +393,11 @@ fn program(name: &str) -> PathBuf {
 /// What scripts/test has installed.
 pub fn tools() -> PathBuf {
     state_dir().join("tools")
+}
+
+/// The bundle that VMs boot.
+pub fn builder() -> PathBuf {
+    state().join("builder")
 }
 
 fn state_dir() -> PathBuf {
