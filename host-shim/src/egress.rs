@@ -39,7 +39,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::policy::Verdict;
+use self::policy::{Class, Verdict};
 use self::relay::{Activity, Watched};
 use self::target::Target;
 
@@ -63,8 +63,8 @@ const IDLE_DEADLINE: Duration = Duration::from_mins(5);
 pub trait Observer: Send + Sync {
     /// A connection was made.
     fn reached(&self, host: &str, port: u16);
-    /// The policy refused one.
-    fn refused(&self, host: &str, reason: &str);
+    /// The policy refused one, whose address is of this class; of none where nothing may be reached.
+    fn refused(&self, host: &str, class: Option<Class>);
 }
 
 /// What steps may reach at all.
@@ -257,7 +257,7 @@ impl Connection {
         let context = &self.context;
         let addresses = self.judged(target).await.inspect_err(|refusal| {
             if refusal.status == StatusCode::FORBIDDEN {
-                context.observer.refused(target.host(), &refusal.reason);
+                context.observer.refused(target.host(), refusal.class);
             }
         })?;
         let unreachable = |status, why: String| {
@@ -324,7 +324,8 @@ impl Connection {
                     format!("{host} ({ip})")
                 };
                 let reason = format!("{subject} is {class}, which builds may not reach");
-                return Err(Refusal::new(StatusCode::FORBIDDEN, reason));
+                let refusal = Refusal::new(StatusCode::FORBIDDEN, reason);
+                return Err(Refusal { class: Some(class), ..refusal });
             }
         }
         Ok(addresses)
@@ -342,11 +343,13 @@ impl Connection {
 struct Refusal {
     status: StatusCode,
     reason: String,
+    /// Of the address that the policy refuses.
+    class: Option<Class>,
 }
 
 impl Refusal {
     fn new(status: StatusCode, reason: impl Into<String>) -> Self {
-        Self { status, reason: reason.into() }
+        Self { status, reason: reason.into(), class: None }
     }
 
     fn bad(reason: &str) -> Self {

@@ -207,6 +207,10 @@ impl<S: Sink> Session<'_, S> {
                             Some(Outcome::Failed(failure)) if self.kept => {
                                 return Err(End::Kept(failure));
                             }
+                            Some(_) if self.kept => {
+                                let why = "it kept a step, and its build did not fail";
+                                return Err(End::Protocol(why.into()));
+                            }
                             Some(outcome) => {
                                 connection.finish().await;
                                 return Ok(outcome);

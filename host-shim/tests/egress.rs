@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use kiln::egress::policy::Class;
 use kiln::egress::{EgressContext, MAX_CONNECTIONS, Observer, Reach, Resolve, serve};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};
@@ -19,8 +20,9 @@ impl Observer for Seen {
     fn reached(&self, host: &str, port: u16) {
         self.0.lock().unwrap().push(format!("reached {host}:{port}"));
     }
-    fn refused(&self, host: &str, reason: &str) {
-        self.0.lock().unwrap().push(format!("refused {host}: {reason}"));
+    fn refused(&self, host: &str, class: Option<Class>) {
+        let class = class.map_or("nothing".to_owned(), |class| class.to_string());
+        self.0.lock().unwrap().push(format!("refused {host}: {class}"));
     }
 }
 
@@ -259,7 +261,9 @@ async fn what_is_not_public_is_refused_with_a_reason() {
             proxy.ask(&format!("CONNECT {host}:443 HTTP/1.1\r\nHost: x\r\n\r\n")).await;
         assert_eq!((status, body.as_str()), (403, format!("kiln egress: {reason}\n").as_str()));
         let bare = host.trim_matches(['[', ']']);
-        assert_eq!(proxy.seen.take(), [format!("refused {bare}: {reason}")]);
+        let seen = proxy.seen.take().concat();
+        let class = seen.strip_prefix(&format!("refused {bare}: ")).unwrap();
+        assert!(reason.contains(&format!(" is {class}, which")), "{seen}");
     }
     let (status, _) = proxy.ask("GET http://10.0.0.1/ HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert_eq!(status, 403);
@@ -277,7 +281,7 @@ async fn without_a_network_everything_is_refused() {
             (403, "kiln egress: this build has no network\n".to_owned())
         );
     }
-    assert_eq!(proxy.seen.take().len(), 2);
+    assert_eq!(proxy.seen.take(), ["refused site.test: nothing", "refused 127.0.0.1: nothing"]);
 }
 
 #[tokio::test]

@@ -66,6 +66,10 @@ fn through(mut command: Command, bytes: &[u8]) -> Output {
 
 /// Starts a command that says when it runs.
 fn begun(mut command: Command) -> Child {
+    begun_with_input(&mut command)
+}
+
+fn begun_with_input(command: &mut Command) -> Child {
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -142,7 +146,8 @@ fn vm_a_running_build_is_entered() {
 fn vm_a_lost_client_ends_what_it_ran() {
     let server = Server::start();
     let (id, mut follow) = waiting(&server);
-    let script = ["sh", "-c", "sleep 1001 & echo begun; exec sleep 1002"];
+    // One of them in a session, and with that in a process group, of its own.
+    let script = ["sh", "-c", "sleep 1001 & setsid sleep 1003 & echo begun; exec sleep 1002"];
     let mut child = begun(exec(&server, &id, &[], &script));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -159,6 +164,110 @@ fn vm_a_lost_client_ends_what_it_ran() {
     tell(&server, &id);
     follow.drain();
     assert_eq!(server.show(&id)["status"], "ready");
+}
+
+/// What there is because of sessions: in the VM, and in the server.
+#[derive(Debug)]
+struct Survey {
+    in_vm: String,
+    descriptors: usize,
+    threads: usize,
+    open_rows: usize,
+}
+
+impl Survey {
+    /// Names of what runs, kernel threads aside, which come and go; control groups; files of Kiln's.
+    const SCRIPT: &str = "for dir in /proc/[0-9]*; do \
+        read -r line < $dir/stat && case ${line##*) } in Z*) echo zombie ;; *) readlink $dir/exe ;; esac; \
+        done 2>/dev/null | sort; find /sys/fs/cgroup -type d | sort; find /run/kiln | sort";
+
+    fn take(server: &Server, id: &str) -> Self {
+        let out = output(exec(server, id, &["--vm"], &["sh", "-c", Self::SCRIPT]));
+        assert!(out.status.success(), "{}", text(out.stderr));
+        let entries =
+            |of: &str| std::fs::read_dir(format!("/proc/{}/{of}", server.pid())).unwrap().count();
+        let listed = server.run(&["sessions", id, "--limit", "100000", "--format", "json"]);
+        let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+        let open_rows = listed.as_array().unwrap().iter().filter(|row| !row["how"].is_string());
+        Self {
+            in_vm: text(out.stdout).replace(char::is_numeric, ""),
+            descriptors: entries("fd"),
+            threads: entries("task"),
+            open_rows: open_rows.count(),
+        }
+    }
+
+    /// Takes surveys until one fits: a session's end is told before all of it is put away, and threads that have nothing to
+    /// do stay for some seconds.
+    #[track_caller]
+    fn until(server: &Server, id: &str, fits: impl Fn(&Self) -> bool) -> Self {
+        let begun = Instant::now();
+        loop {
+            let now = Self::take(server, id);
+            if fits(&now) {
+                return now;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "{now:#?}");
+        }
+    }
+
+    fn is_within(&self, before: &Self) -> bool {
+        self.in_vm == before.in_vm
+            && self.open_rows == before.open_rows
+            && self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+    }
+}
+
+/// One after another, `KILN_TEST_SESSIONS` of them, and as many at one time as a VM is to have.
+#[test]
+fn vm_many_sessions_leave_nothing_behind() {
+    const AT_ONCE: usize = 50;
+    let sessions = std::env::var("KILN_TEST_SESSIONS").map_or(40, |n| n.parse().unwrap());
+    let server = Server::start();
+    let (id, mut follow) = waiting(&server);
+    let at_once = || {
+        let command = ["sh", "-c", "echo begun; read line; echo $line; sleep 1000 & exit 3"];
+        let mut children: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                let mut command = exec(&server, &id, &["-i"], &command);
+                begun_with_input(command.stdin(Stdio::piped()))
+            })
+            .collect();
+        // All of them are in.
+        for (number, child) in children.iter_mut().enumerate() {
+            writeln!(child.stdin.take().unwrap(), "{number}").unwrap();
+        }
+        for (number, child) in children.into_iter().enumerate() {
+            let out = child.wait_with_output().unwrap();
+            assert_eq!(out.status.code(), Some(3), "{}", server.log());
+            assert_eq!(text(out.stdout), format!("{number}\n"));
+        }
+    };
+    // What a server makes once and keeps, the database's connections among it, is not left behind.
+    let first = Survey::take(&server, &id);
+    at_once();
+    let before = Survey::until(&server, &id, |now| now.threads <= first.threads);
+    assert_eq!((&before.in_vm, before.open_rows), (&first.in_vm, first.open_rows));
+    assert!(before.in_vm.contains("kiln") && before.in_vm.contains("cgroup"), "{before:#?}");
+    let begun = Instant::now();
+    for number in 0..sessions {
+        let out = output(exec(
+            &server,
+            &id,
+            &[],
+            &["sh", "-c", "sleep 1000 & echo $0", &number.to_string()],
+        ));
+        ended(&server, &out, 0, &format!("{number}\n"));
+    }
+    println!("{sessions} sessions took {:?}", begun.elapsed());
+    at_once();
+    let after = Survey::until(&server, &id, |now| now.is_within(&before));
+    println!("before: {before:?}\nafter: {after:?}");
+    tell(&server, &id);
+    follow.drain();
+    assert_eq!(server.show(&id)["status"], "ready");
+    server.stop();
 }
 
 #[test]

@@ -5,9 +5,14 @@
 mod support;
 
 use std::fs;
-use std::process::Output;
+use std::io::Write as _;
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use kiln_protocol::frame::{self, FrameReader};
+use kiln_protocol::hello::{Hello, HelloReply, MAGIC, RejectReason, Resume, TOKEN_LEN};
+use kiln_protocol::port;
+use kiln_protocol::version::{Features, SUPPORTED};
 use serde_json::{Value, json};
 use support::{BASE, Server, text};
 
@@ -57,9 +62,30 @@ fn ticks(pid: i32) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
+fn is_paused(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.starts_with('T')
+}
+
+/// Waits until nobody is in a VM and it was stopped.
+#[track_caller]
+fn until_paused(pid: i32) {
+    let begun = Instant::now();
+    while !is_paused(pid) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it was not paused");
+        // The kernel tells nobody but the parent.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn runs(pid: i32) -> bool {
+    support::name_of(pid).is_some_and(|name| name.starts_with("qemu"))
+}
+
 #[test]
 fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
     let server = Server::start_with(&["--max-vms", "1"]);
+    let dir = tempfile::tempdir().unwrap();
     let id = failed(&server, "600", &[], &dockerfile());
     let build = server.show(&id);
     assert_eq!(build["failure"]["kind"], "step_failed", "{build}");
@@ -83,6 +109,28 @@ fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
     said(&server, &exec(&server, &id, &[], again), 42, "");
     said(&server, &exec(&server, &id, &[], "touch whole.txt"), 0, "");
     said(&server, &exec(&server, &id, &[], again), 0, "");
+    // Each time from a pause, in each way in.
+    let file = dir.path().join("copied");
+    let (there, here) = (format!("{id}:half.txt"), file.to_str().unwrap());
+    for round in 0..5 {
+        until_paused(qemu);
+        let number = format!("echo {round}; cat half.txt");
+        said(&server, &exec(&server, &id, &[], &number), 0, &format!("{round}\nhalf\n"));
+    }
+    until_paused(qemu);
+    said(
+        &server,
+        &exec(&server, &id, &["--vm"], "cat /proc/1/comm; test ! -e half.txt"),
+        0,
+        "kiln-agent\n",
+    );
+    until_paused(qemu);
+    said(&server, &server.run(&["cp", &there, here]), 0, "");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "half\n");
+    until_paused(qemu);
+    fs::write(&file, "other").unwrap();
+    said(&server, &server.run(&["cp", here, &there]), 0, "");
+    said(&server, &exec(&server, &id, &[], "cat half.txt"), 0, "other");
     // What is entered after its end is not marked as a build that was meddled with.
     let build = server.show(&id);
     assert_eq!((&build["status"], &build["entered"]), (&json!("failed"), &json!(false)));
@@ -124,5 +172,93 @@ fn vm_a_failed_step_has_its_secrets_only_for_who_says_so_and_goes_when_its_lease
     assert_eq!(status.code(), Some(125));
     assert!(begun.elapsed() < Duration::from_secs(60));
     assert_eq!(kept(&server), json!([]));
+    server.stop();
+}
+
+#[test]
+fn vm_the_oldest_goes_for_another_and_a_killed_server_lets_all_go() {
+    let server = Server::start_with(&["--max-kept", "1"]);
+    let first = failed(&server, "600", &[], &dockerfile());
+    let of_first = server.processes("qemu-system-x86_64")[0];
+    let second = failed(&server, "600", &[], &dockerfile());
+    assert_eq!(kept(&server)[0]["id"], json!(second));
+    assert_eq!(kept(&server).as_array().unwrap().len(), 1);
+    assert!(!runs(of_first), "{}", server.log());
+    let out = exec(&server, &first, &[], "true");
+    assert_eq!(out.status.code(), Some(125), "{}", text(out.stderr));
+    let of_second = server.processes("qemu-system-x86_64");
+    assert_eq!(of_second.len(), 1, "{of_second:?}");
+    until_paused(of_second[0]);
+    let server = server.kill_and_restart();
+    assert_eq!(kept(&server), json!([]));
+    assert!(!runs(of_second[0]), "{}", server.log());
+    assert_eq!(server.processes("qemu-system-x86_64"), Vec::<i32>::new());
+    let build = server.show(&second);
+    assert_eq!((&build["status"], &build["kept_until"]), (&json!("failed"), &Value::Null));
+    let out = exec(&server, &second, &[], "true");
+    assert_eq!(out.status.code(), Some(125), "{}", text(out.stderr));
+    server.stop();
+}
+
+/// Dials the host from within a VM, as the agent does, says what comes in on its standard input and prints what it
+/// hears within some seconds. Every Debian has Perl; `sockaddr_vm` is of linux/vm_sockets.h.
+const DIALS: &str = r#"
+    socket(my $host, 40, 1, 0) or die "socket: $!";
+    connect($host, pack("S S L L x4", 40, 0, $ARGV[0], 2)) or die "connect: $!";
+    binmode(STDIN); binmode(STDOUT); local $/; my $said = <STDIN>;
+    syswrite($host, $said) == length($said) or die "write: $!";
+    $SIG{ALRM} = sub { exit 0 }; alarm 3;
+    while (sysread($host, my $heard, 65536)) { syswrite(STDOUT, $heard) }
+"#;
+
+/// What the host answers to a Hello of root's in a VM; `None` when it answers nothing.
+fn forged(server: &Server, id: &str, resume: Option<Resume>) -> Option<HelloReply> {
+    let hello = Hello {
+        magic: MAGIC,
+        versions: SUPPORTED,
+        features: Features::RESUME,
+        agent: "forged".into(),
+        image: String::new(),
+        resume,
+    };
+    let port = port::CONTROL.to_string();
+    let mut dials = server.kiln(&["exec", "--vm", "-i", id, "--", "perl", "-e", DIALS, &port]);
+    let mut child = dials.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&frame::encode(&hello).unwrap()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", server.log());
+    let read = async { FrameReader::new(&out.stdout[..]).read().await.unwrap() };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    (!out.stdout.is_empty()).then(|| runtime.block_on(read))
+}
+
+/// Root in a VM has all that its agent has, but the token of the connection that is open.
+#[test]
+fn vm_what_an_entered_vm_forges_is_refused() {
+    let step = "RUN mkfifo /tmp/go && echo wait''ing && cat /tmp/go && exit 42";
+    let server = Server::start();
+    let dockerfile = format!("FROM {BASE}\n{step}\n");
+    let flags = ["--keep-failed", "600", "--memory", "512"];
+    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &flags);
+    let mut follow = server.follow(&id);
+    assert!(follow.until("waiting"), "{}", server.log());
+    let guessed = Some(Resume { token: [7; TOKEN_LEN], acknowledged: 0 });
+    for (resume, why) in [(None, RejectReason::Taken), (guessed.clone(), RejectReason::Resume)] {
+        let heard = forged(&server, &id, resume);
+        assert!(matches!(&heard, Some(HelloReply::Reject(r)) if r.reason == why), "{heard:?}");
+    }
+    // The agent's own connection is still the build's.
+    let _ = exec(&server, &id, &[], "echo go > /tmp/go");
+    follow.drain();
+    let build = server.show(&id);
+    let failure = &build["failure"];
+    assert_eq!((&failure["exit_code"], &build["entered"]), (&json!(42), &json!(true)), "{build}");
+
+    // Kept, nobody listens any more: what is said is not even read.
+    for resume in [None, guessed] {
+        assert_eq!(forged(&server, &id, resume), None, "{}", server.log());
+    }
+    said(&server, &exec(&server, &id, &[], "echo still there"), 0, "still there\n");
+    assert_eq!(server.show(&id), build);
     server.stop();
 }

@@ -117,7 +117,7 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
     server.stop();
 }
 
-/// In a file, packed in base64; and in the image's configuration, by the build's own arguments.
+/// In a file, as it is or packed in base64; and in the image's configuration, by the build's own arguments.
 #[test]
 fn vm_an_image_that_holds_a_secret_is_not_published() {
     let server = Server::start();
@@ -126,29 +126,37 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
     let value = "hunter2/canary+value";
     std::fs::write(dir.path().join("key"), value).unwrap();
     let flag = format!("id=key,src={}", dir.path().join("key").display());
-    let submit = |lines: &str| {
+    let leaks = |lines: &str, flags: &[&str], place: &str| {
         let dockerfile = format!(
             "FROM scratch\nCOPY --chmod=755 busybox /bin/busybox\nSHELL [\"/bin/busybox\", \"sh\", \"-ec\"]\n\
              RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n{lines}\n"
         );
         let files: &[(&str, &[u8])] =
             &[("Dockerfile", dockerfile.as_bytes()), ("busybox", &busybox)];
-        server.submit(
-            files,
-            &["--secret", &flag, "--build-arg", &format!("KEY={value}"), "-t", "leak"],
-        )
-    };
-    let copied =
-        "RUN --mount=type=secret,id=key mkdir -p /etc; base64 </run/secrets/key >/etc/npmrc";
-    let configured = "ARG KEY\nENV TOKEN=$KEY";
-    for (lines, place) in [(copied, "file `etc/npmrc`"), (configured, "configuration")] {
-        let build = server.wait(&submit(lines));
+        let flags = [&["--secret", flag.as_str(), "-t", "leak"], flags].concat();
+        let id = server.submit(files, &flags);
+        let build = server.wait(&id);
         let failure = &build["failure"];
         assert_eq!(failure["kind"], "secret_leaked", "{build}");
         let message = failure["message"].as_str().unwrap();
         assert!(message.contains("\"key\"") && message.contains(place), "{message}");
         assert!(!build.to_string().contains(value), "{build}");
         assert_eq!(build["image_ref"], serde_json::Value::Null);
+    };
+    leaks("RUN --mount=type=secret,id=key cp /run/secrets/key /", &[], "file `key`");
+    let packed =
+        "RUN --mount=type=secret,id=key mkdir -p /etc; base64 </run/secrets/key >/etc/npmrc";
+    leaks(packed, &[], "file `etc/npmrc`");
+    // Of neither is anything left on the server, staging and database included.
+    for form in [value, "aHVudGVyMi9jYW5hcnkrdmFsdW"] {
+        let found = holders(&server.data(), form.as_bytes());
+        assert!(found.is_empty(), "{form} is in {found:?}");
+    }
+    // The argument is the user's own, and kept with the build.
+    let argument = format!("KEY={value}");
+    for line in ["ENV TOKEN=$KEY", "LABEL token=$KEY"] {
+        let flags = ["--build-arg", argument.as_str()];
+        leaks(&format!("ARG KEY\n{line}"), &flags, "configuration");
     }
     // The registry has nothing of it.
     let creds = format!("any:{}", server.token);
@@ -158,6 +166,10 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
         .output()
         .unwrap();
     assert!(!inspected.status.success());
+    // Not even its name. The base image was published, so that there is something to look through.
+    let repositories = server.data().join("registry/docker/registry/v2/repositories");
+    let of_tenant = |tenant: &str, name: &str| repositories.join(tenant).join(name).exists();
+    assert!(of_tenant("base", "debian") && !of_tenant("dev", "leak"));
     let found = holders(&server.data().join("registry"), value.as_bytes());
     assert!(found.is_empty(), "{found:?}");
     server.stop();

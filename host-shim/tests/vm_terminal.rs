@@ -1,4 +1,4 @@
-//! A shell of a running build in a real terminal: tmux has one, types into it, and shows what is on its screen.
+//! A shell of a running build, and of one that failed and is kept, in a real terminal: tmux has one, types into it, and shows what is on its screen.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -17,14 +17,45 @@ RUN ["/bin/busybox", "--install", "-s", "/bin"]
 RUN mkdir /tmp; echo wait''ing; exec sleep 1000
 "#;
 
+/// Ends instead.
+const FAILS: &str = "RUN mkdir /tmp; exit 42\n";
+
 #[test]
 fn vm_a_shell_in_a_terminal_works() {
     let server = Server::start();
-    let busybox = std::fs::read("/bin/busybox").unwrap();
-    let id = server.submit(&[("Dockerfile", WAITS.as_bytes()), ("busybox", &busybox)], &[]);
+    let id = submit(&server, WAITS, &[]);
     assert!(server.follow(&id).until("waiting"), "{}", server.log());
+    use_a_shell(&server, &id);
+    assert!(server.run(&["cancel", &id]).status.success());
+    server.stop();
+}
 
-    let enter = server.kiln(&["exec", "-it", "-e", "PS1=prompt> ", &id, "--", "sh"]);
+#[test]
+fn vm_a_shell_in_a_failed_step_works_after_a_pause() {
+    let server = Server::start();
+    let (head, _) = WAITS.rsplit_once("RUN").unwrap();
+    let id = submit(&server, &format!("{head}{FAILS}"), &["--keep-failed", "600"]);
+    assert_eq!(server.wait(&id)["failure"]["exit_code"], 42, "{}", server.log());
+    let qemu = server.processes("qemu-system-x86_64")[0];
+    let begun = Instant::now();
+    while !std::fs::read_to_string(format!("/proc/{qemu}/stat")).unwrap().contains(") T ") {
+        assert!(begun.elapsed() < PATIENCE, "it was not paused");
+        // The kernel tells nobody but the parent.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    use_a_shell(&server, &id);
+    assert!(server.run(&["kept", "release", &id]).status.success());
+    server.stop();
+}
+
+fn submit(server: &Server, dockerfile: &str, flags: &[&str]) -> String {
+    let busybox = std::fs::read("/bin/busybox").unwrap();
+    server.submit(&[("Dockerfile", dockerfile.as_bytes()), ("busybox", &busybox)], flags)
+}
+
+/// All that people do in one, until they leave it.
+fn use_a_shell(server: &Server, id: &str) {
+    let enter = server.kiln(&["exec", "-it", "-e", "PS1=prompt> ", id, "--", "sh"]);
     let terminal = Terminal::open(&enter);
     terminal.until("prompt>");
     terminal.line("stty size");
@@ -76,9 +107,6 @@ fn vm_a_shell_in_a_terminal_works() {
     terminal.until("ended with 0");
     terminal.line("still here");
     terminal.until("read still here");
-    drop(terminal);
-    assert!(server.run(&["cancel", &id]).status.success());
-    server.stop();
 }
 
 /// Far more than anything takes.

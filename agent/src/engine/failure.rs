@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
-use kiln_protocol::event::{Failure, FailureKind, cut_text};
+use kiln_protocol::event::{Failure, FailureKind, MAX_REPORT_TEXT, cut_text};
 
 use super::parse::{self, Cause, DISK_FULL};
 use crate::runtime::{StepRecord, Usage};
@@ -55,7 +55,7 @@ pub fn failure(cause: Cause, detail: String) -> Failure {
         message: cut_text(&cause.message),
         step: None,
         exit_code: None,
-        detail: Some(cut_start(&detail)).filter(|detail| !detail.is_empty()),
+        detail: Some(last_lines(&detail)).filter(|detail| !detail.is_empty()),
     }
 }
 
@@ -101,20 +101,22 @@ fn without_words(status: ExitStatus) -> Cause {
     Cause { kind: FailureKind::EngineCrashed, message }
 }
 
-/// Cuts a text to the bound of a report from its start: the end tells the cause.
-fn cut_start(text: &str) -> String {
-    let mut start = text.len().saturating_sub(kiln_protocol::event::MAX_REPORT_TEXT);
-    while !text.is_char_boundary(start) {
-        start += 1;
-    }
-    text[start..].to_owned()
+/// Cuts a text to the bound of a report: the end tells the cause, so the first lines go. Whole ones: the host, which
+/// takes secrets out of a text, could not tell the rest of one from anything else.
+fn last_lines(text: &str) -> String {
+    let surplus = text.len().saturating_sub(MAX_REPORT_TEXT);
+    let starts = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1));
+    let fits = starts.filter(|start| *start < text.len()).find(|start| *start >= surplus);
+    // One line that is too long is cut at its end, and marked.
+    let last = || text.trim_end_matches('\n').rfind('\n').map_or(0, |at| at + 1);
+    cut_text(&text[fits.unwrap_or_else(last)..])
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use kiln_protocol::event::{MAX_REPORT_TEXT, Outcome};
+    use kiln_protocol::event::Outcome;
 
     fn step() -> StepRecord {
         StepRecord {
@@ -198,9 +200,30 @@ mod tests {
     fn reports_keep_their_bounds() {
         let mut long = step();
         long.name = "n".repeat(MAX_REPORT_TEXT);
-        let detail = format!("{}end", "é".repeat(MAX_REPORT_TEXT));
+        let detail = format!("{}\nend", "é".repeat(MAX_REPORT_TEXT));
         let failure = of_build(exited(1), &[long], 0, &[], detail);
-        assert!(failure.detail.clone().unwrap().ends_with("end"));
+        assert_eq!(failure.detail.as_deref(), Some("end"));
         assert_eq!(Outcome::Failed(failure).check(), Ok(()));
+    }
+
+    /// Half a secret is masked by nobody.
+    #[test]
+    fn a_text_is_cut_between_lines() {
+        let line = format!("{}-secret", "x".repeat(1000));
+        for count in 1..12 {
+            let kept = last_lines(&[line.as_str()].repeat(count).join("\n"));
+            assert!(kept.lines().all(|kept| kept == line), "{kept}");
+            assert_eq!(kept.lines().count(), count.min(8));
+        }
+        let at = ["x".repeat(MAX_REPORT_TEXT - 2), "y".into()].join("\n");
+        assert_eq!(last_lines(&at), at);
+        assert_eq!(last_lines(&format!("x{at}")), "y");
+        // What cannot be cut so is cut where it is marked.
+        let long = "é".repeat(MAX_REPORT_TEXT);
+        for text in [long.clone(), format!("first\n{long}"), format!("first\n{long}\n")] {
+            let kept = last_lines(&text);
+            assert!(kept.starts_with('é') && kept.ends_with('…'), "{}", &kept[..20]);
+            assert!(kept.len() <= MAX_REPORT_TEXT);
+        }
     }
 }

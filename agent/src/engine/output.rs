@@ -8,12 +8,10 @@ use tokio::io::AsyncRead;
 
 use super::parse;
 use crate::events::Reporter;
-use crate::runtime::{Part, report_lines};
+use crate::runtime::{Begun, Part, report_lines};
 
 /// How many lines are kept: what fits a screen and tells the cause.
 const LAST_LINES: usize = 20;
-/// How much of one line is kept.
-const LINE_BYTES: usize = 1024;
 
 /// buildah prints its inner value of an instruction that it does not know, the environment with
 /// the build arguments included. What follows this is left out.
@@ -84,14 +82,11 @@ pub async fn report(
     reporter: Reporter,
     last: LastLines,
 ) {
-    let (mut dump, mut line) = (DumpCutter::default(), Vec::new());
+    let (mut dump, mut line) = (DumpCutter::default(), Begun::default());
     report_lines(from, stream, None, &reporter, |part| {
         dump.cut(part);
-        let room = LINE_BYTES.saturating_sub(line.len());
-        line.extend_from_slice(&part.content[..part.content.len().min(room)]);
-        if !part.partial {
-            last.push(stream, String::from_utf8_lossy(&line).into_owned());
-            line.clear();
+        if let Some(line) = line.take(part) {
+            last.push(stream, line);
         }
     })
     .await;
@@ -188,6 +183,6 @@ mod tests {
         assert_eq!(last.stderr().len(), LAST_LINES + 1);
         assert!(last.text().starts_with("Error: b\nframe\n"), "{}", last.text());
         let (_, last) = events("z".repeat(3 * MAX_LOG_BYTES).into_bytes()).await;
-        assert_eq!(last.text().len(), LINE_BYTES);
+        assert_eq!(last.text().len(), 1024 + '…'.len_utf8());
     }
 }

@@ -43,6 +43,7 @@ pub use seccomp::tighten;
 pub use secrets::{StepSecret, VARIABLE_MOUNTS};
 pub use server::{Server, Settings, StepRecord};
 pub use sys::receive_descriptors;
+pub use tail::Begun;
 
 /// The name that makes the agent's binary the wrapper.
 pub const WRAPPER_NAME: &str = "kiln-oci-runtime";

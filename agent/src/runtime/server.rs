@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cgroup::{Cgroup, Usage};
 use super::config::StepPolicy;
-use super::lines::{Part, report_lines};
+use super::lines::report_lines;
 use super::secrets::StepSecret;
 use super::stay::stay;
 use super::sys;
@@ -35,9 +35,6 @@ use crate::exec::{Enterable, Target};
 
 /// A wrapper that connected has all it wants to say at hand.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// The last words of a step are kept to tell why it could not start.
-const LAST_WORDS: usize = 1024;
 
 /// What holds for all steps of a build.
 #[derive(Clone, Debug)]
@@ -216,6 +213,7 @@ impl Announced {
         let mut last_words = String::new();
         let tail = Tail::default();
         let (mut begun_out, mut begun_err) = (Begun::default(), Begun::default());
+        let mut words = Begun::default();
         let wrapper = &mut self.wrapper;
         let (ended, (), ()) = tokio::join!(
             async {
@@ -232,8 +230,8 @@ impl Announced {
             }),
             report_lines(self.stderr, LogStream::Stderr, Some(index), reporter, |part| {
                 tail.see(&mut begun_err, part);
-                if !part.content.is_empty() {
-                    last_words = words(part);
+                if let Some(line) = words.take(part).filter(|line| !line.is_empty()) {
+                    last_words = line;
                 }
             }),
         );
@@ -306,11 +304,6 @@ pub(super) async fn read_message(
     let mut line = Vec::new();
     wrapper.take(MAX_LINE as u64).read_until(b'\n', &mut line).await?;
     wire::decode(&line)
-}
-
-fn words(part: &Part) -> String {
-    let end = part.content.len().min(LAST_WORDS);
-    String::from_utf8_lossy(&part.content[..end]).into_owned()
 }
 
 /// The exit code that shells give for a command that does not start, by what crun says.

@@ -5,11 +5,14 @@
 //! api::exec ── entrance(build) ──────────▶ │                            └─ until its lease ends, it is released,
 //! api::kept ── list, extend, release ────▶ │                               or room is needed: the oldest goes first
 //! ```
-//! A VM that is paused takes no CPU and no build's place, and all of its memory. Nothing that it says counts any more:
-//! its build has ended, its control connection and its way to the registry are closed.
+//! A VM that is paused takes no CPU and no build's place, and all of its memory: what it has not touched yet is not free
+//! for others. Nothing that it says counts any more: its build has ended, its control connection and its way to the
+//! registry are closed.
 
 mod room;
 mod stay;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,11 +21,12 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::room::Memory;
+pub use self::stay::Machine;
 use self::stay::{Ask, Stay};
 use crate::build::{BuildId, Millis, Tenant};
 use crate::clock;
 use crate::exec::Entrance;
-use crate::vmm::Vm;
 
 /// Longest time that a VM stays, however often its lease is extended: two days.
 pub const MAX_STAY_SECONDS: u32 = 2 * 24 * 60 * 60;
@@ -35,10 +39,24 @@ pub struct Kept {
 
 struct Inner {
     most: usize,
-    /// The oldest first.
-    vms: Mutex<Vec<Lodger>>,
+    house: Mutex<House>,
     tasks: TaskTracker,
     stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct House {
+    /// The oldest first.
+    vms: Vec<Lodger>,
+    /// Memory of VMs that are being started, in MiB.
+    starting_mb: u64,
+}
+
+/// Memory for a VM that is being started: until this is dropped nobody else is given it.
+#[must_use]
+pub struct Starting {
+    inner: Arc<Inner>,
+    memory_mb: u32,
 }
 
 /// What is known of a kept VM.
@@ -78,6 +96,8 @@ struct Lodger {
     lease: Lease,
     entrance: Entrance,
     asks: mpsc::UnboundedSender<Ask>,
+    /// The process that has its memory.
+    qemu: Option<i32>,
     /// Its VM is being removed: it takes its place until that is done, and cannot be entered.
     going: bool,
 }
@@ -92,7 +112,7 @@ impl Kept {
     /// For at most so many VMs at one time.
     pub fn new(most: usize) -> Self {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        Self { inner: Arc::new(Inner { most, vms: Mutex::default(), tasks, stop }) }
+        Self { inner: Arc::new(Inner { most, house: Mutex::default(), tasks, stop }) }
     }
 
     /// Whether any VM may be kept.
@@ -101,23 +121,42 @@ impl Kept {
     }
 
     /// Lets VMs go, the oldest first, until the host has memory for another one, or there are none left.
-    pub async fn make_room(&self, memory_mb: u32) {
-        while !room::has_room_for(memory_mb) {
-            let first = room::first_to_go(self.lock().iter().map(|lodger| &lodger.lease)).cloned();
-            let Some(first) = first else { return };
+    pub async fn make_room(&self, memory_mb: u32) -> Starting {
+        loop {
+            let first = match self.reserve(memory_mb, room::free_mb) {
+                Ok(starting) => return starting,
+                Err(first) => first,
+            };
             self.let_go(&first, "a VM is about to start and needs its memory").await;
         }
     }
 
+    /// Sets memory aside where so much is free, or says which VM has to go first. With none to go it is given all the same.
+    fn reserve(
+        &self,
+        memory_mb: u32,
+        free_mb: impl FnOnce() -> Option<u64>,
+    ) -> Result<Starting, BuildId> {
+        let mut house = self.lock();
+        let taken = house.vms.iter().map(|vm| Memory::of(vm.lease.memory_mb, vm.qemu));
+        if !room::has_room_for(memory_mb, free_mb(), taken, house.starting_mb)
+            && let Some(first) = room::first_to_go(house.vms.iter().map(|vm| &vm.lease))
+        {
+            return Err(first.clone());
+        }
+        house.starting_mb += u64::from(memory_mb);
+        Ok(Starting { inner: Arc::clone(&self.inner), memory_mb })
+    }
+
     /// Keeps a VM. Where there are as many as may be, or as many of its tenant, another one goes.
-    pub async fn keep(&self, vm: Vm, guest: Guest) {
-        let dialer = match vm.dialer() {
-            Ok(dialer) if self.is_open() && !self.inner.stop.is_cancelled() => dialer,
+    pub async fn keep(&self, vm: impl Machine, guest: Guest) {
+        let dial = match vm.dial() {
+            Ok(dial) if self.is_open() && !self.inner.stop.is_cancelled() => dial,
             refused => {
                 if let Err(error) = refused {
                     tracing::error!(%error, "a VM is not kept: its sockets are not to be had");
                 }
-                return stay::remove(vm).await;
+                return vm.remove().await;
             }
         };
         let Guest { id, tenant, memory_mb, seconds, nonce, with_it } = guest;
@@ -125,9 +164,9 @@ impl Kept {
         let until = since + i64::from(seconds) * 1000;
         let lease = Lease { id: id.clone(), tenant, memory_mb, since, until, sessions: 0 };
         let (asks, asked) = mpsc::unbounded_channel();
-        let entrance = Entrance::new(stay::Door::new(dialer, asks.clone()), nonce);
+        let entrance = Entrance::new(stay::Door::new(dial, asks.clone()), nonce);
         let stay = Stay { kept: self.clone(), id, entrance: entrance.clone(), until, with_it };
-        let mut lodger = Lodger { lease, entrance, asks, going: false };
+        let mut lodger = Lodger { lease, entrance, asks, qemu: vm.qemu(), going: false };
         while let Err(waiting) = self.admit(lodger) {
             lodger = waiting.lodger;
             self.let_go(&waiting.instead, "there are as many kept VMs as there may be").await;
@@ -138,7 +177,7 @@ impl Kept {
 
     /// Takes one in, or says which has to go first.
     fn admit(&self, lodger: Lodger) -> Result<(), Box<Waiting>> {
-        let mut vms = self.lock();
+        let vms = &mut self.lock().vms;
         let most = self.inner.most;
         let leases = vms.iter().map(|lodger| &lodger.lease);
         let instead = room::in_the_way(&leases, &lodger.lease.tenant, most).cloned();
@@ -156,7 +195,7 @@ impl Kept {
 
     /// Those of a tenant, or all. The oldest first.
     pub fn list(&self, tenant: Option<&Tenant>) -> Vec<Lease> {
-        let vms = self.lock();
+        let vms = &self.lock().vms;
         let leases = vms.iter().filter(|lodger| !lodger.going).map(|lodger| &lodger.lease);
         leases
             .filter(|lease| tenant.is_none_or(|tenant| lease.tenant == *tenant))
@@ -170,14 +209,14 @@ impl Kept {
     }
 
     fn staying(&self, id: &BuildId) -> Option<(Lease, Entrance)> {
-        let vms = self.lock();
+        let vms = &self.lock().vms;
         let lodger = vms.iter().find(|lodger| lodger.lease.id == *id && !lodger.going)?;
         Some((lodger.lease.clone(), lodger.entrance.clone()))
     }
 
     /// Lets a VM stay for so many seconds from now, at most [`MAX_STAY_SECONDS`] in all. `None` when it is not kept.
     pub fn extend(&self, id: &BuildId, seconds: u32) -> Option<Lease> {
-        let mut vms = self.lock();
+        let vms = &mut self.lock().vms;
         let lodger = vms.iter_mut().find(|lodger| lodger.lease.id == *id && !lodger.going)?;
         let last = lodger.lease.since + i64::from(MAX_STAY_SECONDS) * 1000;
         let until = (clock::now() + i64::from(seconds) * 1000).min(last);
@@ -188,7 +227,7 @@ impl Kept {
     /// Lets a VM go, and waits until it is gone. False when it is not kept.
     pub async fn release(&self, id: &BuildId) -> bool {
         let asks = {
-            let vms = self.lock();
+            let vms = &self.lock().vms;
             vms.iter().find(|lodger| lodger.lease.id == *id).map(|lodger| lodger.asks.clone())
         };
         let Some(asks) = asks else { return false };
@@ -210,7 +249,19 @@ impl Kept {
         self.inner.tasks.wait().await;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Lodger>> {
-        self.inner.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, House> {
+        self.inner.lock()
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, House> {
+        self.house.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.inner.lock().starting_mb -= u64::from(self.memory_mb);
     }
 }

@@ -1,9 +1,9 @@
 //! One kept VM: the task that owns it.
 
+use std::io;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kiln_protocol::port;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -13,11 +13,57 @@ use crate::build::{BuildId, Millis};
 use crate::causes::chain;
 use crate::clock;
 use crate::exec::{Dial, Entrance, Line};
-use crate::vmm::{DialError, Dialer, Vm, VmmError};
+use crate::vmm::{DialError, Vm, VmmError};
 
 /// How long a VM runs on after its last session: the agent ends what that left behind, and the next command of a
 /// script finds it awake.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// What stays, as far as its stay needs it: a VM. Tests keep others.
+#[async_trait]
+pub trait Machine: Send + Sync + 'static {
+    /// The way into it, while it runs.
+    fn dial(&self) -> io::Result<Box<dyn Dial>>;
+    /// The process that has its memory.
+    fn qemu(&self) -> Option<i32>;
+    /// Stops it: it takes no more time of the host's.
+    fn pause(&self) -> Result<(), VmmError>;
+    /// Lets it run on.
+    fn resume(&self) -> Result<(), VmmError>;
+    /// Resolves when it is over, with why. Cancel-safe.
+    async fn over(&self) -> String;
+    /// Removes it, and says so when something stays.
+    async fn remove(self);
+}
+
+#[async_trait]
+impl Machine for Vm {
+    fn dial(&self) -> io::Result<Box<dyn Dial>> {
+        Ok(Box::new(self.dialer()?))
+    }
+
+    fn qemu(&self) -> Option<i32> {
+        Some(self.pids().qemu.pid)
+    }
+
+    fn pause(&self) -> Result<(), VmmError> {
+        Self::pause(self)
+    }
+
+    fn resume(&self) -> Result<(), VmmError> {
+        Self::resume(self)
+    }
+
+    async fn over(&self) -> String {
+        self.exited().await.to_string()
+    }
+
+    async fn remove(self) {
+        if let Err(error) = self.destroy().await {
+            tracing::error!(error = %chain(&error), "the VM was not removed completely");
+        }
+    }
+}
 
 /// What a kept VM's task is asked for.
 pub(super) enum Ask {
@@ -33,13 +79,13 @@ pub(super) enum Ask {
 
 /// The way into a kept VM: it runs as long as somebody is in it.
 pub(super) struct Door {
-    dialer: Dialer,
+    dial: Box<dyn Dial>,
     asks: mpsc::UnboundedSender<Ask>,
 }
 
 impl Door {
-    pub(super) fn new(dialer: Dialer, asks: mpsc::UnboundedSender<Ask>) -> Self {
-        Self { dialer, asks }
+    pub(super) fn new(dial: Box<dyn Dial>, asks: mpsc::UnboundedSender<Ask>) -> Self {
+        Self { dial, asks }
     }
 }
 
@@ -66,7 +112,7 @@ impl Dial for Door {
             Ok(Err(error)) => return Err(DialError::Asleep(chain(&error))),
             Err(_) => return Err(gone()),
         }
-        let stream = self.dialer.dial(port::EXEC).await?;
+        let stream = self.dial.dial().await?.stream;
         Ok(Line { stream, hold: Some(Box::new(visit)) })
     }
 }
@@ -85,7 +131,7 @@ impl Stay {
     /// Has the VM stay, then removes it.
     pub(super) async fn run(
         self,
-        vm: Vm,
+        vm: impl Machine,
         mut asked: mpsc::UnboundedReceiver<Ask>,
         stop: CancellationToken,
     ) {
@@ -94,8 +140,8 @@ impl Stay {
         self.with_lodger(|lodger| lodger.going = true);
         self.entrance.close();
         drop(self.with_it);
-        remove(vm).await;
-        self.kept.lock().retain(|lodger| lodger.lease.id != self.id);
+        vm.remove().await;
+        self.kept.lock().vms.retain(|lodger| lodger.lease.id != self.id);
         // Who waits for its end sees this close.
         drop(asked);
     }
@@ -103,7 +149,7 @@ impl Stay {
     /// Why it goes.
     async fn stay(
         &self,
-        vm: &Vm,
+        vm: &impl Machine,
         asked: &mut mpsc::UnboundedReceiver<Ask>,
         stop: &CancellationToken,
     ) -> String {
@@ -119,7 +165,7 @@ impl Stay {
                 biased;
                 () = stop.cancelled() => return "the server stops".into(),
                 () = tokio::time::sleep_until(until) => return "its lease ended".into(),
-                exit = vm.exited() => return exit.to_string(),
+                why = vm.over() => return why,
                 ask = asked.recv() => ask,
                 () = or_never(pause_at) => {
                     pause_at = None;
@@ -158,7 +204,7 @@ impl Stay {
     }
 
     fn with_lodger(&self, change: impl FnOnce(&mut Lodger)) {
-        let mut vms = self.kept.lock();
+        let vms = &mut self.kept.lock().vms;
         vms.iter_mut().find(|lodger| lodger.lease.id == self.id).map(change);
     }
 }
@@ -172,12 +218,5 @@ async fn or_never(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Removes a VM and says so when something stays.
-pub(super) async fn remove(vm: Vm) {
-    if let Err(error) = vm.destroy().await {
-        tracing::error!(error = %chain(&error), "the VM was not removed completely");
     }
 }

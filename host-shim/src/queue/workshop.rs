@@ -41,7 +41,8 @@ pub struct Workshop {
 impl Workshop {
     /// Starts a VM. Kept ones give way where its memory would not be there.
     pub async fn start(&self, spec: VmSpec) -> Result<Vm, VmmError> {
-        self.kept.make_room(spec.memory_mb).await;
+        // Until it is started: nobody else counts on it meanwhile.
+        let _starting = self.kept.make_room(spec.memory_mb).await;
         self.vmm.start(spec).await
     }
 

@@ -68,6 +68,15 @@ struct Host {
 
 /// Starts a session that sends a source of `source` bytes.
 fn host(source: usize) -> Host {
+    host_that(source, false)
+}
+
+/// The same, of a build whose failed step is to stay.
+fn host_that_keeps() -> Host {
+    host_that(10, true)
+}
+
+fn host_that(source: usize, keep_failed: bool) -> Host {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&vec![5; source]).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
@@ -79,7 +88,7 @@ fn host(source: usize) -> Host {
         base_digest: None,
         egress_ca: vec![],
         secrets: vec![],
-        keep_failed: false,
+        keep_failed,
     };
     let limits = Limits {
         timeout_ms: 1000,
@@ -196,6 +205,16 @@ fn built() -> AgentToHost {
         digest: "sha256:0".into(),
         engine: "e".into(),
         lockfiles: vec![],
+    }))
+}
+
+fn failed() -> AgentToHost {
+    AgentToHost::Outcome(Outcome::Failed(Failure {
+        kind: FailureKind::StepFailed,
+        message: "step 1 failed with exit code 42".into(),
+        step: Some(1),
+        exit_code: Some(42),
+        detail: None,
     }))
 }
 
@@ -379,6 +398,7 @@ async fn breach(say: Vec<AgentToHost>) -> End {
 
 #[tokio::test]
 async fn breaches_of_the_protocol_end_the_session() {
+    let kept = vec![AgentToHost::Kept, failed()];
     let oversized = vec![log(1, &vec![0; MAX_LOG_BYTES + 1])];
     let gap = vec![log(1, b"1"), log(3, b"3")];
     let from_two = vec![log(2, b"2")];
@@ -391,9 +411,47 @@ async fn breaches_of_the_protocol_end_the_session() {
         detail: None,
     };
     let outcome = vec![AgentToHost::Outcome(Outcome::Failed(failure))];
-    for say in [oversized, gap, from_two, outcome] {
+    for say in [kept, oversized, gap, from_two, outcome] {
         let end = breach(say).await;
         assert!(matches!(end, End::Protocol(_)), "{end:?}");
+    }
+}
+
+/// Whoever enters the VM may be root there, and get hold of the agent's connection.
+#[tokio::test]
+async fn nothing_counts_after_a_step_was_kept() {
+    let host = host_that_keeps();
+    let (mut agent, _) = Agent::welcomed(&host).await;
+    agent.take_source().await;
+    agent.say(log(1, b"before")).await;
+    agent.acknowledged(1).await;
+    // All at one time, so that the host has it at hand when it ends the session.
+    let after = [log(2, b"after"), AgentToHost::EngineStarted, built()];
+    let said = [vec![AgentToHost::Kept, failed()], after.into()].concat();
+    let frames: Vec<u8> = said.iter().flat_map(|m| frame::encode(m).unwrap()).collect();
+    tokio::io::AsyncWriteExt::write_all(&mut agent.writer, &frames).await.unwrap();
+    let Host { dial, session, .. } = host;
+    let (end, stored) = session.await.unwrap();
+    assert!(matches!(&end, End::Kept(failure) if failure.exit_code == Some(42)), "{end:?}");
+    assert_eq!(seqs(&stored), [1]);
+    assert!(!stored.engine_started);
+    // The agent is not told to finish: its VM is to stay. And nobody takes it back.
+    assert!(agent.reader.read::<HostToAgent>().await.is_err());
+    let (_guest, far) = tokio::io::duplex(64);
+    assert!(dial.send(far).await.is_err());
+}
+
+/// A step that is kept has failed: whoever says so and then something else is not believed either.
+#[tokio::test]
+async fn a_build_whose_step_is_kept_ends_in_no_other_way() {
+    for outcome in [built(), AgentToHost::Outcome(Outcome::Cancelled)] {
+        let host = host_that_keeps();
+        let (mut agent, _) = Agent::welcomed(&host).await;
+        agent.take_source().await;
+        agent.say(AgentToHost::Kept).await;
+        agent.say(outcome).await;
+        let end = host.session.await.unwrap().0;
+        assert!(matches!(&end, End::Protocol(why) if why.contains("kept")), "{end:?}");
     }
 }
 

@@ -78,6 +78,8 @@ impl SqliteStore {
             .statement_cache_capacity(STATEMENTS)
             .row_buffer_size(8)
             .pragma("cache_size", CACHE_SIZE)
+            // What is deleted is overwritten: a build's own secrets, sealed as they are, do not stay in free pages.
+            .pragma("secure_delete", "ON")
             .pragma("journal_size_limit", "16777216");
         let writer = SqlitePoolOptions::new()
             .min_connections(1)
@@ -427,6 +429,26 @@ mod tests {
     use sqlx::Row;
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_forgotten_is_not_in_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        let (tenant, id) = (Tenant::new("a").unwrap(), SecretId::new("key").unwrap());
+        // More than a page: it has pages of its own, which are free afterwards.
+        let sealed = Sealed(b"sealed!".repeat(2000));
+        store.put_secret(&tenant, &id, &sealed, 1, 10).await.unwrap();
+        store.close().await;
+        let holds = || {
+            let file = std::fs::read(dir.path().join(FILE_NAME)).unwrap();
+            file.windows(7).filter(|window| *window == b"sealed!").count()
+        };
+        assert!(holds() > 1900, "it was never there");
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        store.delete_secret(&tenant, &id).await.unwrap();
+        store.close().await;
+        assert_eq!(holds(), 0);
+    }
 
     /// What is done all the time costs by what is active, not by all that ever was.
     #[tokio::test]

@@ -12,6 +12,7 @@ mod exec;
 mod exec_cli;
 mod files;
 mod instances;
+mod kept;
 mod limits;
 mod openapi;
 mod refusals;

@@ -15,6 +15,7 @@ use kiln::events::{EventLog, payload};
 use kiln::exec::{Door, Entrance, Sessions};
 use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
+use kiln::kept::Kept;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
 use reqwest::multipart::{Form, Part};
@@ -41,6 +42,7 @@ pub struct Server {
     pub quota: Quota,
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
+    pub kept: Kept,
     task: tokio::task::JoinHandle<()>,
     undocumented: Arc<Mutex<Vec<String>>>,
     _dir: tempfile::TempDir,
@@ -110,6 +112,8 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let registry = crate::registry::start().await;
     let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
     let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));
+    // Two of each tenant.
+    let kept = Kept::new(4);
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -121,7 +125,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         clock: system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
-        kept: kiln::kept::Kept::new(1),
+        kept: kept.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
     });
@@ -147,6 +151,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         quota,
         instances_dir,
         sessions,
+        kept,
         task,
         undocumented,
         _dir: dir,

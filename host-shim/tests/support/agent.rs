@@ -22,7 +22,7 @@ pub struct Vm {
     dial: mpsc::UnboundedSender<UnixStream>,
 }
 
-struct Line(mpsc::UnboundedSender<UnixStream>);
+pub struct Line(mpsc::UnboundedSender<UnixStream>);
 
 #[async_trait]
 impl Dial for Line {
@@ -40,7 +40,11 @@ impl Vm {
     }
 
     pub fn entrance(&self) -> Entrance {
-        Entrance::new(Line(self.dial.clone()), NONCE)
+        Entrance::new(self.line(), NONCE)
+    }
+
+    pub fn line(&self) -> Line {
+        Line(self.dial.clone())
     }
 
     /// The agent's end of the next dial, before anything is read.
