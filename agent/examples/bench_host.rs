@@ -5,7 +5,8 @@
 //! idle p50, p99, in a flood p50, p99.
 //!
 //! A round trip is Source → `SourceTaken`, on the control connection: what the host sends is taken by the agent's session
-//! and answered. Events are acknowledged as soon as they are decoded, which makes for the hardest flood.
+//! and answered. Events are acknowledged when and as often as the host does it, but as if storing them took no time, which
+//! makes for the hardest flood.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use anyhow::{Context, bail};
 use kiln_protocol::event::{Event, NumberedEvent};
 use kiln_protocol::frame::{self, FrameError, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, TOKEN_LEN, Welcome};
-use kiln_protocol::message::{AgentToHost, HostToAgent};
+use kiln_protocol::message::{ACKNOWLEDGE_EVENTS, ACKNOWLEDGE_WAIT, AgentToHost, HostToAgent};
 use kiln_protocol::port;
 use kiln_protocol::version::{Features, SUPPORTED};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -144,7 +145,7 @@ async fn session(stream: UnixStream) -> anyhow::Result<Measured> {
     let (mut sent, mut asked, mut next) = (0, None::<Instant>, Instant::now());
     let mut trips = Vec::new();
     let (mut begun, mut bytes) = (None, 0);
-    let (mut seq, mut acknowledged) = (0, 0);
+    let (mut seq, mut acknowledged, mut due) = (0, 0, Instant::now());
     while trips.len() < ROUND_TRIPS {
         if seq - acknowledged >= BATCH {
             acknowledged = seq;
@@ -164,6 +165,9 @@ async fn session(stream: UnixStream) -> anyhow::Result<Measured> {
                     next = Instant::now() + PAUSE;
                 }
                 AgentToHost::Event(NumberedEvent { seq: number, event: Event::Log(log), .. }) => {
+                    if seq == acknowledged {
+                        due = Instant::now() + ACKNOWLEDGE_WAIT;
+                    }
                     seq += 1;
                     anyhow::ensure!(number == seq, "event {number} comes where {seq} should");
                     match begun {
@@ -180,7 +184,11 @@ async fn session(stream: UnixStream) -> anyhow::Result<Measured> {
                 other => bail!("the guest said {other:?}"),
             },
             // Nothing more has arrived.
-            () = std::future::ready(()), if seq > acknowledged => {
+            () = std::future::ready(()), if seq - acknowledged >= ACKNOWLEDGE_EVENTS => {
+                acknowledged = seq;
+                frame::write(&mut writer, &HostToAgent::Acknowledge { seq }).await?;
+            }
+            () = sleep_until(due.into()), if seq > acknowledged => {
                 acknowledged = seq;
                 frame::write(&mut writer, &HostToAgent::Acknowledge { seq }).await?;
             }

@@ -8,6 +8,7 @@
 //! reports, the channel fills up, reporters wait, and in the end a program's pipe is full.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_protocol::event::{Event, Failure, MAX_LOG_BYTES, NumberedEvent, cut_text};
@@ -81,11 +82,53 @@ pub fn channel() -> (Reporter, mpsc::Receiver<Report>) {
 #[derive(Debug)]
 pub struct Outbox {
     /// Frames of the events `acknowledged + 1 …`, without a gap.
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<Frame>,
+    /// What they take of the memory.
     bytes: usize,
     acknowledged: u64,
     /// How many of `frames` this connection has been given.
     sent: usize,
+}
+
+/// A frame that is ready to be sent. Long content is as its reporter had it: copying it would cost a good part of what
+/// sending it costs.
+#[derive(Debug)]
+pub struct Frame {
+    before: Vec<u8>,
+    content: Option<Arc<Vec<u8>>>,
+    behind: Vec<u8>,
+}
+
+/// Content that is not copied. Of less, pieces of its own cost as much as the copy.
+const LONG: usize = 4 * 1024;
+
+impl Frame {
+    fn of(event: NumberedEvent) -> Result<Self, FrameError> {
+        let message = AgentToHost::Event(event);
+        let around = frame::encode_around(&message, least(&message))?;
+        let content = match message {
+            AgentToHost::Event(NumberedEvent { event: Event::Log(log), .. }) => log.content,
+            _ => Vec::new(),
+        };
+        let content = (around.left_out > 0).then(|| Arc::new(content));
+        Ok(Self { before: around.before, content, behind: around.behind })
+    }
+
+    /// Its bytes before the long content, that, and those behind it.
+    pub fn pieces(&self) -> (&[u8], Option<&Arc<Vec<u8>>>, &[u8]) {
+        (&self.before, self.content.as_ref(), &self.behind)
+    }
+
+    fn memory(&self) -> usize {
+        let content = self.content.as_ref().map_or(0, |content| content.capacity());
+        self.before.capacity() + content + self.behind.capacity()
+    }
+}
+
+/// From what length on a slice is the content of a log.
+fn least(message: &AgentToHost) -> usize {
+    let log = matches!(message, AgentToHost::Event(NumberedEvent { event: Event::Log(_), .. }));
+    if log { LONG } else { usize::MAX }
 }
 
 /// The host acknowledged an event that never was.
@@ -113,14 +156,14 @@ impl Outbox {
     /// [`Outbox::has_room`] first; the last reports of an engine that has ended have none.
     pub fn push(&mut self, at_ms: u64, event: Event) -> Result<(), FrameError> {
         let event = NumberedEvent { seq: self.last() + 1, at_ms, event: fit(event) };
-        let frame = frame::encode(&AgentToHost::Event(event))?;
-        self.bytes += frame.len();
+        let frame = Frame::of(event)?;
+        self.bytes += frame.memory();
         self.frames.push_back(frame);
         Ok(())
     }
 
     /// The frame of the next event for this connection.
-    pub fn next_frame(&mut self) -> Option<&[u8]> {
+    pub fn next_frame(&mut self) -> Option<&Frame> {
         let frame = self.frames.get(self.sent)?;
         self.sent += 1;
         Some(frame)
@@ -134,7 +177,7 @@ impl Outbox {
         while self.acknowledged < seq {
             self.acknowledged += 1;
             self.sent = self.sent.saturating_sub(1);
-            self.bytes -= self.frames.pop_front().map_or(0, |frame| frame.len());
+            self.bytes -= self.frames.pop_front().map_or(0, |frame| frame.memory());
         }
         Ok(())
     }
@@ -177,8 +220,13 @@ mod tests {
         Event::Log(Log { stream: LogStream::Stdout, step: None, partial: false, content })
     }
 
+    fn bytes(frame: &Frame) -> Vec<u8> {
+        let (before, content, behind) = frame.pieces();
+        [before, content.map_or(&[], |content| content.as_slice()), behind].concat()
+    }
+
     fn seqs(outbox: &mut Outbox) -> Vec<u64> {
-        std::iter::from_fn(|| outbox.next_frame().map(<[u8]>::to_vec))
+        std::iter::from_fn(|| outbox.next_frame().map(bytes))
             .map(|frame| match frame::decode(&frame[4..]).unwrap() {
                 AgentToHost::Event(event) => event.seq,
                 other => panic!("{other:?}"),
@@ -254,6 +302,21 @@ mod tests {
         assert_eq!(pushed, MAX_UNACKNOWLEDGED_BYTES / MAX_LOG_BYTES);
         outbox.acknowledge(pushed as u64).unwrap();
         assert_eq!(outbox.bytes, 0);
+    }
+
+    #[test]
+    fn what_is_not_copied_is_encoded_all_the_same() {
+        let step = Step { index: 1, name: "n".repeat(LONG), state: StepState::Started };
+        let logs = [LONG - 1, LONG, LONG + 1, MAX_LOG_BYTES].map(|len| line(&vec![b'x'; len]));
+        for event in logs.into_iter().chain([Event::Step(step)]) {
+            let numbered = NumberedEvent { seq: 1, at_ms: 0, event: event.clone() };
+            let whole = frame::encode(&AgentToHost::Event(numbered)).unwrap();
+            let mut outbox = Outbox::new();
+            outbox.push(0, event).unwrap();
+            let frame = outbox.next_frame().unwrap();
+            assert_eq!(frame.content.is_some(), matches!(whole.len(), 4100..) && whole[5] == 1);
+            assert_eq!(bytes(frame), whole);
+        }
     }
 
     #[test]

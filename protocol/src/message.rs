@@ -1,5 +1,7 @@
 //! What follows the Hello on the control connection.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::event::{NumberedEvent, Outcome};
@@ -12,6 +14,13 @@ pub const MAX_SOURCE_CHUNK: usize = 256 * 1024;
 /// Source bytes that the host may send beyond what the agent has taken. It bounds the memory of
 /// both sides and keeps the connection free for [`HostToAgent::Cancel`].
 pub const SOURCE_WINDOW: u64 = 2 * 1024 * 1024;
+
+/// Stored events after which the host acknowledges at once. An acknowledgement costs the guest about as much as an
+/// event of the longest content; these are a quarter of what the agent keeps of such.
+pub const ACKNOWLEDGE_EVENTS: u64 = 16;
+
+/// How long stored events may wait for more of them before they are acknowledged.
+pub const ACKNOWLEDGE_WAIT: Duration = Duration::from_millis(5);
 
 /// Host → guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,7 +35,7 @@ pub enum HostToAgent {
         /// Its length in bytes.
         total: u64,
     },
-    /// Every event up to this number is stored; the agent may forget it.
+    /// Every event up to this number is stored; the agent may forget it. See [`ACKNOWLEDGE_EVENTS`].
     Acknowledge {
         /// The number.
         seq: u64,

@@ -5,6 +5,9 @@
 
 mod support;
 
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use kiln_protocol::event::{
     Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
     Phase, Step, StepEnd, StepState,
@@ -22,6 +25,7 @@ use kiln_protocol::secret::{SecretAnswer, SecretId, SecretSpec, SecretValue};
 use kiln_protocol::version::{Features, Version, VersionRange};
 use proptest::prelude::*;
 use support::{CAUSES, Kind, Message, REASONS, every_message};
+use tokio::io::{AsyncRead, ReadBuf};
 
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), 0..600)
@@ -306,6 +310,54 @@ fn decodes_safely(value: &[u8]) {
     }
 }
 
+/// Of a frame's value: small ones, and those around what a reader reads at once.
+fn length() -> impl Strategy<Value = usize> {
+    prop_oneof![0..300_usize, 16_000..17_000_usize, 65_000..67_000_usize, 100_000..300_000_usize]
+}
+
+/// A connection whose bytes come in pieces of these sizes, over and over, and none at once.
+struct Pieces<'a> {
+    left: &'a [u8],
+    sizes: std::iter::Cycle<std::slice::Iter<'a, usize>>,
+    piece: &'a [u8],
+}
+
+impl<'a> Pieces<'a> {
+    fn new(left: &'a [u8], sizes: &'a [usize]) -> Self {
+        Self { left, sizes: sizes.iter().cycle(), piece: &[] }
+    }
+}
+
+impl AsyncRead for Pieces<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if self.piece.is_empty() && !self.left.is_empty() {
+            let size = self.sizes.next().map_or(1, |size| *size);
+            (self.piece, self.left) = self.left.split_at(size.min(self.left.len()));
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let count = self.piece.len().min(buffer.remaining());
+        buffer.put_slice(&self.piece[..count]);
+        self.piece = &self.piece[count..];
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// The next message by reads that are dropped whenever they have to wait.
+async fn undeterred(reader: &mut FrameReader<Pieces<'_>>) -> Result<HostToAgent, FrameError> {
+    loop {
+        tokio::select! {
+            biased;
+            read = reader.read() => return read,
+            () = std::future::ready(()) => {}
+        }
+    }
+}
+
 fn block_on<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
 }
@@ -369,5 +421,54 @@ proptest! {
         if let Ok(preamble) = Preamble::decode(&bytes) {
             prop_assert_eq!(preamble.encode(), bytes);
         }
+    }
+}
+
+proptest! {
+    // Each is megabytes.
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn frames_in_any_pieces_are_the_same(
+        sizes in proptest::collection::vec(length(), 1..6),
+        pieces in proptest::collection::vec(prop_oneof![1..9_usize, 1..200_000_usize], 1..40),
+    ) {
+        let messages: Vec<HostToAgent> = sizes.iter().enumerate().map(|(at, size)| {
+            HostToAgent::Source((0..*size).map(|n| (n * 31 + at) as u8).collect())
+        }).collect();
+        let stream: Vec<u8> =
+            messages.iter().flat_map(|m| kiln_protocol::frame::encode(m).unwrap()).collect();
+        block_on(async {
+            let mut reader = FrameReader::new(Pieces::new(&stream, &pieces));
+            for message in &messages {
+                assert_eq!(undeterred(&mut reader).await.unwrap(), *message);
+            }
+            assert!(matches!(undeterred(&mut reader).await, Err(FrameError::Closed)));
+        });
+        // Or one by one, each with a reader of its own.
+        block_on(async {
+            let mut stream = Pieces::new(&stream, &pieces);
+            for message in &messages {
+                let read: HostToAgent = kiln_protocol::frame::read(&mut stream).await.unwrap();
+                assert_eq!(read, *message);
+            }
+        });
+        // Or cut short.
+        let cut = stream.len() - 1 - pieces[0] % stream.len();
+        let whole = messages.iter().scan(0, |end, m| {
+            *end += kiln_protocol::frame::encode(m).unwrap().len();
+            Some(*end)
+        });
+        let ends: Vec<usize> = whole.take_while(|end| *end <= cut).collect();
+        block_on(async {
+            let mut reader = FrameReader::new(Pieces::new(&stream[..cut], &pieces));
+            for message in &messages[..ends.len()] {
+                assert_eq!(undeterred(&mut reader).await.unwrap(), *message);
+            }
+            let end = undeterred(&mut reader).await.unwrap_err();
+            let between = ends.last().copied().unwrap_or(0) == cut;
+            assert_eq!(matches!(end, FrameError::Closed), between, "{end}");
+            assert_eq!(matches!(end, FrameError::Io(_)), !between, "{end}");
+        });
     }
 }

@@ -252,7 +252,7 @@ async fn without_a_step_there_is_nothing_to_enter() {
     let open = HostToSession::Open(Box::new(Open::Exec(shell("true"))));
     frame::write(&mut write, &open).await.unwrap();
     session::serve(there, &places, &enterable).await.unwrap();
-    let ended: SessionToHost = FrameReader::new(&mut read).read().await.unwrap();
+    let ended: SessionToHost = frame::read(&mut read).await.unwrap();
     assert!(matches!(ended, SessionToHost::Ended(Ended::Failed { cause: Cause::NoStep, .. })));
 }
 

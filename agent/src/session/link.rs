@@ -1,6 +1,7 @@
 //! One control connection: dialling with a deadline, Hello and Welcome, then frames both ways.
 
 use std::collections::VecDeque;
+use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use kiln_protocol::version::{Features, SUPPORTED, Version};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::events::Frame;
 use crate::vsock::Connector;
 
 /// How long the host may stay out of reach, at the start and whenever the connection breaks. A
@@ -76,8 +78,93 @@ pub enum AttemptError {
 pub struct Link<S> {
     reader: FrameReader<ReadHalf<S>>,
     writer: WriteHalf<S>,
-    /// Bytes on their way out. The writer is a socket, which has no buffer to be flushed.
-    out: VecDeque<u8>,
+    out: Out,
+}
+
+/// Bytes on their way out. The writer is a socket, which has no buffer to be flushed.
+#[derive(Debug, Default)]
+struct Out {
+    pieces: VecDeque<Piece>,
+    /// Bytes of the first piece that have left.
+    written: usize,
+    /// Bytes that have not.
+    left: usize,
+    /// Room for the next that are copied.
+    spare: Vec<u8>,
+}
+
+#[derive(Debug)]
+enum Piece {
+    /// Messages and short frames, one behind the other.
+    Copied(Vec<u8>),
+    /// The content of a long one.
+    Shared(Arc<Vec<u8>>),
+}
+
+impl Piece {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Copied(bytes) => bytes,
+            Self::Shared(bytes) => bytes,
+        }
+    }
+}
+
+/// Most pieces of one write: as many frames with long content as are made ready at one time, and their heads.
+const MAX_PIECES: usize = 32;
+
+impl Out {
+    fn copy(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.left += bytes.len();
+        if let Some(Piece::Copied(last)) = self.pieces.back_mut() {
+            last.extend_from_slice(bytes);
+            return;
+        }
+        let mut piece = std::mem::take(&mut self.spare);
+        piece.extend_from_slice(bytes);
+        self.pieces.push_back(Piece::Copied(piece));
+    }
+
+    fn share(&mut self, bytes: Arc<Vec<u8>>) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.left += bytes.len();
+        self.pieces.push_back(Piece::Shared(bytes));
+    }
+
+    /// What is to be written next, and how many slices that is.
+    fn slices(&self) -> ([IoSlice<'_>; MAX_PIECES], usize) {
+        let mut slices = [IoSlice::new(&[]); MAX_PIECES];
+        let mut from = self.written;
+        for (slice, piece) in slices.iter_mut().zip(&self.pieces) {
+            *slice = IoSlice::new(&piece.bytes()[std::mem::take(&mut from)..]);
+        }
+        (slices, self.pieces.len().min(MAX_PIECES))
+    }
+
+    fn wrote(&mut self, len: usize) {
+        self.left -= len;
+        self.written += len;
+        while let Some(first) = self.pieces.front_mut() {
+            let size = first.bytes().len();
+            if self.written < size {
+                if let Piece::Copied(bytes) = first {
+                    // More may be copied behind it: it would never be done.
+                    bytes.drain(..std::mem::take(&mut self.written));
+                }
+                break;
+            }
+            self.written -= size;
+            if let Some(Piece::Copied(mut bytes)) = self.pieces.pop_front() {
+                bytes.clear();
+                self.spare = bytes;
+            }
+        }
+    }
 }
 
 /// Something that the connection did.
@@ -141,42 +228,91 @@ async fn attempt<C: Connector>(
     let mut reader = FrameReader::new(reader);
     frame::write(&mut writer, hello).await?;
     let reply = reader.read().await?;
-    Ok((Link { reader, writer, out: VecDeque::new() }, reply))
+    Ok((Link { reader, writer, out: Out::default() }, reply))
 }
 
 impl<S: AsyncRead + AsyncWrite> Link<S> {
     /// Whether there is room to make more ready.
     pub fn has_room(&self) -> bool {
-        self.out.len() < OUT_BATCH
+        self.out.left < OUT_BATCH
     }
 
     /// Makes a message ready to go out.
     pub fn send(&mut self, message: &AgentToHost) -> Result<(), FrameError> {
-        self.out.extend(frame::encode(message)?);
+        self.out.copy(&frame::encode(message)?);
         Ok(())
     }
 
-    /// Makes a frame ready to go out.
-    pub fn send_frame(&mut self, frame: &[u8]) {
-        self.out.extend(frame);
+    /// Makes an event ready to go out.
+    pub fn send_frame(&mut self, frame: &Frame) {
+        let (before, content, behind) = frame.pieces();
+        self.out.copy(before);
+        if let Some(content) = content {
+            self.out.share(Arc::clone(content));
+        }
+        self.out.copy(behind);
     }
 
     /// Reads and writes until one of them got on. It may be dropped at any point.
     pub async fn moved(&mut self) -> Result<Moved, FrameError> {
         let Self { reader, writer, out } = self;
-        let has_out = !out.is_empty();
-        tokio::select! {
+        let (slices, count) = out.slices();
+        let wrote = tokio::select! {
             biased;
-            frame = reader.read() => Ok(Moved::Frame(frame?)),
-            written = writer.write(out.as_slices().0), if has_out => {
-                match written.map_err(FrameError::Io)? {
-                    0 => Err(FrameError::Io(std::io::ErrorKind::WriteZero.into())),
-                    len => {
-                        out.drain(..len);
-                        Ok(Moved::Wrote)
-                    }
-                }
+            frame = reader.read() => return Ok(Moved::Frame(frame?)),
+            wrote = writer.write_vectored(&slices[..count]), if count > 0 => wrote,
+        };
+        match wrote.map_err(FrameError::Io)? {
+            0 => Err(FrameError::Io(std::io::ErrorKind::WriteZero.into())),
+            len => {
+                out.wrote(len);
+                Ok(Moved::Wrote)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_goes_out_is_whole_and_in_order(
+            steps in proptest::collection::vec((any::<bool>(), 0..6000_usize, 0..20_000_usize), 1..80),
+        ) {
+            let (mut out, mut ready, mut gone) = (Out::default(), vec![], vec![]);
+            let mut write = |out: &mut Out, most: usize| {
+                let (slices, count) = out.slices();
+                let next: Vec<u8> = slices[..count].iter().flat_map(|slice| slice.to_vec()).collect();
+                let len = next.len().min(most);
+                gone.extend_from_slice(&next[..len]);
+                out.wrote(len);
+                len
+            };
+            for (at, (shared, len, most)) in steps.into_iter().enumerate() {
+                let bytes = vec![at as u8; len];
+                ready.extend_from_slice(&bytes);
+                if shared { out.share(Arc::new(bytes)) } else { out.copy(&bytes) }
+                write(&mut out, most);
+            }
+            while write(&mut out, 1000) > 0 {}
+            prop_assert_eq!(out.left, 0);
+            prop_assert!(out.pieces.is_empty());
+            prop_assert!(gone == ready);
+        }
+    }
+
+    #[test]
+    fn what_was_written_of_a_piece_that_grows_is_given_back() {
+        let mut out = Out::default();
+        for _ in 0..1000 {
+            out.copy(&[7; 1000]);
+            out.wrote(out.left - 1);
+        }
+        assert!(out.pieces.len() == 1 && out.slices().0[0].len() == 1);
+        assert!(out.pieces[0].bytes().len() == 1);
     }
 }

@@ -8,7 +8,8 @@ use kiln_protocol::event::{NumberedEvent, Outcome};
 use kiln_protocol::frame::{self, FrameError, FrameReader};
 use kiln_protocol::job::Job;
 use kiln_protocol::message::{
-    AgentToHost, AgentUsage, HostToAgent, MAX_SOURCE_CHUNK, SOURCE_WINDOW,
+    ACKNOWLEDGE_EVENTS, ACKNOWLEDGE_WAIT, AgentToHost, AgentUsage, HostToAgent, MAX_SOURCE_CHUNK,
+    SOURCE_WINDOW,
 };
 use kiln_protocol::secret::{SecretAnswer, SecretId};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, ReadHalf, WriteHalf};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 use super::{End, Stream};
 
@@ -153,7 +155,7 @@ impl<T: Stream> Connection<T> {
         self.source_sent.borrow().is_some()
     }
 
-    /// Tells the guest that every event up to `seq` is stored.
+    /// Tells the guest, at once or a little later, that every event up to `seq` is stored.
     pub(super) fn acknowledge(&self, seq: u64) {
         self.orders.send_modify(|o| o.acknowledge = o.acknowledge.max(seq));
     }
@@ -193,6 +195,8 @@ struct Writer<T> {
 impl<T: Stream> Writer<T> {
     async fn run(mut self, work: Option<(Job, Option<tokio::fs::File>)>) -> Result<(), FrameError> {
         let mut told = Orders::default();
+        // When what is stored has waited long enough to be acknowledged.
+        let mut due = None::<Instant>;
         let mut source = None;
         if let Some((job, file)) = work {
             frame::write(&mut self.writer, &HostToAgent::Job(Box::new(job))).await?;
@@ -208,7 +212,12 @@ impl<T: Stream> Writer<T> {
                 source = None;
                 frame::write(&mut self.writer, &HostToAgent::Cancel).await?;
             }
-            if orders.acknowledge > told.acknowledge {
+            let news = orders.acknowledge - told.acknowledge;
+            if news > 0 {
+                due = due.or_else(|| Some(Instant::now() + ACKNOWLEDGE_WAIT));
+            }
+            if news >= ACKNOWLEDGE_EVENTS || due.is_some_and(|due| due <= Instant::now()) {
+                due = None;
                 told.acknowledge = orders.acknowledge;
                 let seq = orders.acknowledge;
                 frame::write(&mut self.writer, &HostToAgent::Acknowledge { seq }).await?;
@@ -236,11 +245,12 @@ impl<T: Stream> Writer<T> {
                     }
                 }
                 // Nothing to say until the orders change; the session that gives them may be gone.
-                _ => {
-                    if self.orders.changed().await.is_err() {
+                _ => tokio::select! {
+                    changed = self.orders.changed() => if changed.is_err() {
                         return Ok(());
-                    }
-                }
+                    },
+                    () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                },
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Hello and its answer: who may open, or continue, the session of a VM.
 
-use kiln_protocol::frame::{self, FrameReader};
+use kiln_protocol::frame;
 use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason, TOKEN_LEN, Welcome};
 use kiln_protocol::version::{Features, SUPPORTED, Version};
 use subtle::ConstantTimeEq;
@@ -136,8 +136,8 @@ enum BadHello {
 }
 
 async fn read_hello(stream: &mut impl Stream) -> Result<Hello, BadHello> {
-    // Only the Hello is read through this reader, and a FrameReader reads no byte beyond a frame.
-    let hello: Hello = match in_time(FrameReader::new(stream).read()).await {
+    // No byte more: whoever takes the stream after the handshake has a reader of its own.
+    let hello: Hello = match in_time(frame::read(stream)).await {
         Ok(hello) => hello,
         Err(error @ (frame::FrameError::Closed | frame::FrameError::Io(_))) => {
             return Err(BadHello::GivenUp(error));
