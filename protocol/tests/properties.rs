@@ -434,7 +434,7 @@ proptest! {
         pieces in proptest::collection::vec(prop_oneof![1..9_usize, 1..200_000_usize], 1..40),
     ) {
         let messages: Vec<HostToAgent> = sizes.iter().enumerate().map(|(at, size)| {
-            HostToAgent::Source((0..*size).map(|n| (n * 31 + at) as u8).collect())
+            HostToAgent::Source((0..*size).map(|n| u8::try_from((n * 31 + at) % 251).unwrap()).collect())
         }).collect();
         let stream: Vec<u8> =
             messages.iter().flat_map(|m| kiln_protocol::frame::encode(m).unwrap()).collect();

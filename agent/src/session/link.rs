@@ -245,12 +245,11 @@ impl<S: AsyncRead + AsyncWrite> Link<S> {
 
     /// Makes an event ready to go out.
     pub fn send_frame(&mut self, frame: &Frame) {
-        let (before, content, behind) = frame.pieces();
-        self.out.copy(before);
-        if let Some(content) = content {
+        self.out.copy(&frame.before);
+        if let Some(content) = &frame.content {
             self.out.share(Arc::clone(content));
         }
-        self.out.copy(behind);
+        self.out.copy(&frame.behind);
     }
 
     /// Reads and writes until one of them got on. It may be dropped at any point.
