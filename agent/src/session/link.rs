@@ -292,7 +292,7 @@ mod tests {
                 len
             };
             for (at, (shared, len, most)) in steps.into_iter().enumerate() {
-                let bytes = vec![at as u8; len];
+                let bytes = vec![u8::try_from(at % 251).unwrap(); len];
                 ready.extend_from_slice(&bytes);
                 if shared { out.share(Arc::new(bytes)) } else { out.copy(&bytes) }
                 write(&mut out, most);
