@@ -6,8 +6,8 @@
 mod support;
 
 use kiln_protocol::event::{
-    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
-    Phase, Step, StepEnd, StepState,
+    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, Name, NumberedEvent,
+    Outcome, Phase, Step, StepEnd, StepState,
 };
 use kiln_protocol::exec::{
     Copy, Ended, Exec, HostToSession, Open, Place, SessionToHost, Stream, Terminal,
@@ -180,7 +180,9 @@ fn event() -> impl Strategy<Value = Event> {
         Just(Phase::Pushing),
         Just(Phase::Running)
     ];
-    prop_oneof![log, step, phase.prop_map(Event::Phase)]
+    let name =
+        any::<(Option<u32>, String)>().prop_map(|(step, host)| Event::Name(Name { step, host }));
+    prop_oneof![log, step, phase.prop_map(Event::Phase), name]
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
