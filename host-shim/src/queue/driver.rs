@@ -282,8 +282,8 @@ impl Driver {
                 nonce,
                 offline.clone(),
                 move |stream, preamble| {
-                    let step = preamble.step.map(|step| step.get().into());
-                    crate::egress::serve(stream, step, Arc::clone(&context), stop.clone())
+                    let by = preamble.step.map(|number| number.get().into());
+                    crate::egress::serve(stream, by, Arc::clone(&context), stop.clone())
                 },
             ));
         }
