@@ -201,7 +201,8 @@ fn fit(mut event: Event) -> Event {
     match &mut event {
         Event::Log(log) => log.content.truncate(MAX_LOG_BYTES),
         Event::Step(step) => step.name = cut_text(&step.name),
-        Event::Phase(_) => {}
+        // Names are read within theirs.
+        Event::Phase(_) | Event::Name(_) => {}
     }
     event
 }

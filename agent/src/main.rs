@@ -12,6 +12,7 @@
 //! | [`exec`] | commands that people run in here |
 //! | [`run`] | the role of an instance: an image's program in a container |
 //! | [`tunnel`], [`vsock`] | the ways to the host |
+//! | [`names`] | tells which names steps ask for |
 //! | [`accept`] | a listener's connections |
 
 mod accept;
@@ -20,6 +21,7 @@ mod engine;
 mod events;
 mod exec;
 mod init;
+mod names;
 mod run;
 mod runtime;
 mod secrets;
@@ -29,6 +31,7 @@ mod tunnel;
 mod vsock;
 
 use std::ffi::OsStr;
+use std::net::TcpListener;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -40,9 +43,12 @@ use kiln_protocol::preamble::Channel;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::{Buildah, Prepared};
+use crate::events::Reporter;
 use crate::exec::Enterable;
 use crate::init::net::Networks;
 use crate::init::{Booted, clock};
+use crate::names::Names;
+use crate::runtime::CurrentStep;
 use crate::session::{Identity, Places, Session};
 use crate::tunnel::Tunnel;
 use crate::vsock::Vsock;
@@ -101,11 +107,12 @@ fn agent(booted: Booted) -> ExitCode {
 
 async fn serve(booted: Booted) -> anyhow::Result<()> {
     let enterable = Enterable::default();
+    let step = CurrentStep::default();
     let identity = Identity { agent: NAME.to_owned(), image: booted.image.clone() };
     // Hello says that the VM is ready for a job.
     let (networks, engine) = tokio::task::spawn_blocking({
-        let enterable = enterable.clone();
-        || ready(booted, enterable)
+        let (enterable, step) = (enterable.clone(), step.clone());
+        || ready(booted, enterable, step)
     })
     .await??;
     let session = Session::open(Arc::new(Vsock), identity).await?;
@@ -125,40 +132,54 @@ async fn serve(booted: Booted) -> anyhow::Result<()> {
         instance: run::Places { enterable, ..run::Places::default() },
     };
     // Without the networks' sockets, an instance has every port of its loopback.
-    let prepare = move |job: &Job| {
-        open_tunnels(job, nonce, &networks, &cancel)
-            .map_err(|error| format!("no way to the host: {error}"))
+    let prepare = move |job: &Job, reporter: &Reporter| {
+        let ways = Ways { nonce, networks: &networks, step: &step, reporter, cancel: &cancel };
+        ways.open(job).map_err(|error| format!("no way to the host: {error}"))
     };
     session.run(engine, places, prepare).await?;
     Ok(())
 }
 
 /// Waits until the VM is ready for a job. It blocks.
-fn ready(booted: Booted, enterable: Enterable) -> anyhow::Result<(Networks, Prepared)> {
+fn ready(
+    booted: Booted,
+    enterable: Enterable,
+    step: CurrentStep,
+) -> anyhow::Result<(Networks, Prepared)> {
     let networks = booted.wait().context("the VM did not boot")?;
-    let engine = Buildah { enterable, ..Buildah::default() }
+    let engine = Buildah { enterable, step, ..Buildah::default() }
         .prepare()
         .context("the engine's files, cgroup and socket cannot be made")?;
     Ok((networks, engine))
 }
 
 /// The ways to the host that a job's engine and steps have.
-fn open_tunnels(
-    job: &Job,
+struct Ways<'a> {
     nonce: [u8; TOKEN_LEN],
-    networks: &Networks,
-    cancel: &CancellationToken,
-) -> std::io::Result<()> {
-    let Role::Build(build) = &job.role else { return Ok(()) };
-    let open = |listener, port, channel| {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        let tunnel = Tunnel::new(Arc::new(Vsock), port, channel, nonce);
-        tokio::spawn(tunnel.serve(listener, cancel.clone()));
-        Ok::<_, std::io::Error>(())
-    };
-    open(networks.listen_for_engine()?, port::REGISTRY, Channel::Registry)?;
-    if build.network == StepNetwork::Proxy {
-        open(networks.listen_for_steps()?, port::EGRESS, Channel::Egress)?;
+    networks: &'a Networks,
+    step: &'a CurrentStep,
+    reporter: &'a Reporter,
+    cancel: &'a CancellationToken,
+}
+
+impl Ways<'_> {
+    fn open(&self, job: &Job) -> std::io::Result<()> {
+        let Role::Build(build) = &job.role else { return Ok(()) };
+        let engine = Tunnel::new(Arc::new(Vsock), port::REGISTRY, Channel::Registry, self.nonce);
+        self.serve(engine, self.networks.listen_for_engine()?)?;
+        if build.network == StepNetwork::Proxy {
+            let steps = Tunnel::new(Arc::new(Vsock), port::EGRESS, Channel::Egress, self.nonce)
+                .of_steps(self.step.clone());
+            self.serve(steps, self.networks.listen_for_steps()?)?;
+            Names::new(self.reporter.clone(), self.step.clone())
+                .serve(self.networks.listen_for_names()?, self.cancel.clone())?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn serve(&self, tunnel: Tunnel<Vsock>, listener: TcpListener) -> std::io::Result<()> {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        tokio::spawn(tunnel.serve(listener, self.cancel.clone()));
+        Ok(())
+    }
 }

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::accept;
+use crate::runtime::CurrentStep;
 use crate::vsock::Connector;
 
 /// Most connections at one time.
@@ -37,6 +38,8 @@ pub struct Tunnel<C> {
     pub port: u32,
     /// What the host is to expect, and the proof that this VM asks.
     pub preamble: Preamble,
+    /// Whose connections these are, where it is steps'.
+    pub step: CurrentStep,
     /// Most connections at one time, usually [`MAX_CONNECTIONS`].
     pub connections: usize,
 }
@@ -44,8 +47,15 @@ pub struct Tunnel<C> {
 impl<C: Connector> Tunnel<C> {
     /// A tunnel to `port` for `channel`, with the usual bound.
     pub fn new(connector: Arc<C>, port: u32, channel: Channel, nonce: [u8; 32]) -> Self {
-        let preamble = Preamble { channel, nonce };
-        Self { connector, port, preamble, connections: MAX_CONNECTIONS }
+        let preamble = Preamble::new(channel, nonce);
+        let step = CurrentStep::default();
+        Self { connector, port, preamble, step, connections: MAX_CONNECTIONS }
+    }
+
+    /// The same, whose preambles name the step that connects.
+    #[must_use]
+    pub fn of_steps(self, step: CurrentStep) -> Self {
+        Self { step, ..self }
     }
 
     /// Accepts connections until it is cancelled, which also ends those that are open.
@@ -67,10 +77,12 @@ impl<C: Connector> Tunnel<C> {
     }
 
     async fn join(&self, mut client: TcpStream) -> io::Result<()> {
+        // Before anything is waited for: it runs now.
+        let preamble = self.preamble.of_step(self.step.now());
         client.set_nodelay(true)?;
         let dial = async {
             let mut host = self.connector.connect(self.port).await?;
-            host.write_all(&self.preamble.encode()).await?;
+            host.write_all(&preamble.encode()).await?;
             Ok::<_, io::Error>(host)
         };
         let mut host = match timeout(DIAL_TIMEOUT, dial).await {
@@ -140,7 +152,7 @@ mod tests {
         let mut client = TcpStream::connect(fixture.address).await.unwrap();
         let (port, mut host) = fixture.dialed.recv().await.unwrap();
         assert_eq!(port, 5003);
-        let expected = Preamble { channel: Channel::Registry, nonce: [9; 32] };
+        let expected = Preamble::new(Channel::Registry, [9; 32]);
         assert_eq!(read_preamble(&mut host).await, expected);
 
         client.write_all(b"question").await.unwrap();

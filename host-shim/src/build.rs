@@ -276,6 +276,15 @@ pub struct Pulled {
     pub digest: String,
 }
 
+/// A host that a step of the build reached.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Reached {
+    /// As the step named it, in lower case; an address where it named one.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
 /// What a build was made with.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {
@@ -336,6 +345,8 @@ pub struct Build {
     pub usage: Usage,
     /// What it pulled.
     pub pulled: Vec<Pulled>,
+    /// What its steps reached.
+    pub reached: Vec<Reached>,
     /// What it was made with.
     pub provenance: Provenance,
 }
@@ -357,6 +368,7 @@ impl Build {
             failure: None,
             usage: Usage::default(),
             pulled: vec![],
+            reached: vec![],
             provenance: Provenance::default(),
         }
     }
@@ -396,7 +408,7 @@ pub enum Change {
     /// Somebody cancelled it.
     Cancel,
     /// Its host went away before anything was published: once more from the start. What the lost
-    /// attempt used and pulled is forgotten.
+    /// attempt used, pulled and reached is forgotten.
     Requeue,
 }
 
@@ -447,6 +459,7 @@ impl Build {
                 next.status = Queued;
                 next.usage = Usage::default();
                 next.pulled.clear();
+                next.reached.clear();
                 next.provenance = Provenance::default();
             }
             (from, _) => return Err(Refused::From(from)),

@@ -301,10 +301,6 @@ impl ServeArgs {
             Some(builder) => builder,
             None => data_dir.join("builder").display().to_string(),
         };
-        if let Some(NetworkMode::Allowlist) = self.network_default {
-            let allowed = "none or open (allowlist is not available yet)";
-            return Err(ConfigError::refused("network-default", "allowlist", allowed));
-        }
         let accel = self.accel.unwrap_or_default();
         let require_isolation = self.require_isolation.unwrap_or(false);
         if require_isolation && accel == Accel::Tcg {

@@ -6,7 +6,8 @@
 //!
 //! A name is resolved once, every address of it is judged, and the connection goes to an address that was judged: what
 //! a name server says a moment later changes nothing. A redirect is the client's own next request and is judged as such.
-//! Any port may be reached; the policy is about whose machine it is.
+//! An allow-list ([`domains`]) is asked before the name is resolved: a question to a name server would carry data out.
+//! Without one any port may be reached; the policy is about whose machine it is.
 //!
 //! | answer | when |
 //! |---|---|
@@ -14,6 +15,7 @@
 //! | 400 | not a request for a proxy |
 //! | 502, 504 | the name does not resolve, the host does not answer (in time) |
 
+pub mod domains;
 pub mod policy;
 mod relay;
 mod target;
@@ -39,6 +41,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use self::domains::Domain;
 use self::policy::{Class, Verdict};
 use self::relay::{Activity, Watched};
 use self::target::Target;
@@ -61,17 +64,33 @@ const IDLE_DEADLINE: Duration = Duration::from_mins(5);
 /// Learns what a build reached, and what it was refused. Called for every request, so it must not block. The
 /// host's name is the guest's word, of characters that a name may have.
 pub trait Observer: Send + Sync {
-    /// A connection was made.
-    fn reached(&self, host: &str, port: u16);
-    /// The policy refused one, whose address is of this class; of none where nothing may be reached.
-    fn refused(&self, host: &str, class: Option<Class>);
+    /// A connection was made, by this step as the guest says.
+    fn reached(&self, step: Option<u32>, host: &str, port: u16);
+    /// The policy refused one.
+    fn refused(&self, step: Option<u32>, host: &str, port: u16, why: Denied);
+}
+
+/// Why the policy refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Denied {
+    /// Nothing may be reached.
+    #[error("this build has no network")]
+    NoNetwork,
+    /// The name, or the port, is not on the build's list.
+    #[error("it is not on the build's list of allowed domains")]
+    NotListed,
+    /// An address of it is somebody's whom builds may not reach.
+    #[error("it is {0}, which builds may not reach")]
+    Address(Class),
 }
 
 /// What steps may reach at all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach {
     /// Nothing: every request is refused.
     Nothing,
+    /// Of what is public, and what the operator permits, these names.
+    Listed(Arc<[Domain]>),
     /// What is public, and what the operator permits.
     Public,
 }
@@ -138,18 +157,25 @@ impl EgressContext {
     }
 }
 
-/// Serves one connection of a client, whose preamble has been read, until it ends, idles or is cancelled.
-/// At most [`MAX_CONNECTIONS`] of a VM are served at once.
-pub async fn serve<S>(stream: S, context: Arc<EgressContext>, cancel: CancellationToken)
-where
+/// Serves one connection of a client, whose preamble has been read, until it ends, idles or is cancelled. `step` is
+/// what the preamble names. At most [`MAX_CONNECTIONS`] of a VM are served at once.
+pub async fn serve<S>(
+    stream: S,
+    step: Option<u32>,
+    context: Arc<EgressContext>,
+    cancel: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let activity = Activity::new();
     let work = async {
         let Ok(_permit) = context.connections.acquire().await else { return };
         activity.touch();
-        let connection =
-            Arc::new(Connection { context: Arc::clone(&context), upstream: Mutex::default() });
+        let connection = Arc::new(Connection {
+            context: Arc::clone(&context),
+            step,
+            upstream: Mutex::default(),
+        });
         converse(Watched::new(stream, activity.clone()), &connection).await;
     };
     tokio::select! {
@@ -162,6 +188,7 @@ where
 /// One connection of a client. HTTP/1 is one exchange after the other, so it has one upstream at a time.
 struct Connection {
     context: Arc<EgressContext>,
+    step: Option<u32>,
     upstream: Mutex<Option<Upstream>>,
 }
 
@@ -256,8 +283,8 @@ impl Connection {
     async fn connect(&self, target: &Target) -> Result<TcpStream, Refusal> {
         let context = &self.context;
         let addresses = self.judged(target).await.inspect_err(|refusal| {
-            if refusal.status == StatusCode::FORBIDDEN {
-                context.observer.refused(target.host(), refusal.class);
+            if let Some(why) = refusal.denied {
+                context.observer.refused(self.step, target.host(), target.port(), why);
             }
         })?;
         let unreachable = |status, why: String| {
@@ -286,7 +313,7 @@ impl Connection {
             })?
             .map_err(|why| unreachable(StatusCode::BAD_GATEWAY, why))?;
         let _ = stream.set_nodelay(true);
-        context.observer.reached(target.host(), target.port());
+        context.observer.reached(self.step, target.host(), target.port());
         Ok(stream)
     }
 
@@ -294,8 +321,18 @@ impl Connection {
     /// refused as a whole: mixing them is how names are rebound.
     async fn judged(&self, target: &Target) -> Result<Vec<IpAddr>, Refusal> {
         let context = &self.context;
-        if context.reach == Reach::Nothing {
-            return Err(Refusal::new(StatusCode::FORBIDDEN, "this build has no network"));
+        match &context.reach {
+            Reach::Nothing => {
+                return Err(Refusal::denied(Denied::NoNetwork, "this build has no network"));
+            }
+            // Before it is resolved, and an address is none of a list's.
+            Reach::Listed(domains) if !is_listed(domains, target) => {
+                let (host, port) = (target.host(), target.port());
+                let reason =
+                    format!("{host}:{port} is not on this build's list of allowed domains");
+                return Err(Refusal::denied(Denied::NotListed, reason));
+            }
+            Reach::Listed(_) | Reach::Public => {}
         }
         let addresses = match target.literal() {
             Some(ip) => vec![ip],
@@ -324,8 +361,7 @@ impl Connection {
                     format!("{host} ({ip})")
                 };
                 let reason = format!("{subject} is {class}, which builds may not reach");
-                let refusal = Refusal::new(StatusCode::FORBIDDEN, reason);
-                return Err(Refusal { class: Some(class), ..refusal });
+                return Err(Refusal::denied(Denied::Address(class), reason));
             }
         }
         Ok(addresses)
@@ -338,18 +374,27 @@ impl Connection {
     }
 }
 
+fn is_listed(domains: &[Domain], target: &Target) -> bool {
+    target.literal().is_none()
+        && domains.iter().any(|domain| domain.allows(target.host(), target.port()))
+}
+
 /// Why a request is not served. The reason is one line, for the step's log.
 #[derive(Debug)]
 struct Refusal {
     status: StatusCode,
     reason: String,
-    /// Of the address that the policy refuses.
-    class: Option<Class>,
+    /// Where it is the policy that refuses.
+    denied: Option<Denied>,
 }
 
 impl Refusal {
     fn new(status: StatusCode, reason: impl Into<String>) -> Self {
-        Self { status, reason: reason.into(), class: None }
+        Self { status, reason: reason.into(), denied: None }
+    }
+
+    fn denied(why: Denied, reason: impl Into<String>) -> Self {
+        Self { denied: Some(why), ..Self::new(StatusCode::FORBIDDEN, reason) }
     }
 
     fn bad(reason: &str) -> Self {

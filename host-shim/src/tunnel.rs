@@ -24,7 +24,7 @@ const PREAMBLE_DEADLINE: Duration = Duration::from_secs(10);
 /// once; package managers open a few dozen. More wait in the socket's backlog.
 pub const MAX_CONNECTIONS: usize = 128;
 
-/// Accepts connections of one channel until `cancel`, and gives each to `serve` in a task of its
+/// Accepts connections of one channel until `cancel`, and gives each to `serve`, with its preamble, in a task of its
 /// own. Returns when all of them have ended.
 pub async fn accept<C, F, Serving>(
     mut connections: C,
@@ -34,7 +34,7 @@ pub async fn accept<C, F, Serving>(
     serve: F,
 ) where
     C: Connections,
-    F: Fn(C::Stream) -> Serving + Send + Sync + 'static,
+    F: Fn(C::Stream, Preamble) -> Serving + Send + Sync + 'static,
     Serving: Future<Output = ()> + Send + 'static,
 {
     let serve = Arc::new(serve);
@@ -57,7 +57,7 @@ pub async fn accept<C, F, Serving>(
         tasks.spawn(async move {
             let served = async {
                 match read_preamble(&mut stream, channel, &nonce).await {
-                    Ok(()) => serve(stream).await,
+                    Ok(preamble) => serve(stream, preamble).await,
                     Err(why) => tracing::warn!(?channel, why, "refused a connection of the VM"),
                 }
             };
@@ -74,7 +74,7 @@ async fn read_preamble(
     stream: &mut (impl AsyncRead + Unpin),
     channel: Channel,
     nonce: &[u8; TOKEN_LEN],
-) -> Result<(), &'static str> {
+) -> Result<Preamble, &'static str> {
     let mut bytes = [0; preamble::LEN];
     match tokio::time::timeout(PREAMBLE_DEADLINE, stream.read_exact(&mut bytes)).await {
         Err(_) => return Err("no preamble in time"),
@@ -85,7 +85,7 @@ async fn read_preamble(
     if shown.channel != channel {
         return Err("the preamble of another channel");
     }
-    if bool::from(shown.nonce.ct_eq(nonce)) { Ok(()) } else { Err("not this VM's nonce") }
+    if bool::from(shown.nonce.ct_eq(nonce)) { Ok(shown) } else { Err("not this VM's nonce") }
 }
 
 #[cfg(test)]
@@ -116,7 +116,10 @@ mod tests {
             Channel::Egress,
             NONCE,
             cancel.clone(),
-            |mut stream: DuplexStream| async move { stream.write_all(b"served").await.unwrap() },
+            |mut stream: DuplexStream, shown: Preamble| async move {
+                let served = format!("served {}", shown.step.map_or(0, std::num::NonZeroU16::get));
+                stream.write_all(served.as_bytes()).await.unwrap();
+            },
         ));
         let (mut guest, host) = tokio::io::duplex(1024);
         dial.send(host).await.unwrap();
@@ -131,10 +134,12 @@ mod tests {
 
     #[tokio::test]
     async fn the_nonce_opens_its_own_channel_only() {
-        let egress = Preamble { channel: Channel::Egress, nonce: NONCE }.encode();
-        let registry = Preamble { channel: Channel::Registry, nonce: NONCE }.encode();
-        let stranger = Preamble { channel: Channel::Egress, nonce: [4; TOKEN_LEN] }.encode();
-        assert_eq!(answer_to(&egress).await, b"served");
+        let egress = Preamble::new(Channel::Egress, NONCE).encode();
+        let registry = Preamble::new(Channel::Registry, NONCE).encode();
+        let stranger = Preamble::new(Channel::Egress, [4; TOKEN_LEN]).encode();
+        let of_step = Preamble::new(Channel::Egress, NONCE).of_step(Some(7)).encode();
+        assert_eq!(answer_to(&egress).await, b"served 0");
+        assert_eq!(answer_to(&of_step).await, b"served 7");
         assert_eq!(answer_to(&registry).await, b"");
         assert_eq!(answer_to(&stranger).await, b"");
         assert_eq!(answer_to(&egress[..preamble::LEN - 1]).await, b"");
@@ -150,14 +155,14 @@ mod tests {
             Channel::Registry,
             NONCE,
             cancel.clone(),
-            |mut stream: DuplexStream| async move {
+            |mut stream: DuplexStream, _| async move {
                 stream.write_all(b"!").await.unwrap();
                 std::future::pending::<()>().await;
             },
         ));
         let (mut guest, host) = tokio::io::duplex(1024);
         dial.send(host).await.unwrap();
-        let preamble = Preamble { channel: Channel::Registry, nonce: NONCE };
+        let preamble = Preamble::new(Channel::Registry, NONCE);
         guest.write_all(&preamble.encode()).await.unwrap();
         assert_eq!(guest.read_u8().await.unwrap(), b'!');
         cancel.cancel();

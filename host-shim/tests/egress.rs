@@ -7,22 +7,27 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use kiln::egress::domains::Domain;
 use kiln::egress::policy::Class;
-use kiln::egress::{EgressContext, MAX_CONNECTIONS, Observer, Reach, Resolve, serve};
+use kiln::egress::{Denied, EgressContext, MAX_CONNECTIONS, Observer, Reach, Resolve, serve};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+
+/// Of every connection.
+const STEP: Option<u32> = Some(7);
 
 #[derive(Default)]
 struct Seen(Mutex<Vec<String>>);
 
 impl Observer for Seen {
-    fn reached(&self, host: &str, port: u16) {
+    fn reached(&self, step: Option<u32>, host: &str, port: u16) {
+        assert_eq!(step, STEP);
         self.0.lock().unwrap().push(format!("reached {host}:{port}"));
     }
-    fn refused(&self, host: &str, class: Option<Class>) {
-        let class = class.map_or("nothing".to_owned(), |class| class.to_string());
-        self.0.lock().unwrap().push(format!("refused {host}: {class}"));
+    fn refused(&self, step: Option<u32>, host: &str, port: u16, why: Denied) {
+        assert_eq!(step, STEP);
+        self.0.lock().unwrap().push(format!("refused {host}:{port}: {why}"));
     }
 }
 
@@ -34,11 +39,12 @@ impl Seen {
 
 /// Answers each question for a name with the next of its lists.
 #[derive(Default)]
-struct Names(Mutex<HashMap<String, Vec<Vec<IpAddr>>>>);
+struct Names(Mutex<HashMap<String, Vec<Vec<IpAddr>>>>, Mutex<Vec<String>>);
 
 #[async_trait]
 impl Resolve for Names {
     async fn addresses(&self, host: &str) -> io::Result<Vec<IpAddr>> {
+        self.1.lock().unwrap().push(host.to_owned());
         let mut names = self.0.lock().unwrap();
         let answers = names.get_mut(host).filter(|answers| !answers.is_empty());
         answers.map(|answers| answers.remove(0)).ok_or_else(|| io::Error::other("no such name"))
@@ -48,6 +54,7 @@ impl Resolve for Names {
 struct Proxy {
     context: Arc<EgressContext>,
     seen: Arc<Seen>,
+    names: Arc<Names>,
     cancel: CancellationToken,
 }
 
@@ -59,10 +66,11 @@ impl Proxy {
         let names = names
             .iter()
             .map(|(name, answers)| ((*name).to_owned(), answers.iter().map(list).collect()));
+        let names = Arc::new(Names(Mutex::new(names.collect()), Mutex::default()));
         let context =
             EgressContext::new(reach, permitted, vec![], Arc::clone(&seen) as Arc<dyn Observer>)
-                .with_resolver(Arc::new(Names(Mutex::new(names.collect()))));
-        Self { context: Arc::new(context), seen, cancel: CancellationToken::new() }
+                .with_resolver(Arc::clone(&names) as Arc<dyn Resolve>);
+        Self { context: Arc::new(context), seen, names, cancel: CancellationToken::new() }
     }
 
     /// Loopback is permitted, as in most tests.
@@ -76,7 +84,7 @@ impl Proxy {
 
     fn client(&self) -> BufReader<DuplexStream> {
         let (ours, theirs) = duplex(64 * 1024);
-        tokio::spawn(serve(theirs, Arc::clone(&self.context), self.cancel.clone()));
+        tokio::spawn(serve(theirs, STEP, Arc::clone(&self.context), self.cancel.clone()));
         BufReader::new(ours)
     }
 
@@ -261,9 +269,8 @@ async fn what_is_not_public_is_refused_with_a_reason() {
             proxy.ask(&format!("CONNECT {host}:443 HTTP/1.1\r\nHost: x\r\n\r\n")).await;
         assert_eq!((status, body.as_str()), (403, format!("kiln egress: {reason}\n").as_str()));
         let bare = host.trim_matches(['[', ']']);
-        let seen = proxy.seen.take().concat();
-        let class = seen.strip_prefix(&format!("refused {bare}: ")).unwrap();
-        assert!(reason.contains(&format!(" is {class}, which")), "{seen}");
+        let class = reason.split(" is ").nth(1).unwrap();
+        assert_eq!(proxy.seen.take(), [format!("refused {bare}:443: it is {class}")]);
     }
     let (status, _) = proxy.ask("GET http://10.0.0.1/ HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert_eq!(status, 403);
@@ -281,7 +288,7 @@ async fn without_a_network_everything_is_refused() {
             (403, "kiln egress: this build has no network\n".to_owned())
         );
     }
-    assert_eq!(proxy.seen.take(), ["refused site.test: nothing", "refused 127.0.0.1: nothing"]);
+    assert_eq!(proxy.seen.take().len(), 2);
 }
 
 #[tokio::test]
@@ -411,4 +418,76 @@ async fn an_idle_tunnel_is_closed() {
     // Time goes on by itself while everybody waits.
     tokio::time::pause();
     assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+}
+
+fn listed(entries: &[&str]) -> Reach {
+    Reach::Listed(entries.iter().map(|entry| Domain::parse(entry).unwrap()).collect())
+}
+
+#[tokio::test]
+async fn a_list_is_asked_before_any_name_server() {
+    let names: &[(&str, &[&[&str]])] = &[
+        ("site.test", &[&["127.0.0.1"] as &[&str]; 4]),
+        ("a.below.test", &[&["127.0.0.1"]]),
+        ("below.test", &[&["127.0.0.1"]]),
+        ("secret-data.evil.test", &[&["127.0.0.1"]]),
+        ("127.0.0.1", &[&["127.0.0.1"]]),
+    ];
+    let port = echo().await;
+    let entries =
+        [format!("site.test:{port}"), format!("*.below.test:{port}"), "plain.test".to_owned()];
+    let entries: Vec<_> = entries.iter().map(String::as_str).collect();
+    let proxy = Proxy::new(listed(&entries), &["127.0.0.0/8"], names);
+    for host in ["site.test", "Site.Test.", "a.below.test"] {
+        let mut client = proxy.client();
+        let request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+        let head = head(&mut client).await;
+        // The resolver of this test knows no name with a dot at its end.
+        let expected = if host.ends_with('.') { "HTTP/1.1 502 " } else { "HTTP/1.1 200 " };
+        assert!(head.starts_with(expected), "{host}: {head}");
+    }
+    let asked = std::mem::take(&mut *proxy.names.1.lock().unwrap());
+    assert_eq!(asked, ["site.test", "site.test.", "a.below.test"]);
+    proxy.seen.take();
+
+    for (host, port) in [
+        ("secret-data.evil.test", port),
+        ("below.test", port),
+        ("site.test", port ^ 1),
+        ("site.test", 443),
+        ("site.test.evil.test", port),
+        ("127.0.0.1", port),
+        ("[::1]", port),
+        ("plain.test", 8443),
+    ] {
+        let (status, body) =
+            proxy.ask(&format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n")).await;
+        let bare = host.trim_matches(['[', ']']);
+        let said = format!("{bare}:{port} is not on this build's list of allowed domains");
+        assert_eq!((status, body), (403, format!("kiln egress: {said}\n")));
+        let why = Denied::NotListed;
+        assert_eq!(proxy.seen.take(), [format!("refused {bare}:{port}: {why}")]);
+    }
+    let (status, _) =
+        proxy.ask("GET http://secret-data.evil.test/ HTTP/1.1\r\nHost: site.test\r\n\r\n").await;
+    assert_eq!(status, 403, "a header does not say whom a request is for");
+    assert!(proxy.names.1.lock().unwrap().is_empty(), "what is refused is not resolved");
+}
+
+#[tokio::test]
+async fn a_listed_name_does_not_make_an_address_public() {
+    let names: &[(&str, &[&[&str]])] = &[("site.test", &[&["10.0.0.1"]])];
+    let proxy = Proxy::new(listed(&["site.test"]), &[], names);
+    let (status, _) = proxy.ask("CONNECT site.test:443 HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert_eq!(status, 403);
+    let why = Denied::Address(Class::Private);
+    assert_eq!(proxy.seen.take(), [format!("refused site.test:443: {why}")]);
+}
+
+#[tokio::test]
+async fn an_empty_list_reaches_nothing() {
+    let proxy = Proxy::new(listed(&[]), &["127.0.0.0/8"], &[("site.test", &[&["127.0.0.1"]])]);
+    assert_eq!(proxy.ask("CONNECT site.test:443 HTTP/1.1\r\nHost: x\r\n\r\n").await.0, 403);
+    assert!(proxy.names.1.lock().unwrap().is_empty());
 }

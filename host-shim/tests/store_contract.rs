@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kiln::build::{
     Build, BuildId, Change, Failure, FailureKind, GuestSays, ImageName, NetworkMode, Provenance,
-    Pulled, Refused, Request, Status, Tenant, Usage,
+    Pulled, Reached, Refused, Request, Status, Tenant, Usage,
 };
 use kiln::exec::{self, How, Session, Subject, Who};
 use kiln::instances::instance::{self, End, Instance, InstanceId, State};
@@ -113,6 +113,7 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
         annotated.usage =
             Usage { memory_peak_bytes: Some(9), boot_ms: Some(3), ..Usage::default() };
         annotated.pulled = vec![Pulled { reference: "r".into(), digest: "d".into() }];
+        annotated.reached = vec![Reached { host: "h".into(), port: 443 }];
         annotated.provenance = Provenance {
             builder_digest: Some("sha256:bb".into()),
             kernel_digest: Some("sha256:cc".into()),

@@ -10,7 +10,9 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use anyhow::Context;
-use kiln_protocol::event::{Event, Log, LogStream, NumberedEvent, Phase, Step, StepEnd, StepState};
+use kiln_protocol::event::{
+    Event, Log, LogStream, Name, NumberedEvent, Phase, Step, StepEnd, StepState,
+};
 use kiln_protocol::frame;
 use kiln_protocol::message::AgentToHost;
 use serde::{Deserialize, Serialize};
@@ -177,6 +179,7 @@ enum JsonEvent {
     Log { stream: LogStream, step: Option<u32>, partial: bool, content: String },
     Step(Step),
     Phase(Phase),
+    Name(Name),
 }
 
 impl From<&NumberedEvent> for JsonMessage {
@@ -190,6 +193,7 @@ impl From<&NumberedEvent> for JsonMessage {
             },
             Event::Step(step) => JsonEvent::Step(step.clone()),
             Event::Phase(phase) => JsonEvent::Phase(*phase),
+            Event::Name(name) => JsonEvent::Name(name.clone()),
         };
         Self::Event { seq: numbered.seq, at_ms: numbered.at_ms, event }
     }

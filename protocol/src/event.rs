@@ -35,6 +35,32 @@ pub enum Event {
     Step(Step),
     /// The build reached its next phase.
     Phase(Phase),
+    /// A step asked for the address of a name. There is none to be had.
+    Name(Name),
+}
+
+/// A name that a step asked the name server for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Name {
+    /// The step, where it is known.
+    pub step: Option<u32>,
+    /// The name in lower case, without a dot at its end; letters, digits, `-`, `_` and `.`, and `?` for every byte
+    /// that is another. At most [`MAX_NAME`] bytes.
+    pub host: String,
+}
+
+/// Longest name of a host, in bytes (RFC 1035, section 2.3.4, as text).
+pub const MAX_NAME: usize = 253;
+
+impl Name {
+    fn check(&self) -> Result<(), ReportTooLarge> {
+        at_most("name", self.host.len(), MAX_NAME)?;
+        let plain = |b: u8| {
+            b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.' | b'?')
+        };
+        let is_name = !self.host.is_empty() && self.host.bytes().all(plain);
+        if is_name { Ok(()) } else { Err(ReportTooLarge { field: "name" }) }
+    }
 }
 
 /// A line, or a part of one.
@@ -266,7 +292,7 @@ impl std::fmt::Display for FailureKind {
 
 /// A report that breaks a bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field} of a report is over its limit")]
+#[error("{field} of a report is not within its bounds")]
 pub struct ReportTooLarge {
     /// Which field.
     pub field: &'static str,
@@ -279,6 +305,7 @@ impl Event {
             Self::Log(log) => at_most("log content", log.content.len(), MAX_LOG_BYTES),
             Self::Step(step) => at_most("step name", step.name.len(), MAX_REPORT_TEXT),
             Self::Phase(_) => Ok(()),
+            Self::Name(name) => name.check(),
         }
     }
 }
@@ -358,6 +385,9 @@ mod tests {
         assert!(log(MAX_LOG_BYTES + 1).check().is_err());
         assert!(step(MAX_REPORT_TEXT).check().is_ok());
         assert!(step(MAX_REPORT_TEXT + 1).check().is_err());
+        let name = |host: &str| Event::Name(Name { step: None, host: host.into() }).check().is_ok();
+        assert!(name(&"n".repeat(MAX_NAME)) && !name(&"n".repeat(MAX_NAME + 1)));
+        assert!(name("_a.b-1.?") && !name("") && !name("A") && !name("a\n") && !name("é"));
         assert!(failed(MAX_REPORT_TEXT, MAX_REPORT_TEXT).check().is_ok());
         assert!(failed(MAX_REPORT_TEXT + 1, 0).check().is_err());
         assert!(failed(0, MAX_REPORT_TEXT + 1).check().is_err());

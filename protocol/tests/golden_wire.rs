@@ -26,7 +26,8 @@ fn every_wire() -> Vec<(String, Vec<u8>)> {
             Channel::Egress => "preamble-egress",
             Channel::Exec => "preamble-exec",
         };
-        let preamble = Preamble { channel, nonce: token(0x80) };
+        let step = (channel == Channel::Egress).then_some(0x0102);
+        let preamble = Preamble::new(channel, token(0x80)).of_step(step);
         all.push((name.to_owned(), preamble.encode().to_vec()));
     }
     all

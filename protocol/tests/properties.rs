@@ -9,8 +9,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use kiln_protocol::event::{
-    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
-    Phase, Step, StepEnd, StepState,
+    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, Name, NumberedEvent,
+    Outcome, Phase, Step, StepEnd, StepState,
 };
 use kiln_protocol::exec::{
     Copy, Ended, Exec, HostToSession, Open, Place, SessionToHost, Stream, Terminal,
@@ -184,7 +184,9 @@ fn event() -> impl Strategy<Value = Event> {
         Just(Phase::Pushing),
         Just(Phase::Running)
     ];
-    prop_oneof![log, step, phase.prop_map(Event::Phase)]
+    let name =
+        any::<(Option<u32>, String)>().prop_map(|(step, host)| Event::Name(Name { step, host }));
+    prop_oneof![log, step, phase.prop_map(Event::Phase), name]
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {

@@ -26,7 +26,7 @@ use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
 use crate::exec::Enterable;
-use crate::runtime::{self, Cgroup, Server, Settings, StepRecord, StepSecret};
+use crate::runtime::{self, Cgroup, CurrentStep, Server, Settings, StepRecord, StepSecret};
 use crate::secrets::Secret;
 
 /// Memory that is the agent's and the engine's own. A step may have the rest, but never less than
@@ -66,6 +66,8 @@ pub struct Buildah {
     pub destination: String,
     /// What sessions enter: the step that runs.
     pub enterable: Enterable,
+    /// Its number.
+    pub step: CurrentStep,
 }
 
 impl Default for Buildah {
@@ -87,6 +89,7 @@ impl Default for Buildah {
             image: format!("{}/{staging}", name::REGISTRY),
             destination: format!("docker://{GATEWAY}/{staging}"),
             enterable: Enterable::default(),
+            step: CurrentStep::default(),
         }
     }
 }
@@ -154,6 +157,7 @@ impl Buildah {
             cgroup_mount: self.cgroup_mount.clone(),
             steps_cgroup: self.cgroup.join("steps"),
             enterable: self.enterable.clone(),
+            current: self.step.clone(),
             keep_failed: work.keep_failed,
             held,
             scratch: self.storage.clone(),

@@ -22,6 +22,11 @@ const NO_PROXY: &str = "localhost,127.0.0.1";
 const PROXY_VARIABLES: [(&str, &str); 3] =
     [("HTTP_PROXY", PROXY_URL), ("HTTPS_PROXY", PROXY_URL), ("NO_PROXY", NO_PROXY)];
 
+/// Where programs look for a name server, and what a step finds there: one that tells who asks for what.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Its content. No search list, so that a name is asked for as it is.
+pub const NAME_SERVER: &str = "nameserver 127.0.0.1\n";
+
 /// Where a step finds certificates. /dev is never part of an image.
 const CERTIFICATES: &str = "/dev/kiln-certificates.pem";
 /// The variables by which programs find them: OpenSSL and Go, curl, Python, pip, Node, Git, cargo.
@@ -105,6 +110,20 @@ pub fn rewrite(mut spec: Spec, policy: &StepPolicy) -> Result<Spec, ConfigError>
         }
     }
     Ok(spec)
+}
+
+/// The engine's own file of the bundle that it mounts as a step's `/etc/resolv.conf`, where [`NAME_SERVER`] is to
+/// stand in it: the engine makes one for each step, with what it takes for public name servers, and what a step writes
+/// there enters no image. Another mount there is the Dockerfile's own.
+pub fn name_server_file(spec: &Spec, policy: &StepPolicy, bundle: &Path) -> Option<PathBuf> {
+    let file = bundle.join("resolv.conf");
+    let is_in_steps_network = spec.linux().as_ref()?.namespaces().iter().flatten().any(|own| {
+        own.typ() == LinuxNamespaceType::Network && own.path().as_ref() == Some(&policy.netns)
+    });
+    let is_mounted = spec.mounts().iter().flatten().any(|mount| {
+        mount.destination() == Path::new(RESOLV_CONF) && mount.source().as_ref() == Some(&file)
+    });
+    (policy.network == StepNetwork::Proxy && is_in_steps_network && is_mounted).then_some(file)
 }
 
 /// Sees to it that the step is in the steps' network namespace, or in a new and empty one of its
@@ -312,6 +331,36 @@ mod tests {
         assert_eq!(network(&[]), (vec![steps.clone()], true));
         assert_eq!(network(&[other]), (vec![steps], true));
         assert_eq!(network(std::slice::from_ref(&empty)), (vec![empty], false));
+    }
+
+    #[test]
+    fn the_engines_own_file_names_the_name_server_and_no_other() {
+        let bundle = Path::new("/var/tmp/buildah3738046122");
+        let file = |change: fn(&mut Value), policy: &StepPolicy| {
+            let mut config = recorded();
+            change(&mut config);
+            let spec = rewrite(serde_json::from_value(config).unwrap(), policy).unwrap();
+            name_server_file(&spec, policy, bundle)
+        };
+        assert_eq!(file(|_| {}, &policy()), Some(bundle.join("resolv.conf")));
+        let none = StepPolicy { network: StepNetwork::None, ..policy() };
+        assert_eq!(file(|_| {}, &none), None);
+        // `RUN --network=none`.
+        let own_network = |config: &mut Value| {
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "network");
+            namespaces.push(serde_json::json!({"type": "network"}));
+        };
+        assert_eq!(file(own_network, &policy()), None);
+        // `RUN --mount=type=bind,target=/etc/resolv.conf,…`.
+        let own_mount = |config: &mut Value| {
+            for mount in config["mounts"].as_array_mut().unwrap() {
+                if mount["destination"] == "/etc/resolv.conf" {
+                    mount["source"] = "/etc/passwd".into();
+                }
+            }
+        };
+        assert_eq!(file(own_mount, &policy()), None);
     }
 
     #[test]

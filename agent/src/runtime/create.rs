@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 
-use super::config::{ConfigError, StepPolicy, rewrite};
+use super::config::{ConfigError, NAME_SERVER, StepPolicy, name_server_file, rewrite};
 use super::hold::{self, Hold};
 use super::monitor::{self, Monitor};
 use super::name::step_name;
@@ -85,6 +85,9 @@ pub fn create(program: &Path, socket: &Path, args: &[OsString]) -> Result<u8, Cr
             return Err(CreateError::Refused(refusal));
         }
     };
+    if let Some(file) = name_server_file(&spec, &policy, &call.bundle) {
+        fs::write(file, NAME_SERVER).map_err(system("name a step's name server"))?;
+    }
     let (bundle, secrets) = place_secrets(spec.clone(), &policy, &call)?;
 
     let (ready, ready_writer) = pipe().map_err(system("make a pipe"))?;

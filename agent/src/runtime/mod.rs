@@ -17,6 +17,7 @@ mod bounded;
 mod cgroup;
 mod config;
 mod create;
+mod current;
 mod hold;
 mod lines;
 mod monitor;
@@ -37,6 +38,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 pub use cgroup::{Cgroup, Usage};
+pub use current::CurrentStep;
 pub use hold::{holder_main, is_holder_call};
 pub use lines::{Part, report_bytes, report_lines};
 pub use seccomp::tighten;

@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::cgroup::{Cgroup, Usage};
 use super::config::StepPolicy;
-use super::lines::report_lines;
+use super::current::CurrentStep;
+use super::lines::{Part, report_lines};
 use super::secrets::StepSecret;
 use super::stay::stay;
 use super::sys;
@@ -59,6 +60,8 @@ pub struct Settings {
     pub steps_cgroup: PathBuf,
     /// What can be entered: each step while it runs.
     pub enterable: Enterable,
+    /// Which step runs.
+    pub current: CurrentStep,
     /// Whether a step that fails stays.
     pub keep_failed: bool,
     /// The one that stays, once there is one.
@@ -198,6 +201,7 @@ impl Announced {
         let cgroup_path = settings.steps_cgroup.join(index.to_string());
         let cgroup = Cgroup::new(&settings.cgroup_mount, &cgroup_path);
         let begun = Instant::now();
+        let running = settings.current.begin(index);
         reporter.report(step(StepState::Started)).await;
 
         let policy = StepPolicy {
@@ -236,6 +240,7 @@ impl Announced {
             }),
         );
 
+        drop(running);
         let is_watched = matches!(ended, Ok(FromWrapper::Ended { .. }));
         let (started, exit_code) = match ended {
             Ok(FromWrapper::Ended { code }) => (true, code),

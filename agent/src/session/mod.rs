@@ -34,7 +34,7 @@ use self::link::{DialError, Link, dial};
 use self::running::Running;
 pub use self::work::{Places, fail};
 use crate::engine::Engine;
-use crate::events::BadAcknowledgement;
+use crate::events::{BadAcknowledgement, Reporter};
 use crate::source::FeedError;
 use crate::vsock::Connector;
 
@@ -103,11 +103,11 @@ impl<C: Connector> Session<C> {
     }
 
     /// Takes the job, does it, and reports until the host says Finish. `prepare` makes the machine
-    /// ready for the job; what it cannot do is the build's failure.
+    /// ready for the job, with a way to report; what it cannot do is the build's failure.
     pub async fn run<E, P>(self, engine: E, places: Places, prepare: P) -> Result<(), SessionError>
     where
         E: Engine + Send + Sync + 'static,
-        P: FnOnce(&Job) -> Result<(), String> + Send,
+        P: FnOnce(&Job, &Reporter) -> Result<(), String> + Send,
     {
         Running::new(self, engine, places, prepare).run().await
     }

@@ -25,7 +25,7 @@ use super::{
     DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, Places, STOP_GRACE, Session, SessionError,
 };
 use crate::engine::Engine;
-use crate::events::{self, Outbox, Report, WAITING_REPORTS};
+use crate::events::{self, Outbox, Report, Reporter, WAITING_REPORTS};
 use crate::run;
 use crate::source::{Feeder, feed};
 use crate::vsock::Connector;
@@ -107,7 +107,7 @@ impl<C, E, P> Running<C, E, P>
 where
     C: Connector,
     E: Engine + Send + Sync + 'static,
-    P: FnOnce(&Job) -> Result<(), String>,
+    P: FnOnce(&Job, &Reporter) -> Result<(), String>,
 {
     /// A session that waits for its job.
     pub fn new(session: Session<C>, engine: E, places: Places, prepare: P) -> Self {
@@ -259,10 +259,10 @@ where
         if let Err(error) = job.check() {
             return self.conclude(Outcome::Failed(fail(FailureKind::Internal, error.to_string())));
         }
-        if let Err(problem) = prepare(&job) {
+        let (reporter, reports) = events::channel();
+        if let Err(problem) = prepare(&job, &reporter) {
             return self.conclude(Outcome::Failed(fail(FailureKind::Internal, problem)));
         }
-        let (reporter, reports) = events::channel();
         let cancel = CancellationToken::new();
         let token = cancel.clone();
         let task = match &job.role {

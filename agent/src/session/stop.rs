@@ -41,7 +41,7 @@ impl Progress {
                 }
                 StepState::Ended(_) => {}
             },
-            Event::Log(_) => {}
+            Event::Log(_) | Event::Name(_) => {}
         }
     }
 

@@ -173,7 +173,7 @@ where
     let session = tokio::spawn(async move {
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
         assert_eq!(session.welcome().nonce, [9; TOKEN_LEN]);
-        session.run(Scripted(engine), places, |_| Ok(())).await
+        session.run(Scripted(engine), places, |_, _| Ok(())).await
     });
     Fixture { dials, session, dir }
 }
@@ -493,7 +493,7 @@ async fn what_the_machine_cannot_prepare_fails_the_build() {
         let identity = Identity { agent: String::new(), image: String::new() };
         let session = Session::open(Arc::new(ToTest(to_test)), identity).await?;
         let engine = Scripted(async |_, _, _| built());
-        session.run(engine, places, |_| Err("no egress port".into())).await
+        session.run(engine, places, |_, _| Err("no egress port".into())).await
     });
     let mut fixture = Fixture { dials, session, dir };
     let mut peer = fixture.with_job(job()).await;

@@ -3,6 +3,7 @@
 //! A field that Kiln does not act on yet is refused unless it asks for nothing: to take it and do
 //! nothing would be worse.
 
+mod network;
 pub(super) mod schema;
 mod secrets;
 pub(super) mod tags;
@@ -12,11 +13,10 @@ use std::ops::RangeInclusive;
 
 use axum::http::StatusCode;
 use kiln_protocol::job::{MAX_BUILD_ARGS, MAX_BUILD_ARGS_BYTES, MAX_DOCKERFILE, MAX_JOB_TEXT};
-use serde_json::Value;
 
 use super::Limits;
 use super::error::{ApiError, shown};
-use crate::build::{ImageName, NetworkMode, Request, Tenant};
+use crate::build::{ImageName, Request, Tenant};
 
 /// The part that is not text.
 pub(super) const SOURCE: &str = "source";
@@ -31,9 +31,6 @@ const MAX_ARG_NAME: usize = 256;
 
 /// Longest time that a failed step stays: a day.
 pub(super) const MAX_KEEP_SECONDS: u32 = 24 * 60 * 60;
-
-/// What a build may ask of the network: Kiln's words, and hypeman's. An allow-list is not available yet.
-const NETWORKS: [&str; 5] = ["", "none", "open", "isolated", "egress"];
 
 /// A part that holds a number.
 struct Number {
@@ -125,6 +122,7 @@ impl Fields {
     pub(super) fn request(&self, tenant: &Tenant, limits: &Limits) -> Result<Request, ApiError> {
         self.refuse_what_is_not_there_yet()?;
         let number = |field| self.number(field, limits);
+        let (network, allowed_domains) = network::parse(self, limits.network_default)?;
         Ok(Request {
             dockerfile: self.dockerfile()?,
             target: self.target()?,
@@ -133,8 +131,8 @@ impl Fields {
             tags: self.tags()?,
             base_image_digest: self.base_image_digest()?,
             secrets: secrets::parse(self.text("secrets"))?,
-            network: self.network(limits.network_default)?,
-            allowed_domains: vec![],
+            network,
+            allowed_domains,
             timeout_seconds: number(TIMEOUT)?,
             memory_mb: number(MEMORY)?,
             cpus: number(CPUS)?,
@@ -178,14 +176,6 @@ impl Fields {
             }
             Some(other) => {
                 return Err(ApiError::invalid("is_admin_build", other, "empty or false"));
-            }
-        }
-        let name = "allowed_domains";
-        if let Some(text) = self.text(name) {
-            match serde_json::from_str::<Vec<Value>>(text) {
-                Ok(list) if list.is_empty() => {}
-                Ok(_) => return Err(ApiError::not_supported(name, "leave it out, or send []")),
-                Err(_) => return Err(ApiError::invalid(name, text, "a JSON array")),
             }
         }
         Ok(())
@@ -273,22 +263,6 @@ impl Fields {
         let tags = self.object("tags")?;
         tags::check_all(&tags)?;
         Ok(tags)
-    }
-
-    fn network(&self, default: NetworkMode) -> Result<NetworkMode, ApiError> {
-        match self.text("network_mode") {
-            None => Ok(default),
-            Some("none" | "isolated") => Ok(NetworkMode::None),
-            Some("open" | "egress") => Ok(NetworkMode::Open),
-            Some("allowlist") => {
-                Err(ApiError::not_supported("network_mode allowlist", "send none or open"))
-            }
-            Some(other) => Err(ApiError::invalid(
-                "network_mode",
-                other,
-                "none, allowlist or open (or hypeman's isolated or egress)",
-            )),
-        }
     }
 
     /// A JSON object whose values are strings. What it holds is not repeated in the refusal.

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::openapi::schemas;
 use super::whole;
-use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Status, Usage};
+use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Reached, Status, Usage};
 use crate::exec::{Session as StoredSession, Subject};
 use crate::store::{Role, SecretRecord, TokenRecord};
 
@@ -76,6 +76,10 @@ pub struct Build {
     #[serde(default)]
     #[schema(required = true)]
     pub pulled: Vec<Pulled>,
+    /// What its steps reached through the host, the first 256 hosts and ports.
+    #[serde(default)]
+    #[schema(required = true)]
+    pub reached: Vec<Reached>,
     /// How often it was taken by a VM.
     #[serde(default)]
     #[schema(required = true)]
@@ -177,6 +181,7 @@ impl Build {
             tenant: build.tenant.to_string(),
             usage: build.usage,
             pulled: build.pulled.clone(),
+            reached: build.reached.clone(),
             attempt: build.attempt,
             kept_until: None,
             entered: build.entered,

@@ -106,13 +106,14 @@ fn times_attempts_and_digest_are_kept() {
     assert_eq!((first.attempt, first.started_at), (1, Some(20)));
     let mut lost = first.clone();
     lost.pulled.push(Pulled { reference: "r".into(), digest: "d".into() });
+    lost.reached.push(Reached { host: "h".into(), port: 80 });
     lost.usage.boot_ms = Some(7);
     lost.provenance.builder_digest = Some("sha256:cc".into());
 
     let again = lost.apply(Change::Requeue, 30).unwrap();
     assert_eq!(
-        (again.usage, again.pulled.len(), &again.provenance),
-        (Usage::default(), 0, &Provenance::default())
+        (again.usage, again.pulled.len(), again.reached.len(), &again.provenance),
+        (Usage::default(), 0, 0, &Provenance::default())
     );
     let second = again.apply(Change::Claim, 40).unwrap();
     assert_eq!((second.attempt, second.started_at), (2, Some(20)), "when it was first claimed");

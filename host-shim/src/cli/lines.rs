@@ -43,8 +43,9 @@ impl Lines {
                 lines.push(kiln(&format!("failed ({kind}): {message}")));
                 lines
             }
-            EventView::Egress { host, allowed: false } => {
-                vec![kiln(&format!("refused a connection to {host}"))]
+            EventView::Egress { host, allowed: false, step } => {
+                let who = step.map_or("a step".to_owned(), |step| format!("step {step}"));
+                vec![kiln(&format!("{who} was refused {host}"))]
             }
             EventView::Trimmed { from, to } => {
                 vec![kiln(&format!("events {from} to {to} are no longer kept"))]
@@ -169,7 +170,9 @@ mod tests {
             step("failed", Some(7)),
             step("cached", None),
             EventView::Status { status: "queued".into(), queue_position: Some(3) },
-            EventView::Egress { host: "h:443".into(), allowed: false },
+            EventView::Egress { host: "h".into(), allowed: false, step: Some(2) },
+            EventView::Egress { host: "h".into(), allowed: false, step: None },
+            EventView::Egress { host: "h".into(), allowed: true, step: Some(2) },
         ]);
         let expected = [
             "#2 | a",
@@ -180,7 +183,8 @@ mod tests {
             "#2 failed with exit code 7 after 1.2s",
             "#2 cached",
             "kiln | queued, number 3 in the queue",
-            "kiln | refused a connection to h:443",
+            "kiln | step 2 was refused h",
+            "kiln | a step was refused h",
         ];
         assert_eq!(lines, expected);
     }

@@ -8,7 +8,7 @@ use super::client::Client;
 use super::error::{CliError, print_line};
 use super::escape::{escape, escape_json};
 use super::flag_names::in_failure;
-use super::view::{BuildView, duration, size};
+use super::view::{BuildView, ReachedView, duration, size};
 
 /// Show a build
 #[derive(Debug, clap::Args)]
@@ -66,6 +66,7 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
         put("memory", usage.memory_peak_bytes.map(|n| format!("{} at most in a step", size(n))));
         put("log", usage.log_bytes.map(size));
     }
+    put("reached", build.reached.as_deref().map(hosts));
     if let Some(failure) = &build.failure {
         put("failure", Some(failure.kind.clone()));
         put("step", failure.step.map(|n| n.to_string()));
@@ -82,6 +83,20 @@ fn sheet(build: &BuildView, now: Timestamp) -> String {
     lines.join("\n")
 }
 
+/// Hosts in the order in which they were reached, some of many.
+fn hosts(reached: &[ReachedView]) -> String {
+    const MOST: usize = 10;
+    let named = |ReachedView { host, port }: &ReachedView| {
+        let is_v6 = host.contains(':');
+        if is_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    };
+    let mut shown: Vec<_> = reached.iter().take(MOST).map(named).collect();
+    if let Some(more) = reached.len().checked_sub(MOST).filter(|more| *more > 0) {
+        shown.push(format!("and {more} more"));
+    }
+    shown.join(" ")
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -95,6 +110,7 @@ mod tests {
             "error": "step 2 failed\u{7}",
             "failure": {"kind": "step_failed", "message": "m", "step": 2, "exit_code": 7, "detail": "x\ny"},
             "usage": {"memory_peak_bytes": 1_048_576, "log_bytes": null},
+            "reached": [{"host": "a.test", "port": 443}, {"host": "::2", "port": 80}],
         });
         let now = "2026-01-01T00:01:00Z".parse().unwrap();
         let expected = "build     b1\n\
@@ -104,6 +120,7 @@ mod tests {
                         took      1.5s\n\
                         tags      a=b c=d\n\
                         memory    1.0 MiB at most in a step\n\
+                        reached   a.test:443 [::2]:80\n\
                         failure   step_failed\n\
                         step      2\n\
                         exit code 7\n\

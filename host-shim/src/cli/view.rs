@@ -31,6 +31,16 @@ pub struct BuildView {
     pub kept_until: Option<String>,
     pub tags: Option<std::collections::BTreeMap<String, String>>,
     pub usage: Option<UsageView>,
+    pub reached: Option<Vec<ReachedView>>,
+}
+
+/// A host that a build reached.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the API's field names")]
+pub struct ReachedView {
+    pub host: String,
+    pub port: u16,
 }
 
 /// Why a build failed.
@@ -90,6 +100,7 @@ pub enum EventView {
     Egress {
         host: String,
         allowed: bool,
+        step: Option<u64>,
     },
     Trimmed {
         from: u64,

@@ -162,7 +162,6 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-disk-gb", "16385"], "16384"),
         (["--max-queued", "0"], "--max-queued"),
         (["--max-uploads", "0"], "--max-uploads"),
-        (["--network-default", "allowlist"], "none or open"),
         (["--builder", ""], "--builder"),
         (["--registry", "ftp://x"], "http(s)"),
         (["--registry", "https://user:hunter2@x"], "--registry-config"),

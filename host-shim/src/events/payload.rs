@@ -12,12 +12,12 @@ use crate::store::NewEvent;
 const OLDEST: Millis = 60 * 60 * 1000;
 
 /// The event to store for one of the agent's; `None` for a phase, which the driver turns into a
-/// status. `now` is the host's clock, which bounds the guest's.
+/// status, and for a name, which is told of with what else steps were refused. `now` is the host's clock, which bounds the guest's.
 pub fn from_agent(numbered: &NumberedEvent, now: Millis) -> Option<NewEvent> {
     let payload = match &numbered.event {
         wire::Event::Log(line) => log(line.stream, line.step, line.partial, &line.content),
         wire::Event::Step(s) => step(s),
-        wire::Event::Phase(_) => return None,
+        wire::Event::Phase(_) | wire::Event::Name(_) => return None,
     };
     let at =
         i64::try_from(numbered.at_ms).unwrap_or(i64::MAX).clamp(now.saturating_sub(OLDEST), now);
@@ -82,6 +82,15 @@ pub fn step(step: &wire::Step) -> Value {
             payload["exit_code"] = end.exit_code.into();
             payload["duration_ms"] = end.duration_ms.into();
         }
+    }
+    payload
+}
+
+/// `egress`: a step reached a host, or was refused one.
+pub fn egress(step: Option<u32>, host: &str, allowed: bool) -> Value {
+    let mut payload = json!({ "type": "egress", "host": host, "allowed": allowed });
+    if let Some(step) = step {
+        payload["step"] = step.into();
     }
     payload
 }

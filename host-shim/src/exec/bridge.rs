@@ -214,7 +214,7 @@ async fn converse<I: ClientInput, O: ClientOutput>(
         return outcome;
     }
     let (reader, writer) = stream.into_split();
-    let preamble = Preamble { channel: Channel::Exec, nonce: entrance.nonce() };
+    let preamble = Preamble::new(Channel::Exec, entrance.nonce());
     let (taken, window) = watch::channel(0);
     tokio::select! {
         // A guest that never stops talking does not hide that its client is gone.

@@ -268,7 +268,9 @@ impl session::Sink for Sink<'_> {
                     }
                 }
                 Event::Phase(Phase::Running) => self.owner.change(Change::Run).await?,
-                Event::Phase(_) | Event::Step(_) => anyhow::bail!("an instance has no such event"),
+                Event::Phase(_) | Event::Step(_) | Event::Name(_) => {
+                    anyhow::bail!("an instance has no such event")
+                }
             }
         }
         if !lines.is_empty() {

@@ -14,14 +14,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use self::egress::Egress;
+use self::egress::WayOut;
 use self::job::job;
 use super::base;
+use super::egress_log::AllSeen;
 use super::leaks::{self, Searched};
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
 use super::workshop::Workshop;
-use crate::build::{Build, Change, Failure, FailureKind, NetworkMode};
+use crate::build::{Build, Change, Failure, FailureKind};
 use crate::events::payload;
 use crate::exec::Doorway;
 use crate::gateway::guests::{self, GuestContext};
@@ -172,6 +174,15 @@ impl Driver {
                 );
             }
         };
+        let way_out = match self.workshop.egress.way_out(&self.build, &self.workshop.events) {
+            Ok(way_out) => way_out,
+            Err(error) => {
+                return fail(
+                    FailureKind::Internal,
+                    format!("the host's own addresses cannot be listed: {error}"),
+                );
+            }
+        };
         let cancel = self.entry.cancel.clone();
         let spec = VmSpec {
             id: self.build.id.to_string(),
@@ -206,7 +217,7 @@ impl Driver {
             staging,
             self.workshop.backing.clone(),
         ));
-        let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context)).await;
+        let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context), way_out).await;
         self.build.pulled = context.pulled();
         let next = match &self.build.request.base_image_digest {
             Some(pin) => {
@@ -245,6 +256,7 @@ impl Driver {
         vm: Vm,
         source: tokio::fs::File,
         context: Arc<GuestContext>,
+        way_out: Option<WayOut>,
     ) -> (Next, Masker, bool) {
         let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
         let gone = CancellationToken::new();
@@ -258,18 +270,21 @@ impl Driver {
                 Channel::Registry,
                 nonce,
                 gone.clone(),
-                move |stream| guests::serve(stream, Arc::clone(&context), stop.clone()),
+                move |stream, _| guests::serve(stream, Arc::clone(&context), stop.clone()),
             ));
         }
-        if self.build.request.network != NetworkMode::None {
-            let context = Arc::new(self.workshop.egress.context(&self.build));
+        let record = way_out.as_ref().map(|way_out| Arc::clone(&way_out.record));
+        if let Some(WayOut { context, record: _ }) = way_out {
             let stop = offline.clone();
             tokio::spawn(tunnel::accept(
                 Arc::clone(&vm.egress),
                 Channel::Egress,
                 nonce,
                 offline.clone(),
-                move |stream| crate::egress::serve(stream, Arc::clone(&context), stop.clone()),
+                move |stream, preamble| {
+                    let by = preamble.step.map(|number| number.get().into());
+                    crate::egress::serve(stream, by, Arc::clone(&context), stop.clone())
+                },
             ));
         }
         let started = vm.started().into();
@@ -283,7 +298,8 @@ impl Driver {
         };
         let doorway = Doorway::new(self.entry.door.clone(), vm.dialer(), nonce);
         let mut sink =
-            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started, doorway);
+            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started, doorway)
+                .with_egress(record.clone());
         let allowed = sink.timeout();
         // A VM that hangs before it begins is told by then, however short the timeout is.
         let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
@@ -339,14 +355,20 @@ impl Driver {
         gone.cancel();
         tunnels.close();
         tunnels.wait().await;
+        if !kept {
+            offline.cancel();
+        }
+        let seen = match record {
+            Some(record) => record.close().await,
+            None => AllSeen::default(),
+        };
+        let next = outcome::denied(next, &seen.wanted);
+        self.build.reached = seen.reached;
         if kept {
             let guest = self.lodger(nonce, Box::new(offline.drop_guard()));
             self.workshop.kept.keep(vm, guest).await;
-        } else {
-            offline.cancel();
-            if let Err(error) = vm.destroy().await {
-                tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
-            }
+        } else if let Err(error) = vm.destroy().await {
+            tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
         }
         (next, masker, !begun && !ended)
     }

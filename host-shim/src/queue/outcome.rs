@@ -1,7 +1,10 @@
 //! How the end of a session, or of a VM, becomes the cause of a failed build. Pure.
 
+mod denied;
+
 use kiln_protocol::event::Outcome;
 
+pub(super) use self::denied::denied;
 use super::sink::LogLimit;
 use crate::build::{Failure, FailureKind, GuestSays, Pulled};
 use crate::session::End;
@@ -78,9 +81,10 @@ pub(super) fn pinned(next: Next, pin: &str, pulled: &[Pulled]) -> Next {
 /// A guest is not believed where it names a cause that only the host can know.
 fn host_checked(failure: Failure) -> Failure {
     match failure.kind {
-        FailureKind::SecretLeaked | FailureKind::VmLost | FailureKind::HostRestarted => {
-            Failure { kind: FailureKind::Internal, ..failure }
-        }
+        FailureKind::SecretLeaked
+        | FailureKind::EgressDenied
+        | FailureKind::VmLost
+        | FailureKind::HostRestarted => Failure { kind: FailureKind::Internal, ..failure },
         _ => failure,
     }
 }
@@ -128,7 +132,12 @@ mod tests {
 
     #[test]
     fn a_guest_cannot_claim_what_only_the_host_knows() {
-        for cause in [FailureKind::SecretLeaked, FailureKind::VmLost, FailureKind::HostRestarted] {
+        for cause in [
+            FailureKind::SecretLeaked,
+            FailureKind::EgressDenied,
+            FailureKind::VmLost,
+            FailureKind::HostRestarted,
+        ] {
             assert_eq!(kind(reported(cause)), Some(FailureKind::Internal));
         }
     }

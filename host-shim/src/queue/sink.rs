@@ -8,6 +8,7 @@ use kiln_protocol::message::AgentUsage;
 use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::time::Instant;
 
+use super::egress_log::EgressRecord;
 use super::workshop::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
@@ -34,6 +35,8 @@ pub(super) struct BuildSink<'d> {
     masker: Masker,
     /// Opened when the VM begins; closed with the session.
     doorway: Doorway,
+    /// What steps reach, where they have a network.
+    egress: Option<Arc<EgressRecord>>,
 }
 
 /// The guest sent more log content than the build may have.
@@ -62,7 +65,14 @@ impl<'d> BuildSink<'d> {
             charged: 0,
             masker: Masker::default(),
             doorway,
+            egress: None,
         }
+    }
+
+    /// With what is told of the steps' network.
+    pub(super) fn with_egress(mut self, egress: Option<Arc<EgressRecord>>) -> Self {
+        self.egress = egress;
+        self
     }
 
     /// What else there is to mask of the build, once its session is over.
@@ -90,7 +100,7 @@ impl<'d> BuildSink<'d> {
                 log.content = self.masker.part(log.stream, log.step, &log.content, log.partial);
             }
             Event::Step(step) => step.name = self.masker.text(&step.name),
-            Event::Phase(_) => {}
+            Event::Phase(_) | Event::Name(_) => {}
         }
     }
 
@@ -151,6 +161,7 @@ impl<'d> BuildSink<'d> {
                     self.building_at.map(|from| numbered.at_ms.saturating_sub(from));
             }
             Event::Phase(_) => {}
+            Event::Name(name) => self.charge(name.host.len() as u64)?,
         }
         Ok(())
     }
@@ -165,7 +176,12 @@ impl Sink for BuildSink<'_> {
         for mut event in reported {
             self.note(&event)?;
             self.mask(&mut event.event);
-            if event.event == Event::Phase(Phase::Pushing) {
+            if let Event::Name(name) = &event.event {
+                // Where there is no network, nobody asks.
+                if let Some(egress) = &self.egress {
+                    egress.asked(name.step, &name.host);
+                }
+            } else if event.event == Event::Phase(Phase::Pushing) {
                 self.store(&mut batch).await?;
                 self.pushing(&event).await?;
             } else if let Some(event) = payload::from_agent(&event, crate::clock::now()) {
@@ -200,7 +216,10 @@ impl Sink for BuildSink<'_> {
         let answer = secrets::answer(store.as_ref(), vault, self.build, id).await?;
         let given = matches!(answer, SecretAnswer::Value(_));
         tracing::info!(secret = %id, given, "the build asked for a secret");
-        // Before the guest has it, and can print it.
+        // Before the guest has it, and can print it or send it.
+        if let (SecretAnswer::Value(value), Some(egress)) = (&answer, &self.egress) {
+            egress.learn(id, value).await;
+        }
         if let SecretAnswer::Value(value) = &answer
             && let Err(why) = self.masker.learn(id.as_str(), value).await
         {

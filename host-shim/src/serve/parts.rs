@@ -20,7 +20,6 @@ use crate::api::Readiness;
 use crate::build::{BuildId, Tenant};
 use crate::causes::chain;
 use crate::config::{ConfigError, ServeConfig};
-use crate::egress::policy::own_addresses;
 use crate::gateway::Backing;
 use crate::gateway::managed::Managed;
 use crate::gateway::path::Route;
@@ -161,9 +160,8 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
 
 pub(super) fn egress(config: &ServeConfig) -> anyhow::Result<Egress> {
     let permitted = config.egress_permit.iter().map(|cidr| cidr.0).collect();
-    let own = own_addresses().context("cannot list this host's addresses")?;
     let ca = config.egress_ca.as_deref().map(certificates).transpose()?.unwrap_or_default();
-    Ok(Egress { permitted, own, ca })
+    Ok(Egress { permitted, ca })
 }
 
 /// A file of certificates that a job can carry.

@@ -124,6 +124,7 @@ fn migrator() -> Migrator {
         ("instances", include_str!("../../migrations/sqlite/0004_instances.sql")),
         ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
         ("sessions", include_str!("../../migrations/sqlite/0006_sessions.sql")),
+        ("reached", include_str!("../../migrations/sqlite/0007_reached.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -253,6 +254,7 @@ impl Store for SqliteStore {
         let next = Build {
             usage: build.usage,
             pulled: build.pulled.clone(),
+            reached: build.reached.clone(),
             provenance: build.provenance.clone(),
             ..before
         };

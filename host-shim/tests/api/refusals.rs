@@ -48,8 +48,11 @@ async fn the_command_line_names_its_own_flags() {
         (&["--disk", "501"], "kiln: --disk is \"501\"; it must be a number from 1 to 500\n"),
         (&["--timeout", "86401"], "kiln: --timeout is \"86401\"; "),
         (&["--cpus", "65"], "kiln: --cpus is \"65\"; "),
-        (&["--network", "allowlist"], "kiln: --network allowlist is not available yet; "),
-        (&["--allow", "example.com"], "kiln: --allow is not available yet; "),
+        (
+            &["--network", "none", "--allow", "a.test"],
+            "kiln: --network none does not go with --allow; ",
+        ),
+        (&["--allow", "10.0.0.1"], "kiln: --allow has \"10.0.0.1\", which is an address; "),
         (&["--target", "memory_mb!"], "kiln: --target is \"memory_mb!\"; "),
         (&["--secret", "id=a,env_var=1"], "kiln: env_var of the secret a is \"1\"; "),
         (&tags, "kiln: --tag has more than 64 tags\n"),

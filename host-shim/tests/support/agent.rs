@@ -64,7 +64,7 @@ impl Vm {
         let mut stream = self.stream().await;
         let mut bytes = [0; preamble::LEN];
         stream.read_exact(&mut bytes).await.unwrap();
-        let expected = Preamble { channel: Channel::Exec, nonce: NONCE };
+        let expected = Preamble::new(Channel::Exec, NONCE);
         assert_eq!(Preamble::decode(&bytes).unwrap(), expected);
         let (reader, writer) = stream.into_split();
         let mut agent = Agent { reader: FrameReader::new(reader), writer, taken: 0 };

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test's values are known")]
 
 use kiln_protocol::event::{
-    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, NumberedEvent, Outcome,
-    Phase, Step, StepEnd, StepState,
+    Built, Event, Exited, Failure, FailureKind, Lockfile, Log, LogStream, Name, NumberedEvent,
+    Outcome, Phase, Step, StepEnd, StepState,
 };
 use kiln_protocol::exec::{
     Cause, Copy, Ended, Exec, HostToSession, Open, Place, SessionToHost, Stream, Terminal,
@@ -222,6 +222,7 @@ fn agent_messages() -> Vec<AgentToHost> {
         event(Event::Phase(Phase::Building)),
         event(Event::Phase(Phase::Pushing)),
         event(Event::Phase(Phase::Running)),
+        event(Event::Name(Name { step: Some(2), host: "deb.example".into() })),
         AgentToHost::SourceTaken { total: 262_144 },
         AgentToHost::EngineStarted,
         AgentToHost::Kept,
@@ -354,6 +355,7 @@ fn agent_name(message: &AgentToHost) -> String {
             Event::Phase(Phase::Building) => "event-phase-building",
             Event::Phase(Phase::Pushing) => "event-phase-pushing",
             Event::Phase(Phase::Running) => "event-phase-running",
+            Event::Name(_) => "event-name",
         },
         AgentToHost::SourceTaken { .. } => "source-taken",
         AgentToHost::EngineStarted => "engine-started",

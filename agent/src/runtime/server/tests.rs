@@ -28,6 +28,7 @@ impl Bench {
             memory: None,
             cgroup_mount: directory.path().join("cgroup"),
             enterable: Enterable::default(),
+            current: CurrentStep::default(),
             keep_failed: false,
             held: watch::channel(None).0,
             steps_cgroup: "/kiln/steps".into(),

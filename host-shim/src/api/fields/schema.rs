@@ -9,7 +9,7 @@ use utoipa::openapi::schema::{
 };
 use utoipa::{PartialSchema, ToSchema};
 
-use super::{MAX_ARG_NAME, MAX_IMAGE_TAG, MAX_TARGET, NUMBERS, SOURCE, tags};
+use super::{MAX_ARG_NAME, MAX_IMAGE_TAG, MAX_TARGET, NUMBERS, SOURCE, network, tags};
 use crate::api::openapi::schemas::{
     bytes, keyword, matching, number, or_null, secret_id, secret_pattern, sized, text, words,
 };
@@ -63,11 +63,12 @@ impl NewBuild {
             .property("build_args", build_args())
             .property("tags", tags::schema())
             .property("secrets", json_text(secrets()).description(Some("A JSON array, in one part.")))
-            .property("network_mode", words(super::NETWORKS))
+            .property("network_mode", words(network::MODES))
             .property(
                 "allowed_domains",
-                json_text(ArrayBuilder::new().items(text()).max_items(Some(0)))
-                    .description(Some("Not available yet.")),
+                json_text(network::schema()).description(Some(
+                    "A JSON array, in one part: what steps may reach. With entries and without `network_mode`, that is `allowlist`; with `none` or `open` they are refused. A list without entries reaches nothing.",
+                )),
             );
         let form = ["cache_scope", "builder_id", "global_cache_key"]
             .into_iter()

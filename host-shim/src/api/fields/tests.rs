@@ -1,7 +1,8 @@
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::tags::{MAX_KEY, MAX_TAGS, MAX_VALUE};
 use super::*;
+use crate::build::NetworkMode;
 
 fn request(pairs: &[(&'static str, &str)]) -> Result<Request, ApiError> {
     let mut fields = Fields::default();
@@ -172,38 +173,18 @@ fn tags_are_bounded() {
 }
 
 #[test]
-fn networks_have_two_names_each() {
-    for (text, mode) in [
-        ("none", NetworkMode::None),
-        ("isolated", NetworkMode::None),
-        ("open", NetworkMode::Open),
-        ("egress", NetworkMode::Open),
-        ("", NetworkMode::Open),
-    ] {
-        assert_eq!(request(&[("network_mode", text)]).unwrap().network, mode, "{text}");
-    }
-    assert_eq!(code(&[("network_mode", "allowlist")]), "not_supported");
-    assert_eq!(code(&[("network_mode", "Open")]), "invalid_field");
-}
-
-#[test]
 fn what_comes_later_is_refused_and_not_ignored() {
     for (name, nothing, something) in [
         ("cache_scope", "", "main"),
         ("builder_id", "", "b"),
         ("global_cache_key", "", "node"),
         ("is_admin_build", "false", "true"),
-        ("allowed_domains", "[]", "[\"a.example\"]"),
     ] {
         assert_eq!(code(&[(name, nothing)]), "fine", "{name}");
         assert_eq!(code(&[(name, something)]), "not_supported", "{name}");
     }
-    for (name, bad) in [
-        ("is_admin_build", "yes"),
-        ("keep_failed_seconds", "x"),
-        ("secrets", "{}"),
-        ("allowed_domains", "a"),
-    ] {
+    for (name, bad) in [("is_admin_build", "yes"), ("keep_failed_seconds", "x"), ("secrets", "{}")]
+    {
         assert_eq!(code(&[(name, bad)]), "invalid_field", "{name}");
     }
 }

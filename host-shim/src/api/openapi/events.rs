@@ -66,12 +66,16 @@ pub(crate) enum BuildEvent {
         #[schema(nullable = false)]
         detail: Option<String>,
     },
-    /// A step's connection.
+    /// A host that a step reached, or was refused: its connection, or its address. Once for each step and host.
     Egress {
         #[schema(value_type = Time)]
         timestamp: String,
+        /// In lower case.
         host: String,
         allowed: bool,
+        /// The step, as the VM says, where it is known.
+        #[schema(nullable = false)]
+        step: Option<u32>,
     },
     /// Events that are not kept any more.
     Trimmed {
@@ -209,6 +213,8 @@ mod tests {
             step(StepState::Started),
             step(StepState::Ended(end)),
             payload::failure(&failure.with_detail("d")),
+            payload::egress(Some(1), "a.example", false),
+            payload::egress(None, "a.example", true),
             json!({ "type": "heartbeat" }),
         ] {
             payload["timestamp"] = "2026-01-01T00:00:00.000Z".into();

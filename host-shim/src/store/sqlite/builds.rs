@@ -176,6 +176,7 @@ pub(super) fn from_row(row: &SqliteRow) -> Result<Build, StoreError> {
         failure: failure.as_deref().map(from_json).transpose()?,
         usage: from_json(&row.try_get::<String, _>("used").map_err(failed("read a build"))?)?,
         pulled: from_json(&row.try_get::<String, _>("pulled").map_err(failed("read a build"))?)?,
+        reached: from_json(&row.try_get::<String, _>("reached").map_err(failed("read a build"))?)?,
         provenance: from_json(
             &row.try_get::<String, _>("provenance").map_err(failed("read a build"))?,
         )?,

@@ -88,8 +88,8 @@ pub(super) async fn save(
     let saved = sqlx::query(
         "UPDATE builds
          SET status = $1, completed_at = $2, publishing = $3, failure = $4, used = $5, pulled = $6,
-             provenance = $7
-         WHERE id = $8 AND fence = $9",
+             provenance = $7, reached = $8
+         WHERE id = $9 AND fence = $10",
     )
     .bind(build.status.as_str())
     .bind(build.completed_at)
@@ -98,6 +98,7 @@ pub(super) async fn save(
     .bind(json(&build.usage)?)
     .bind(json(&build.pulled)?)
     .bind(json(&build.provenance)?)
+    .bind(json(&build.reached)?)
     .bind(build.id.as_str())
     .bind(fence.0)
     .execute(db)
