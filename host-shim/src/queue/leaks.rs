@@ -10,7 +10,7 @@ use crate::build::{Failure, FailureKind};
 use crate::gateway::guests::GuestContext;
 use crate::publish::Checked;
 use crate::secrets::Masker;
-use crate::secrets::leak::{self, Bounds, Leak, LeakError};
+use crate::secrets::leak::{self, Bounds, Gate, Leak, LeakError};
 use crate::staging::Digest;
 
 /// How long one image may be searched: its build holds a slot meanwhile. A slow machine searches some 100 MiB in a
@@ -44,7 +44,7 @@ pub(super) async fn search(
     let blobs = staged.map(|blob| (blob.digest, context.staging().blob_path(&blob.digest)));
     let (blobs, manifest) = (blobs.collect::<Vec<_>>(), checked.manifest.clone());
     let searched =
-        tokio::task::spawn_blocking(move || in_image(&manifest, &blobs, &masker, &bounds));
+        tokio::task::spawn_blocking(move || in_image(&manifest, &blobs, masker, &bounds));
     searched.await.unwrap_or_else(|error| {
         let message = format!("the search for secrets in the image broke down: {error}");
         Searched::Refused(Failure::new(FailureKind::Internal, message))
@@ -54,18 +54,21 @@ pub(super) async fn search(
 fn in_image(
     manifest: &str,
     blobs: &[(Digest, PathBuf)],
-    masker: &Masker,
+    masker: Masker,
     bounds: &Bounds,
 ) -> Searched {
-    if let Some(found) = leak::in_json(masker, manifest.as_bytes()) {
-        return Searched::Refused(leaked(masker, &found, "the manifest"));
+    let gate = masker.into_gate();
+    if let Some(found) = leak::in_json(&gate, manifest.as_bytes()) {
+        return Searched::Refused(leaked(&gate.into_masker(), &found, "the manifest"));
     }
     for (digest, path) in blobs {
         let what = format!("the layer or configuration {digest}");
         let opened = File::open(path).map_err(LeakError::from);
-        match opened.and_then(|file| one(masker, file, path, bounds)) {
+        match opened.and_then(|file| one(&gate, file, path, bounds)) {
             Ok(None) => {}
-            Ok(Some(found)) => return Searched::Refused(leaked(masker, &found, &what)),
+            Ok(Some(found)) => {
+                return Searched::Refused(leaked(&gate.into_masker(), &found, &what));
+            }
             Err(LeakError::Stopped) => return Searched::Stopped,
             Err(error) => return Searched::Refused(unsearched(&error, &what)),
         }
@@ -73,21 +76,16 @@ fn in_image(
     Searched::Clean
 }
 
-fn one(
-    masker: &Masker,
-    file: File,
-    path: &Path,
-    bounds: &Bounds,
-) -> Result<Option<Leak>, LeakError> {
+fn one(gate: &Gate, file: File, path: &Path, bounds: &Bounds) -> Result<Option<Leak>, LeakError> {
     // A configuration is small and is text; a layer's bytes are searched as they are all the same.
-    if let Some(found) = leak::in_layer(masker, file, bounds)? {
+    if let Some(found) = leak::in_layer(gate, file, bounds)? {
         return Ok(Some(found));
     }
     if std::fs::metadata(path)?.len() > MAX_CONFIG_BYTES {
         return Ok(None);
     }
     let bytes = std::fs::read(path)?;
-    Ok(if bytes.starts_with(b"{") { leak::in_json(masker, &bytes) } else { None })
+    Ok(if bytes.starts_with(b"{") { leak::in_json(gate, &bytes) } else { None })
 }
 
 /// The failure of a build whose image could not be searched to its end.
@@ -155,7 +153,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let blobs = image(dir.path(), &[&[b'a'; 600], &[b'b'; 600], &[b'c'; 600]]);
         let within = |bytes, patience, stops| {
-            in_image("{}", &blobs, &masker(), &Bounds::new(bytes, patience, stops))
+            in_image("{}", &blobs, masker(), &Bounds::new(bytes, patience, stops))
         };
         assert!(matches!(within(1800, PATIENCE, vec![]), Searched::Clean));
         let failure = refusal(within(1799, PATIENCE, vec![]));
@@ -173,7 +171,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let blobs = image(dir.path(), &[b"clean", SECRET]);
         let bounds = Bounds::new(1 << 20, PATIENCE, vec![]);
-        let failure = refusal(in_image("{}", &blobs, &masker(), &bounds));
+        let failure = refusal(in_image("{}", &blobs, masker(), &bounds));
         assert_eq!(failure.kind, FailureKind::SecretLeaked);
         assert!(failure.message.contains(&blobs[1].0.to_string()), "{failure:?}");
     }

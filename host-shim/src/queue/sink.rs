@@ -223,7 +223,7 @@ impl Sink for BuildSink<'_> {
         if let SecretAnswer::Value(value) = &answer
             && let Err(why) = self.masker.learn(id.as_str(), value).await
         {
-            let line = format!("warning: the secret {id} is not masked in the log: it {why}");
+            let line = format!("warning: the secret {id} {why}");
             let warning = payload::of_host(crate::clock::now(), payload::kiln_log(&line));
             self.store(&mut vec![warning]).await?;
         }

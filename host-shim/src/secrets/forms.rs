@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use base64::Engine as _;
 use base64::alphabet::{Alphabet, STANDARD, URL_SAFE};
@@ -9,29 +10,51 @@ use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
 
 /// Shorter values are in too much that is none.
 pub const LEAST: usize = 8;
+/// How many bytes of a form stand for one byte at most: URL-encoded.
+pub(super) const WIDEST: usize = 3;
+/// How many forms there are at most: the text itself, two of hex, six of base64, twelve URL-encoded.
+#[cfg(test)]
+pub(super) const MOST: usize = 21;
 
-/// Every form of a value, none of them shorter than [`LEAST`]. Of a value of several lines each line too, since a log
-/// has lines. Empty for a value that is too short.
-pub fn of(value: &[u8]) -> BTreeSet<Vec<u8>> {
-    let mut forms = BTreeSet::new();
-    let trimmed = value.trim_ascii();
-    let lines = trimmed.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-    for part in std::iter::once(trimmed).chain(lines).filter(|part| part.len() >= LEAST) {
-        forms.insert(part.to_vec());
-        forms.insert(hex::encode(part).into_bytes());
-        forms.insert(hex::encode_upper(part).into_bytes());
-        for alphabet in [&STANDARD, &URL_SAFE] {
-            forms.extend((0..3).map(|offset| base64_at(part, offset, alphabet)));
-        }
-        forms.extend(url_encoded(part));
+/// Every form of a text, each cut where the stretches are that the text is cut into: one piece for each stretch, that
+/// together are the form of the whole text.
+pub(super) fn of(text: &[u8], stretches: &[Range<usize>]) -> BTreeSet<Vec<Vec<u8>>> {
+    let cut = |encode: &dyn Fn(&[u8]) -> Vec<u8>| -> Vec<Vec<u8>> {
+        stretches.iter().map(|stretch| encode(&text[stretch.clone()])).collect()
+    };
+    let mut forms = BTreeSet::from([
+        cut(&<[u8]>::to_vec),
+        cut(&|bytes| hex::encode(bytes).into_bytes()),
+        cut(&|bytes| hex::encode_upper(bytes).into_bytes()),
+    ]);
+    for alphabet in [&STANDARD, &URL_SAFE] {
+        forms.extend((0..3).map(|offset| base64_cut(text, stretches, offset, alphabet)));
     }
-    forms.retain(|form| form.len() >= LEAST);
+    for kept in [&b"-._~"[..], b"-_.!~*'()", b"-_.*"] {
+        for (upper, plus) in [(true, true), (true, false), (false, true), (false, false)] {
+            forms.insert(cut(&|bytes| url_encoded(bytes, kept, upper, plus)));
+        }
+    }
     forms
+}
+
+/// A digit that stands for bits of two stretches is with the second.
+fn base64_cut(
+    text: &[u8],
+    stretches: &[Range<usize>],
+    offset: usize,
+    alphabet: &Alphabet,
+) -> Vec<Vec<u8>> {
+    let digits = base64_at(text, offset, alphabet);
+    let first = (offset * 8).div_ceil(6);
+    let place = |at: usize| ((offset + at) * 8 / 6).saturating_sub(first);
+    let pieces = stretches.iter().map(|stretch| place(stretch.start)..place(stretch.end));
+    pieces.map(|piece| digits[piece].to_vec()).collect()
 }
 
 /// The digits that stand for the value alone when it begins `offset` bytes after a group's beginning, whatever is
 /// before and behind it.
-fn base64_at(value: &[u8], offset: usize, alphabet: &Alphabet) -> Vec<u8> {
+pub(super) fn base64_at(value: &[u8], offset: usize, alphabet: &Alphabet) -> Vec<u8> {
     let config = GeneralPurposeConfig::new().with_encode_padding(false);
     let shifted = [&vec![0; offset], value].concat();
     let mut digits = GeneralPurpose::new(alphabet, config).encode(&shifted).into_bytes();
@@ -40,31 +63,21 @@ fn base64_at(value: &[u8], offset: usize, alphabet: &Alphabet) -> Vec<u8> {
     digits
 }
 
-/// By RFC 3986, as JavaScript's `encodeURIComponent` has it, and as forms have it; digits in both cases.
-fn url_encoded(value: &[u8]) -> impl Iterator<Item = Vec<u8>> {
-    let encode = |kept: &[u8], upper: bool, plus: bool| {
-        let mut text = String::new();
-        for byte in value {
-            if byte.is_ascii_alphanumeric() || kept.contains(byte) {
-                text.push(char::from(*byte));
-            } else if plus && *byte == b' ' {
-                text.push('+');
-            } else {
-                // Writing to a string does not fail.
-                let _ =
-                    if upper { write!(text, "%{byte:02X}") } else { write!(text, "%{byte:02x}") };
-            }
-        }
-        text.into_bytes()
-    };
-    let mut all = vec![];
-    for kept in [&b"-._~"[..], b"-_.!~*'()", b"-_.*"] {
-        for upper in [true, false] {
-            all.push(encode(kept, upper, false));
-            all.push(encode(kept, upper, true));
+/// By RFC 3986, as JavaScript's `encodeURIComponent` has it, and as forms have it, by the signs that are kept; with
+/// digits in upper case, and a blank as `+`.
+fn url_encoded(value: &[u8], kept: &[u8], upper: bool, plus: bool) -> Vec<u8> {
+    let mut text = String::new();
+    for byte in value {
+        if byte.is_ascii_alphanumeric() || kept.contains(byte) {
+            text.push(char::from(*byte));
+        } else if plus && *byte == b' ' {
+            text.push('+');
+        } else {
+            // Writing to a string does not fail.
+            let _ = if upper { write!(text, "%{byte:02X}") } else { write!(text, "%{byte:02x}") };
         }
     }
-    all.into_iter()
+    text.into_bytes()
 }
 
 #[cfg(test)]
@@ -74,6 +87,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// The forms of a value that is not cut.
+    fn of(value: &[u8]) -> BTreeSet<Vec<u8>> {
+        let text = value.trim_ascii();
+        super::of(text, std::slice::from_ref(&(0..text.len()))).into_iter().flatten().collect()
+    }
 
     fn holds(text: &[u8], forms: &BTreeSet<Vec<u8>>) -> bool {
         forms.iter().any(|form| text.windows(form.len()).any(|window| window == form))
@@ -95,6 +114,20 @@ mod tests {
             }
             prop_assert!(holds(hex::encode(&whole).as_bytes(), &forms));
         }
+
+        #[test]
+        fn the_pieces_of_a_form_are_the_form(
+            value in proptest::collection::vec(any::<u8>(), 32..60),
+            cuts in (8_usize..12, 8_usize..12),
+        ) {
+            let (first, second) = (cuts.0, cuts.0 + cuts.1);
+            let cut = super::of(&value, &[0..first, first..second, second..value.len()]);
+            let whole = super::of(&value, std::slice::from_ref(&(0..value.len())));
+            prop_assert!(cut.len() <= MOST);
+            prop_assert!(cut.iter().flatten().all(|piece| piece.len() >= LEAST));
+            let joined: BTreeSet<_> = cut.iter().map(|pieces| pieces.concat()).collect();
+            prop_assert_eq!(joined, whole.into_iter().flatten().collect::<BTreeSet<_>>());
+        }
     }
 
     #[test]
@@ -110,8 +143,5 @@ mod tests {
             let found = forms.iter().any(|known| known.starts_with(form.as_bytes()));
             assert!(found, "{form}");
         }
-        assert!(of(b"1234567\n").is_empty());
-        let key = of(b"-----BEGIN KEY-----\nMIIEvQIBADANBg\nshort\n-----END KEY-----\n");
-        assert!(key.contains(&b"MIIEvQIBADANBg"[..]) && !key.contains(&b"short"[..]));
     }
 }

@@ -3,8 +3,17 @@
 //! Layers that the build pulled are not the build's; those that it pushed are read as they unpack, once, with the
 //! names of their entries; the manifest and the configuration as text and string by string. What is packed once more
 //! inside a layer is not unpacked.
+//!
+//! ```text
+//! blob ─▶ unpacked ─▶ Tap: reads, searches ─▶ walk: where a file ends
+//!                      │ hits                   │
+//!                      └────────▶ Evidence of this file ─▶ Leak
+//! ```
 
 mod bounds;
+#[cfg(test)]
+mod fixture;
+mod gate;
 mod tap;
 mod walk;
 
@@ -14,11 +23,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use self::bounds::Stored;
-use self::tap::Tap;
-use super::Masker;
-
 pub use self::bounds::Bounds;
+use self::bounds::Stored;
+use self::gate::Evidence;
+pub use self::gate::Gate;
+use self::tap::Tap;
 
 /// How much is read at once.
 const CHUNK: usize = 64 * 1024;
@@ -50,16 +59,16 @@ pub enum LeakError {
 }
 
 /// The first secret in a layer's blob. It blocks.
-pub fn in_layer(masker: &Masker, blob: File, bounds: &Bounds) -> Result<Option<Leak>, LeakError> {
-    let searched = search(masker, blob, bounds);
+pub fn in_layer(gate: &Gate, blob: File, bounds: &Bounds) -> Result<Option<Leak>, LeakError> {
+    let searched = search(gate, blob, bounds);
     match bounds.ended() {
         Some(ended) => Err(ended),
         None => Ok(searched?),
     }
 }
 
-fn search(masker: &Masker, blob: File, bounds: &Bounds) -> io::Result<Option<Leak>> {
-    let mut tap = Tap::new(unpacked(blob, bounds)?, masker, bounds);
+fn search(gate: &Gate, blob: File, bounds: &Bounds) -> io::Result<Option<Leak>> {
+    let mut tap = Tap::new(unpacked(blob, bounds)?, gate, bounds);
     if let Some(leak) = walk::entries(&mut tap)? {
         return Ok(Some(leak));
     }
@@ -68,23 +77,29 @@ fn search(masker: &Masker, blob: File, bounds: &Bounds) -> io::Result<Option<Lea
     Ok(tap.passed().map(|secret| Leak { secret: secret.to_owned(), path: None }))
 }
 
-/// The first secret in a JSON document.
-pub fn in_json(masker: &Masker, bytes: &[u8]) -> Option<Leak> {
-    let secret = masker.find(bytes).map(str::to_owned).or_else(|| {
-        let value = serde_json::from_slice::<Value>(bytes).ok()?;
-        in_value(masker, &value)
-    });
-    secret.map(|secret| Leak { secret, path: None })
+/// The first secret in a JSON document, which is one text.
+pub fn in_json(gate: &Gate, bytes: &[u8]) -> Option<Leak> {
+    let mut evidence = Evidence::new(gate);
+    evidence.text(bytes);
+    if evidence.leaked().is_none()
+        && let Ok(value) = serde_json::from_slice::<Value>(bytes)
+    {
+        in_value(&mut evidence, &value);
+    }
+    evidence.leaked().map(|secret| Leak { secret: secret.to_owned(), path: None })
 }
 
-fn in_value(masker: &Masker, value: &Value) -> Option<String> {
+fn in_value(evidence: &mut Evidence<'_>, value: &Value) {
     match value {
-        Value::String(text) => masker.find(text.as_bytes()).map(str::to_owned),
-        Value::Array(list) => list.iter().find_map(|value| in_value(masker, value)),
-        Value::Object(map) => map.iter().find_map(|(key, value)| {
-            masker.find(key.as_bytes()).map(str::to_owned).or_else(|| in_value(masker, value))
-        }),
-        _ => None,
+        Value::String(text) => evidence.text(text.as_bytes()),
+        Value::Array(list) => list.iter().for_each(|value| in_value(evidence, value)),
+        Value::Object(map) => {
+            for (key, value) in map {
+                evidence.text(key.as_bytes());
+                in_value(evidence, value);
+            }
+        }
+        _ => {}
     }
 }
 
@@ -104,46 +119,19 @@ fn unpacked(mut blob: File, bounds: &Bounds) -> io::Result<Box<dyn Read + '_>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::io::Write as _;
-
     use serde_json::json;
     use tokio_util::sync::CancellationToken;
 
+    use super::fixture::{archive, bounds, file, gzip};
     use super::*;
+    use crate::secrets::Masker;
 
     const SECRET: &[u8] = b"hunter2/canary+value";
 
-    fn masker() -> Masker {
+    fn masker() -> Gate {
         let mut masker = Masker::default();
         masker.add("npm", SECRET).unwrap();
-        masker
-    }
-
-    fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut builder = tar::Builder::new(vec![]);
-        for (name, content) in files {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            builder.append_data(&mut header, name, *content).unwrap();
-        }
-        builder.into_inner().unwrap()
-    }
-
-    fn file(bytes: &[u8]) -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(bytes).unwrap();
-        file.rewind().unwrap();
-        file
-    }
-
-    fn gzip(bytes: &[u8]) -> Vec<u8> {
-        let mut packed = flate2::write::GzEncoder::new(vec![], flate2::Compression::fast());
-        packed.write_all(bytes).unwrap();
-        packed.finish().unwrap()
-    }
-
-    fn bounds(bytes: u64) -> Bounds {
-        Bounds::new(bytes, Duration::MAX, vec![])
+        masker.into_gate()
     }
 
     fn leak(blob: &[u8]) -> Option<Leak> {

@@ -3,84 +3,60 @@
 //! Lines come in parts. What could be the beginning of a secret at the end of a part waits for the next part of the
 //! same line; at a line's end nothing waits.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use kiln_protocol::event::LogStream;
 use kiln_protocol::secret::SecretValue;
 use sha2::{Digest as _, Sha256};
 
-use super::forms;
-use super::search::{Pieces, Search, pieces_of};
+use super::cut::Marks;
+use super::known::{Known, Made, Unmasked, Way};
+use super::leak::Gate;
+use super::search::Search;
 
 /// What stands in a secret's place.
 pub const MASK: &[u8] = b"***";
-/// Most bytes of all values that are masked in one build: what is searched for is kept in memory, in some thirty forms.
-const MAX_BYTES: usize = 64 * 1024;
-/// Most bytes of all forms of these values. A search takes some fifty times as much memory.
-const MAX_FORM_BYTES: usize = 1024 * 1024;
-/// Most pieces that these forms are cut into: many short lines have many.
-const MAX_PIECES: usize = 32 * 1024;
-
-/// Why a secret is not masked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unmasked {
-    /// It would be found everywhere.
-    #[error("is shorter than {} bytes", forms::LEAST)]
-    Short,
-    /// Too much to be searched for.
-    #[error("is, with the others, longer than {MAX_BYTES} bytes")]
-    Long,
-    /// Too much to be searched for in all the ways in which it can be written.
-    #[error(
-        "and the others have more than {MAX_FORM_BYTES} bytes or {MAX_PIECES} lines in all forms that are looked for"
-    )]
-    Forms,
-}
 
 /// A build's secrets, as they are searched for.
 #[derive(Default)]
 pub struct Masker {
-    pieces: Arc<Pieces>,
-    /// The ids of the secrets, by their numbers.
-    owners: Vec<String>,
-    bytes: usize,
-    form_bytes: usize,
-    /// What became of each value that came, by its digest.
-    known: HashMap<[u8; 32], Result<(), Unmasked>>,
+    known: Known,
     /// Of all pieces; empty again with every new one.
-    search: OnceLock<Option<Search>>,
+    search: OnceLock<Option<Arc<Search>>>,
     /// The ends of begun lines that may be the beginning of a secret.
     waiting: HashMap<(u8, Option<u32>), Vec<u8>>,
 }
 
 impl std::fmt::Debug for Masker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Masker({} pieces)", self.pieces.len())
+        write!(f, "Masker({} pieces)", self.known.pieces.len())
     }
 }
 
 impl Masker {
     /// Masks a value from now on. It blocks for as long as the value's forms take.
     pub fn add(&mut self, id: &str, value: &[u8]) -> Result<(), Unmasked> {
-        let key = Sha256::digest(value).into();
-        if let Some(verdict) = self.judged(key, value) {
+        let digest = Sha256::digest(value).into();
+        if let Some(verdict) = self.known.verdict(&digest) {
             return verdict;
         }
-        self.enter(key, id, value.len(), pieces_of(value))
+        let made = Made::new(value, self.known.is_too_long(value.len()));
+        self.enter(digest, id, value.len(), made)
     }
 
     /// Masks a value from now on. Its forms are made elsewhere.
     pub async fn learn(&mut self, id: &str, value: &SecretValue) -> Result<(), Unmasked> {
-        let key = Sha256::digest(value.expose()).into();
-        if let Some(verdict) = self.judged(key, value.expose()) {
+        let digest = Sha256::digest(value.expose()).into();
+        if let Some(verdict) = self.known.verdict(&digest) {
             return verdict;
         }
+        let too_long = self.known.is_too_long(value.expose().len());
         let copy = SecretValue::new(value.expose().to_vec());
-        let made = tokio::task::spawn_blocking(move || pieces_of(copy.expose())).await;
+        let made = tokio::task::spawn_blocking(move || Made::new(copy.expose(), too_long)).await;
         // The runtime ends; what is given must be masked all the same.
-        let pieces = made.unwrap_or_else(|_| pieces_of(value.expose()));
-        self.enter(key, id, value.expose().len(), pieces)
+        let made = made.unwrap_or_else(|_| Made::new(value.expose(), too_long));
+        self.enter(digest, id, value.expose().len(), made)
     }
 
     /// Builds the search for what has come, elsewhere. Whoever searches without waits for it in place.
@@ -88,53 +64,53 @@ impl Masker {
         if self.is_empty() || self.search.get().is_some() {
             return;
         }
-        let pieces = Arc::clone(&self.pieces);
+        let pieces = Arc::clone(&self.known.pieces);
         if let Ok(search) = tokio::task::spawn_blocking(move || Search::new(pieces)).await {
             // It was empty above, and nobody else has it.
-            let _ = self.search.set(search);
+            let _ = self.search.set(search.map(Arc::new));
         }
-    }
-
-    /// What is known of a value without its forms: it came before, after a broken connection, or is too long.
-    fn judged(&mut self, key: [u8; 32], value: &[u8]) -> Option<Result<(), Unmasked>> {
-        if let Some(verdict) = self.known.get(&key) {
-            return Some(*verdict);
-        }
-        (self.bytes + value.len() > MAX_BYTES).then(|| self.judge(key, Err(Unmasked::Long)))
-    }
-
-    fn judge(&mut self, key: [u8; 32], verdict: Result<(), Unmasked>) -> Result<(), Unmasked> {
-        self.known.insert(key, verdict);
-        verdict
     }
 
     fn enter(
         &mut self,
-        key: [u8; 32],
+        digest: [u8; 32],
         id: &str,
         length: usize,
-        mut pieces: BTreeSet<Vec<u8>>,
+        made: Made,
     ) -> Result<(), Unmasked> {
-        if pieces.is_empty() {
-            return self.judge(key, Err(Unmasked::Short));
-        }
-        pieces.retain(|piece| !self.pieces.contains_key(piece));
-        let form_bytes = self.form_bytes + pieces.iter().map(Vec::len).sum::<usize>();
-        if form_bytes > MAX_FORM_BYTES || self.pieces.len() + pieces.len() > MAX_PIECES {
-            return self.judge(key, Err(Unmasked::Forms));
-        }
-        self.bytes += length;
-        self.form_bytes = form_bytes;
+        // It shares the pieces, which would be copied for one more.
         self.search = OnceLock::new();
-        let owner = self.owners.len();
-        self.owners.push(id.to_owned());
-        Arc::make_mut(&mut self.pieces).extend(pieces.into_iter().map(|piece| (piece, owner)));
-        self.judge(key, Ok(()))
+        self.known.enter(digest, id, length, made)
     }
 
     /// Whether there is nothing to mask.
     pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
+        self.known.pieces.is_empty()
+    }
+
+    /// The gate of the image that the build made. It blocks for as long as its search takes to be built.
+    pub fn into_gate(mut self) -> Gate {
+        if self.known.pieces.values().all(Marks::any) {
+            // One search does for both.
+            let search = self.search().cloned();
+            return Gate::new(self, search);
+        }
+        // Its memory is free before another is built.
+        self.search = OnceLock::new();
+        let says = self.known.pieces.iter().filter(|(_, marks)| marks.any());
+        let pieces = says.map(|(piece, marks)| (piece.clone(), marks.clone())).collect();
+        let search = Search::new(Arc::new(pieces)).map(Arc::new);
+        Gate::new(self, search)
+    }
+
+    /// How many parts of a way are a leak of which secret.
+    pub(super) fn way(&self, way: usize) -> Option<&Way> {
+        self.known.ways.get(way)
+    }
+
+    /// The id of a secret by its number.
+    pub(super) fn id(&self, owner: usize) -> Option<&str> {
+        self.known.owners.get(owner).map(String::as_str)
     }
 
     /// A part of a line of a step's stream, masked. `partial`: more of the line follows.
@@ -157,28 +133,18 @@ impl Masker {
         masked
     }
 
-    /// The id of the first secret in a text.
-    pub fn find(&self, text: &[u8]) -> Option<&str> {
-        self.first(text).map(|(secret, _)| secret)
-    }
-
-    /// The id of the first secret in a text, and where it ends.
-    pub(super) fn first(&self, text: &[u8]) -> Option<(&str, usize)> {
-        let (owner, end) = self.search()?.first(text)?;
-        Some((self.owners.get(owner)?, end))
-    }
-
     /// A whole text, masked.
     pub fn text(&self, text: &str) -> String {
         let Some(search) = self.search() else { return text.to_owned() };
         String::from_utf8_lossy(&search.replaced(text.as_bytes(), MASK)).into_owned()
     }
 
-    fn search(&self) -> Option<&Search> {
+    fn search(&self) -> Option<&Arc<Search>> {
         if self.is_empty() {
             return None;
         }
-        self.search.get_or_init(|| Search::new(Arc::clone(&self.pieces))).as_ref()
+        let build = || Search::new(Arc::clone(&self.known.pieces)).map(Arc::new);
+        self.search.get_or_init(build).as_ref()
     }
 }
 
@@ -189,6 +155,7 @@ mod tests {
     use base64::engine::general_purpose::STANDARD;
     use proptest::prelude::*;
 
+    use super::super::known::{MAX_BYTES, MAX_FORM_BYTES, MAX_PIECES};
     use super::*;
 
     fn masker(values: &[&[u8]]) -> Masker {
@@ -224,7 +191,10 @@ mod tests {
     fn what_cannot_be_masked_says_so() {
         let mut masker = Masker::default();
         assert_eq!(masker.add("id", b"1234567\n"), Err(Unmasked::Short));
-        assert_eq!(masker.add("id", &vec![7; MAX_BYTES + 1]), Err(Unmasked::Long));
+        assert_eq!(
+            masker.add("id", &vec![7; MAX_BYTES + 1]),
+            Err(Unmasked::Long { sampled: false })
+        );
         assert!(masker.is_empty());
         assert_eq!(out(&mut masker, b"1234567", true), "1234567");
     }
@@ -260,6 +230,37 @@ mod tests {
         assert!(out(&mut masker, b64.as_bytes(), false).len() < 10);
     }
 
+    #[test]
+    fn every_line_of_a_wrapped_value_is_masked() {
+        let value: Vec<u8> = (0..300_u32).flat_map(|n| n.to_string().into_bytes()).collect();
+        let (b64, hex) = (STANDARD.encode(&value), hex::encode(&value));
+        let mut masker = masker(&[&value]);
+        for (digits, columns) in [(&b64, 76), (&b64, 64), (&hex, 60)] {
+            for line in digits.as_bytes().chunks(columns).filter(|line| line.len() == columns) {
+                assert_eq!(out(&mut masker, line, false), "***");
+            }
+        }
+    }
+
+    #[test]
+    fn lines_are_masked_whatever_they_weigh() {
+        let mut masker = masker(&[b"[global]\n-----BEGIN X-----\npassword = hunter2\n11111111\n"]);
+        for line in ["[global]", "-----BEGIN X-----", "password = hunter2", "11111111"] {
+            assert_eq!(out(&mut masker, line.as_bytes(), false), "***", "{line}");
+        }
+    }
+
+    #[test]
+    fn samples_of_a_large_value_are_masked_and_the_rest_is_not() {
+        let value: Vec<u8> = (0..20_000_u32).flat_map(|n| n.to_string().into_bytes()).collect();
+        let mut masker = Masker::default();
+        assert_eq!(masker.add("big", &value), Err(Unmasked::Long { sampled: true }));
+        assert!(!masker.is_empty());
+        let shown = out(&mut masker, &value, false);
+        assert_eq!(shown.matches("***").count(), 16);
+        assert_eq!(shown.len(), value.len() - 16 * (24 - 3));
+    }
+
     /// As a hostile build has it: many short lines that differ, in values that differ.
     fn lines(number: usize, lines: usize) -> Vec<u8> {
         (0..lines).flat_map(|line| format!("{number:04}!{line:04}\n").into_bytes()).collect()
@@ -272,12 +273,15 @@ mod tests {
             (0..64).map(|n| masker.add(&n.to_string(), &lines(n, 100))).collect();
         let taken = verdicts.iter().take_while(|verdict| verdict.is_ok()).count();
         assert!((8..64).contains(&taken), "{taken}");
-        assert!(verdicts[taken..].iter().all(|verdict| *verdict == Err(Unmasked::Forms)));
-        assert!(masker.form_bytes <= MAX_FORM_BYTES && masker.pieces.len() <= MAX_PIECES);
+        assert!(
+            verdicts[taken..]
+                .iter()
+                .all(|verdict| *verdict == Err(Unmasked::Forms { sampled: true }))
+        );
+        assert!(masker.known.form_bytes <= MAX_FORM_BYTES && masker.known.counted <= MAX_PIECES);
         // It was refused, and is refused again; nothing of it is masked, and all of the others.
-        assert_eq!(masker.add("again", &lines(63, 100)), Err(Unmasked::Forms));
+        assert_eq!(masker.add("again", &lines(63, 100)), Err(Unmasked::Forms { sampled: true }));
         assert_eq!(out(&mut masker, b"0063!0001 0001!0001", false), "0063!0001 ***");
-        assert_eq!(masker.find(b"0001!0001"), Some("1"));
         // One that is left room for is taken.
         assert_eq!(masker.add("small", b"hunter2hunter2"), Ok(()));
         assert_eq!(out(&mut masker, b"hunter2hunter2", false), "***");

@@ -10,14 +10,20 @@
 //! open. No value is ever shown again by the API.
 
 mod answer;
+mod cut;
 mod forms;
 mod key;
+mod known;
 pub mod leak;
 mod mask;
+mod samples;
 mod search;
 mod vault;
+mod weight;
+mod wrapped;
 
 pub use answer::{AnswerError, answer};
 pub use key::{KEY_FILE, KeyError, load_or_make};
-pub use mask::{Masker, Unmasked};
+pub use known::Unmasked;
+pub use mask::Masker;
 pub use vault::{Owner, Sealed, Vault, VaultError};

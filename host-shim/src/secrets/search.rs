@@ -1,30 +1,29 @@
 //! The search for a build's secrets: built once for all of them, then only asked. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
+use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
 
-use super::forms;
+use super::cut::{Marks, Pieces, REACH};
 
-/// Longest piece that is searched for as a whole; a longer form is cut into such pieces.
-pub(super) const PIECE: usize = 1024;
-/// How many bytes before a place a secret may begin that ends behind it.
-pub(super) const REACH: usize = PIECE + forms::LEAST;
 /// Up to so many bytes of pieces the fastest search is built; it takes a KiB of memory for each.
 const MAX_FAST: usize = 16 * 1024;
-
-/// What is searched for, each with the number of its secret.
-pub(super) type Pieces = BTreeMap<Vec<u8>, usize>;
 
 /// Finds pieces.
 #[derive(Debug)]
 pub(super) struct Search {
     automaton: AhoCorasick,
-    /// The secret's number of each pattern.
-    owners: Vec<usize>,
+    /// What a find of each pattern says.
+    marks: Vec<Marks>,
     pieces: Arc<Pieces>,
+}
+
+/// A piece in a text.
+#[derive(Debug)]
+pub(super) struct Hit<'s> {
+    pub end: usize,
+    pub marks: &'s Marks,
 }
 
 impl Search {
@@ -35,13 +34,31 @@ impl Search {
         let mut builder = AhoCorasick::builder();
         let builder = builder.match_kind(MatchKind::LeftmostLongest).kind(kind);
         let automaton = builder.build(pieces.keys()).ok()?;
-        Some(Self { automaton, owners: pieces.values().copied().collect(), pieces })
+        Some(Self { automaton, marks: with_beginnings(&pieces), pieces })
     }
 
-    /// The number of the first secret in a text, and where it ends.
-    pub(super) fn first(&self, text: &[u8]) -> Option<(usize, usize)> {
-        let found = self.automaton.find(text)?;
-        Some((*self.owners.get(found.pattern().as_usize())?, found.end()))
+    /// Every place in a text where a piece begins that ends behind `from`, by the longest there. What is within
+    /// another hit is left out if it does not say all by itself.
+    ///
+    /// The work is bounded by the length of a piece for each byte; where hits are few it is one pass.
+    pub(super) fn hits<'s, 't>(
+        &'s self,
+        text: &'t [u8],
+        from: usize,
+    ) -> impl Iterator<Item = Hit<'s>> + use<'s, 't> {
+        let (mut at, mut covered) = (0, from);
+        std::iter::from_fn(move || {
+            loop {
+                let found = self.automaton.find(Input::new(text).range(at..))?;
+                at = found.start() + 1;
+                let marks = self.marks.get(found.pattern().as_usize())?;
+                let end = found.end();
+                if end > covered || (end > from && marks.alone.is_some()) {
+                    covered = covered.max(end);
+                    return Some(Hit { end, marks });
+                }
+            }
+        })
     }
 
     /// A text with `mask` in the place of what is found.
@@ -78,21 +95,63 @@ impl Search {
     }
 }
 
-/// All that is searched for because of a value, each once. It takes time by the value's length: not for an async worker.
-pub(super) fn pieces_of(value: &[u8]) -> BTreeSet<Vec<u8>> {
-    forms::of(value).iter().flat_map(|form| pieces(form)).map(<[u8]>::to_vec).collect()
+/// The marks of each piece in order. What begins with a piece that says all says all too: the longest is found.
+fn with_beginnings(pieces: &Pieces) -> Vec<Marks> {
+    let mut beginnings: Vec<(&[u8], usize)> = vec![];
+    let mut all = Vec::with_capacity(pieces.len());
+    for (piece, marks) in pieces {
+        while beginnings.last().is_some_and(|(beginning, _)| !piece.starts_with(beginning)) {
+            beginnings.pop();
+        }
+        let mut marks = marks.clone();
+        match (marks.alone, beginnings.last()) {
+            (Some(owner), _) => beginnings.push((piece, owner)),
+            (None, Some((_, owner))) => marks.alone = Some(*owner),
+            (None, None) => {}
+        }
+        all.push(marks);
+    }
+    all
 }
 
-/// A form in pieces, the last of them not too short to be searched for.
-fn pieces(form: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = form;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let length = if rest.len() < REACH { rest.len() } else { PIECE };
-        let (piece, behind) = rest.split_at(length);
-        rest = behind;
-        Some(piece)
-    })
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::cut::Part;
+    use super::*;
+
+    fn search(pieces: &[(&str, Marks)]) -> Search {
+        let pieces = pieces.iter().map(|(piece, marks)| (piece.as_bytes().to_vec(), marks.clone()));
+        Search::new(Arc::new(pieces.collect())).unwrap()
+    }
+
+    fn alone(owner: usize) -> Marks {
+        Marks { alone: Some(owner), parts: vec![] }
+    }
+
+    fn part(number: usize) -> Marks {
+        Marks { alone: None, parts: vec![Part { way: 0, number }] }
+    }
+
+    fn ends(search: &Search, text: &str, from: usize) -> Vec<usize> {
+        search.hits(text.as_bytes(), from).map(|hit| hit.end).collect()
+    }
+
+    #[test]
+    fn the_search_goes_on_after_a_hit_and_within_it() {
+        let search = search(&[
+            ("part one", part(0)),
+            ("one two", part(1)),
+            ("art o", part(2)),
+            ("t on", alone(7)),
+            ("part", alone(8)),
+        ]);
+        // `art o` is within another and says no more.
+        assert_eq!(ends(&search, "a part one two", 0), [10, 9, 14]);
+        assert_eq!(ends(&search, "a part one two", 9), [10, 14]);
+        assert_eq!(ends(&search, "a part one two", 10), [14]);
+        // It begins with what is a find by itself.
+        assert_eq!(search.hits(b"part one", 0).next().map(|hit| hit.marks.alone), Some(Some(8)));
+        assert_eq!(search.hits(b"one two", 0).next().map(|hit| hit.marks.clone()), Some(part(1)));
+    }
 }

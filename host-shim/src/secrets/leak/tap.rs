@@ -1,15 +1,16 @@
 //! Searches what passes, in chunks: how small the pieces are in which it comes does not matter.
 
+use std::collections::VecDeque;
 use std::io::{self, Read};
 
+use super::gate::{Evidence, Gate};
 use super::{Bounds, CHUNK};
-use crate::secrets::Masker;
-use crate::secrets::search::REACH;
+use crate::secrets::cut::{Marks, REACH};
 
 /// Unpacked bytes on their way to whoever names them.
 pub(super) struct Tap<'s> {
     inner: Box<dyn Read + 's>,
-    masker: &'s Masker,
+    gate: &'s Gate,
     bounds: &'s Bounds,
     /// The end of what passed, which a secret may have begun in, and then what was searched and is to pass next.
     buffer: Vec<u8>,
@@ -17,19 +18,31 @@ pub(super) struct Tap<'s> {
     at: usize,
     /// How much was forgotten before the buffer.
     before: u64,
-    /// The first secret, and where it ends.
-    found: Option<(String, u64)>,
+    /// What was found in what is to pass next, by where it ends. Up to one for each byte of a chunk.
+    ahead: VecDeque<(u64, &'s Marks)>,
+    /// What was found in what passed of this file.
+    evidence: Evidence<'s>,
 }
 
 impl<'s> Tap<'s> {
-    pub(super) fn new(inner: Box<dyn Read + 's>, masker: &'s Masker, bounds: &'s Bounds) -> Self {
-        Self { inner, masker, bounds, buffer: vec![], at: 0, before: 0, found: None }
+    pub(super) fn new(inner: Box<dyn Read + 's>, gate: &'s Gate, bounds: &'s Bounds) -> Self {
+        let (buffer, ahead, evidence) = (vec![], VecDeque::new(), Evidence::new(gate));
+        Self { inner, gate, bounds, buffer, at: 0, before: 0, ahead, evidence }
     }
 
-    /// The first secret, once all of it has passed.
-    pub(super) fn passed(&self) -> Option<&str> {
+    /// The first secret that what passed of this file holds.
+    pub(super) fn passed(&mut self) -> Option<&'s str> {
         let here = self.before + self.at as u64;
-        self.found.as_ref().filter(|(_, end)| *end <= here).map(|(secret, _)| secret.as_str())
+        while let Some((_, marks)) = self.ahead.pop_front_if(|(end, _)| *end <= here) {
+            self.evidence.take(marks);
+        }
+        self.evidence.leaked()
+    }
+
+    /// What passes next is of another file.
+    pub(super) fn next_file(&mut self) {
+        self.passed();
+        self.evidence.clear();
     }
 
     /// Reads up to `length` bytes, fewer only at the end.
@@ -69,11 +82,13 @@ impl<'s> Tap<'s> {
     }
 
     fn fill(&mut self) -> io::Result<()> {
+        let leaked = self.passed().is_some();
         let old = self.buffer.len().saturating_sub(REACH);
         self.buffer.drain(..old);
         self.before += old as u64;
         self.at = self.buffer.len();
-        let mut filled = self.at;
+        let searched = self.at;
+        let mut filled = searched;
         self.buffer.resize(self.at + CHUNK, 0);
         while filled < self.buffer.len() {
             self.bounds.check()?;
@@ -85,11 +100,22 @@ impl<'s> Tap<'s> {
             filled += length;
         }
         self.buffer.truncate(filled);
-        if self.found.is_none()
-            && let Some((secret, end)) = self.masker.first(&self.buffer)
-        {
-            self.found = Some((secret.to_owned(), self.before + end as u64));
+        // This file is told when it ends; nothing behind it is.
+        if !leaked {
+            self.look(searched);
         }
         Ok(())
+    }
+
+    /// Finds what ends behind a place in the buffer.
+    fn look(&mut self, from: usize) {
+        for hit in self.gate.hits(&self.buffer, from) {
+            self.ahead.push_back((self.before + hit.end as u64, hit.marks));
+            if hit.marks.alone.is_some() {
+                break;
+            }
+        }
+        // One may begin before another and end behind it.
+        self.ahead.make_contiguous().sort_by_key(|(end, _)| *end);
     }
 }

@@ -57,6 +57,7 @@ pub(super) fn entries(tap: &mut Tap<'_>) -> io::Result<Option<Leak>> {
                 let path = Some(String::from_utf8_lossy(&name).into_owned());
                 return Ok(Some(Leak { secret: secret.to_owned(), path }));
             }
+            tap.next_file();
             whole
         };
         if !whole {

@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn what_fits_a_line_is_not_wrapped_and_a_very_short_end_is_left() {
-        let lengths = |length: usize| of(&vec![b'x'; length]).iter().map(Vec::len).collect::<Vec<_>>();
+        let lengths =
+            |length: usize| of(&vec![b'x'; length]).iter().map(Vec::len).collect::<Vec<_>>();
         assert_eq!(lengths(30), [0, 0, 0]);
         assert_eq!(lengths(48), [0, 0, 2]);
         // Eight bytes are ten digits, five are ten of hex.

@@ -25,6 +25,8 @@ const COMMON: [&[u8]; 2] = [b"-----", b"b3BlbnNzaC1rZXktdjE"];
 const LEAST_VARIETY: usize = 5;
 /// Shortest word that tells a line from others: longer than versions, dates, addresses and regions.
 const LEAST_WORD: usize = 10;
+/// Shortest one that is taken for something encoded, by what it is made of.
+const LEAST_ENCODED: usize = 24;
 /// What stands between words, besides blanks.
 const BETWEEN: &[u8] = b"\"'`=:,;./\\-_|()[]{}<>";
 
@@ -45,7 +47,9 @@ pub(super) fn of_line(line: &[u8]) -> Weight {
         || COMMON.iter().any(|common| line.starts_with(common))
     {
         Weight::Nothing
-    } else if has(b"://") && !has(b"@") || !line.split(between).any(is_distinctive) {
+    } else if has(b"://") && !has(b"@")
+        || !(line.split(between).any(is_distinctive) || has_encoded(line))
+    {
         Weight::Part
     } else {
         Weight::Alone
@@ -58,6 +62,18 @@ fn between(byte: &u8) -> bool {
 
 fn is_distinctive(word: &[u8]) -> bool {
     word.len() >= LEAST_WORD && word.iter().any(|byte| byte.is_ascii_digit() || !byte.is_ascii())
+}
+
+/// Whether there is a long word of base64's digits that is of no language: with letters in both cases and with figures.
+fn has_encoded(line: &[u8]) -> bool {
+    let digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/-_".contains(byte);
+    line.split(|byte| !digit(byte)).any(|word| {
+        let has = |kind: fn(&u8) -> bool| word.iter().any(kind);
+        word.len() >= LEAST_ENCODED
+            && has(u8::is_ascii_lowercase)
+            && has(u8::is_ascii_uppercase)
+            && has(u8::is_ascii_digit)
+    })
 }
 
 /// The weights of stretches of a text, by the lines that they have something of.
@@ -153,7 +169,7 @@ mod tests {
             (18..34, Weight::Alone),
             (18..27, Weight::Part),
             (18..23, Weight::Nothing),
-            (24..34, Weight::Part),
+            (25..34, Weight::Part),
             (29..48, Weight::Part),
             (46..59, Weight::Nothing),
         ] {
