@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::cgroup::{Cgroup, Usage};
 use super::config::StepPolicy;
 use super::current::CurrentStep;
-use super::lines::{Part, report_lines};
+use super::lines::report_lines;
 use super::secrets::StepSecret;
 use super::stay::stay;
 use super::sys;

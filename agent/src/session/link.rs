@@ -272,6 +272,7 @@ impl<S: AsyncRead + AsyncWrite> Link<S> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
 
@@ -292,7 +293,11 @@ mod tests {
                 len
             };
             for (at, (shared, len, most)) in steps.into_iter().enumerate() {
+<<<<<<< ours
                 let bytes = vec![u8::try_from(at % 251).unwrap(); len];
+=======
+                let bytes = vec![u8::try_from(at).unwrap(); len];
+>>>>>>> theirs
                 ready.extend_from_slice(&bytes);
                 if shared { out.share(Arc::new(bytes)) } else { out.copy(&bytes) }
                 write(&mut out, most);
