@@ -144,6 +144,37 @@ fn is_jailed(vm: &Vm) {
     let cgroup = cgroups_of(qemu);
     assert_eq!(cgroup.len(), 1);
     assert_eq!(cgroup, cgroups_of(vsock_device));
+    has_a_root_of_its_own(qemu, &[]);
+    has_a_root_of_its_own(vsock_device, &["sock"]);
+}
+
+/// Namespaces of its own, with `lo` and nothing else; a root with the system's libraries, and with `more`.
+fn has_a_root_of_its_own(process: ProcessId, more: &[&str]) {
+    let of = |pid: &str, kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+    for kind in ["mnt", "net", "ipc", "uts"] {
+        assert_ne!(of(&process.pid.to_string(), kind), of("self", kind), "{kind}");
+    }
+    let interfaces = fs::read_to_string(format!("/proc/{}/net/dev", process.pid)).unwrap();
+    let names: Vec<_> =
+        interfaces.lines().skip(2).filter_map(|l| l.trim().split(':').next()).collect();
+    assert_eq!(names, ["lo"]);
+    let system = ["etc", "lib", "lib64", "nix", "proc", "usr"];
+    let root = fs::read_dir(format!("/proc/{}/root", process.pid)).unwrap();
+    for entry in root {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        // The program is where it is on the host.
+        let program = fs::read_link(format!("/proc/{}/exe", process.pid)).unwrap();
+        let known = [&system, more].concat().contains(&name.as_str());
+        assert!(known || program.starts_with(Path::new("/").join(&name)), "{name}");
+    }
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid)).unwrap();
+    for line in mounts.lines() {
+        let mut fields = line.split(' ').skip(4);
+        let (point, options) = (fields.next().unwrap(), fields.next().unwrap());
+        let may_write = options.split(',').any(|option| option == "rw");
+        assert!(!may_write || point == "/sock" || point == "/proc", "{line}");
+        assert!(options.contains("nosuid"), "{line}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -293,11 +293,7 @@ mod tests {
                 len
             };
             for (at, (shared, len, most)) in steps.into_iter().enumerate() {
-<<<<<<< ours
                 let bytes = vec![u8::try_from(at % 251).unwrap(); len];
-=======
-                let bytes = vec![u8::try_from(at).unwrap(); len];
->>>>>>> theirs
                 ready.extend_from_slice(&bytes);
                 if shared { out.share(Arc::new(bytes)) } else { out.copy(&bytes) }
                 write(&mut out, most);

@@ -41,7 +41,7 @@ const SIGN_OF_LIFE: &[u8] = b"Linux version ";
 const MAX_CONSOLE: usize = 64 * 1024;
 
 /// The node that QEMU opens by this name, and no other.
-const DEVICE: &str = "/dev/kvm";
+pub(super) const DEVICE: &str = "/dev/kvm";
 
 /// How the VMs' user gets to the device.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,21 +1,22 @@
 //! How a VM's processes are started: as a user of their own, in the VM's cgroup, without
-//! privileges, with no descriptor but those handed over.
+//! privileges, in a root directory and namespaces of their own, with no descriptor but those handed over.
 //!
-//! The programs are executed by descriptor. So they are the files that were there when the server
-//! started, and may lie where the VM's user cannot go. They outlive the server on purpose (no
-//! parent-death signal): the next one finds them by their records and ends them.
+//! A program may lie where the VM's user cannot go: its root has it by its path (see [`super::root`]), and without
+//! a root it is executed by descriptor. VMs' processes outlive the server on purpose (no parent-death signal): the next one
+//! finds them by their records and ends them.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::Process;
+use super::root::Root;
 use super::sys;
 
 /// Who a VM's processes are.
@@ -27,12 +28,20 @@ pub(crate) struct Identity {
     pub groups: Vec<u32>,
 }
 
+/// A program that is there.
+#[derive(Debug)]
+pub(crate) struct Program {
+    /// Opened close-on-exec.
+    pub file: File,
+    /// Canonical.
+    pub path: PathBuf,
+}
+
 /// A program to start.
 pub(crate) struct Launch<'a> {
     /// What `argv[0]` is.
     pub name: &'static str,
-    /// Opened close-on-exec.
-    pub program: &'a File,
+    pub program: &'a Program,
     pub args: Vec<OsString>,
     pub dir: &'a Path,
     /// Stay open, by the same numbers.
@@ -42,6 +51,8 @@ pub(crate) struct Launch<'a> {
     pub cgroup_procs: Option<&'a File>,
     /// As the server itself when there is none.
     pub identity: Option<&'a Identity>,
+    /// The host's when there is none.
+    pub root: Option<Root>,
     /// Most descriptors that it may open.
     pub max_files: u64,
 }
@@ -50,8 +61,11 @@ pub(crate) struct Launch<'a> {
 const MAX_TASKS: u64 = 512;
 
 /// Starts it. Blocks until it was executed.
-pub(crate) fn launch(launch: &Launch<'_>) -> io::Result<Process> {
-    let mut command = Command::new(format!("/proc/self/fd/{}", launch.program.as_raw_fd()));
+pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
+    let Program { file, path } = launch.program;
+    let by_descriptor = || PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let program = if launch.root.is_some() { path.clone() } else { by_descriptor() };
+    let mut command = Command::new(program);
     command
         .arg0(launch.name)
         .args(&launch.args)
@@ -66,6 +80,7 @@ pub(crate) fn launch(launch: &Launch<'_>) -> io::Result<Process> {
             keep: launch.keep.to_vec(),
             cgroup_procs: launch.cgroup_procs.map(AsFd::as_fd).map(|fd| fd.as_raw_fd()),
             identity: launch.identity.cloned(),
+            root: launch.root,
             max_files: launch.max_files,
             max_tasks: MAX_TASKS,
         },
@@ -142,26 +157,105 @@ mod tests {
     use std::io::Write;
     use std::time::{Duration, Instant};
 
+    use super::super::root::System;
     use super::*;
 
     async fn run(script: &str, identity: Option<&Identity>, keep: &[RawFd]) -> String {
+        run_in(script, identity, keep, Path::new("/"), None).await
+    }
+
+    async fn run_in(
+        script: &str,
+        identity: Option<&Identity>,
+        keep: &[RawFd],
+        dir: &Path,
+        root: Option<Root>,
+    ) -> String {
         let output = Output::new("test").unwrap();
-        let shell = File::open(std::fs::canonicalize("/bin/sh").unwrap()).unwrap();
-        let process = launch(&Launch {
+        let process = launch(Launch {
             name: "sh",
-            program: &shell,
+            program: &shell(),
             args: vec!["-c".into(), script.into()],
-            dir: Path::new("/"),
+            dir,
             keep,
             output: &output,
             cgroup_procs: None,
             identity,
+            root,
             max_files: 64,
         })
         .unwrap();
         process.exited().await;
         assert!(process.reap(Instant::now() + Duration::from_secs(5)));
         output.text()
+    }
+
+    fn shell() -> Program {
+        let path = std::fs::canonicalize("/bin/sh").unwrap();
+        Program { file: File::open(&path).unwrap(), path }
+    }
+
+    /// The shell has no other program there: what it looks at, it looks at by itself.
+    #[tokio::test]
+    async fn a_root_of_its_own_has_nothing_of_the_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let sock = dir.path().join("sock");
+        std::fs::create_dir(&sock).unwrap();
+        let who = Identity { uid: 0x7069_fffe, groups: vec![] };
+        std::os::unix::fs::chown(&sock, Some(who.uid), Some(who.uid)).unwrap();
+        let root = Root::new(&System::find(), dir.path(), &shell().path, &[], true).unwrap();
+        let said = run_in(
+            r#"echo "root" /* /usr/bin/* /etc/* /root/* /home/*; pwd; : >made && echo writes
+               for place in / /usr/lib /proc /etc/ld.so.cache; do (: >$place/x) 2>/dev/null && echo "wrote $place"; done
+               (read line </etc/passwd) 2>/dev/null && echo "read passwd"
+               for pid in /proc/[0-9]*; do [ $pid = /proc/$$ ] || echo "sees $pid"; done
+               for file in /proc/sys /proc/kcore /proc/net/unix; do [ -e $file ] && echo "sees $file"; done
+               cd ..; pwd; echo "above" *
+               while read line; do echo "net $line"; done </proc/self/net/dev
+               while read line; do echo "unix $line"; done </proc/self/net/unix"#,
+            Some(&who),
+            &[],
+            &sock,
+            Some(root),
+        )
+        .await;
+        let shell = shell().path;
+        let lines: Vec<_> = said.lines().collect();
+        assert!(lines.contains(&"/sock") && lines.contains(&"writes"), "{said}");
+        let root = lines.iter().find(|line| line.starts_with("root ")).unwrap();
+        let known = [
+            "root",
+            "/etc",
+            "/lib",
+            "/lib64",
+            "/nix",
+            "/proc",
+            "/sock",
+            "/usr",
+            "/etc/ld.so.cache",
+        ];
+        for word in root.split(' ') {
+            let program = Path::new(word) == shell;
+            assert!(
+                known.contains(&word) || program || word.ends_with('*'),
+                "{word}
+{said}"
+            );
+        }
+        for unwanted in ["wrote ", "read ", "sees "] {
+            assert!(
+                !lines.iter().any(|line| line.starts_with(unwanted)),
+                "{unwanted}
+{said}"
+            );
+        }
+        // Two lines of heading and `lo`; one heading and no socket.
+        assert_eq!(lines.iter().filter(|line| line.starts_with("net ")).count(), 3, "{said}");
+        assert!(said.contains("net lo:"), "{said}");
+        assert_eq!(lines.iter().filter(|line| line.starts_with("unix ")).count(), 1, "{said}");
+        assert!(sock.join("made").exists());
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(dir.path().to_str().unwrap()), "{mounts}");
     }
 
     #[tokio::test]

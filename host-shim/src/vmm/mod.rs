@@ -20,12 +20,15 @@ mod accel;
 mod cgroup;
 mod device;
 mod dial;
+mod isolation;
 mod jail;
 mod listener;
+mod namespaces;
 mod process;
 mod qemu_args;
 mod qmp;
 mod record;
+mod root;
 mod scratch;
 mod slots;
 mod start;
@@ -53,9 +56,11 @@ pub use self::sweep::Swept;
 pub use self::vm::{Pids, Vm, VmExit};
 
 use self::cgroup::CgroupRoot;
-use self::jail::Identity;
+use self::jail::{Identity, Program};
+use self::root::System;
 use self::scratch::Scratch;
 use self::slots::Slots;
+use self::start::QEMU_MAX_FILES;
 
 /// Removal of a VM ends within this, whatever its processes do. A killed QEMU gives back its memory in
 /// well under a second.
@@ -181,13 +186,15 @@ pub struct Vmm {
     engine: Engine,
     /// Of a VM's user, beside its own: to open `/dev/kvm`.
     groups: Vec<u32>,
+    /// What VMs' own roots have of the host's, or why they have none of their own.
+    roots: Result<System, String>,
     warnings: Vec<String>,
 }
 
 #[derive(Debug)]
 struct Programs {
-    qemu: File,
-    vsock_device: File,
+    qemu: Program,
+    vsock_device: Program,
 }
 
 #[derive(Debug)]
@@ -229,8 +236,10 @@ impl Vmm {
             boot,
             engine: Engine::Tcg,
             groups: vec![],
+            roots: Err("there are no users for them".to_owned()),
             warnings: vec![],
         };
+        vmm.try_roots().await;
         vmm.choose_engine().await?;
         vmm.judge_isolation()?;
         if let Some(sentence) = device::warning(&vmm.config.vsock_device).await {
@@ -322,7 +331,7 @@ impl Vmm {
 
     /// Kernel, QEMU, this boot, and whether VMs have users of their own.
     async fn probe_key(&self) -> Result<String, VmmError> {
-        let files = [&self.bundle.kernel, &self.programs.qemu].map(File::try_clone);
+        let files = [&self.bundle.kernel, &self.programs.qemu.file].map(File::try_clone);
         let mut hash = Context::new(&SHA256);
         hash.update(format!("{} {:?}", self.boot, self.identity(0)).as_bytes());
         let hashed = tokio::task::spawn_blocking(move || {
@@ -333,33 +342,6 @@ impl Vmm {
         });
         let hashed = hashed.await.map_err(io::Error::other).flatten();
         hashed.map_err(VmmError::io("read", &self.config.kernel))
-    }
-
-    fn judge_isolation(&mut self) -> Result<(), VmmError> {
-        let mut missing = vec![];
-        if !self.isolates_users() {
-            missing.push(
-                "VMs run as the server's own user, because it is not root or has no users for them: \
-                     what breaks out of one has all that the server has"
-                    .to_owned(),
-            );
-        }
-        if self.cgroups.is_none() {
-            missing.push(
-                "no cgroup hierarchy can be written: VMs' processes are ended one by one"
-                    .to_owned(),
-            );
-        }
-        for sentence in &missing {
-            self.warn(sentence.clone());
-        }
-        if self.engine == Engine::Tcg {
-            missing.push("guests do not run under KVM".to_owned());
-        }
-        if self.config.require_isolation && !missing.is_empty() {
-            return Err(VmmError::NotIsolated(missing.join("; and ")));
-        }
-        Ok(())
     }
 
     fn warn(&mut self, sentence: String) {
@@ -402,14 +384,16 @@ fn open_for_all(path: &Path) -> Result<File, VmmError> {
 }
 
 /// Opens a program by its path, or by its name along `PATH`.
-fn open_program(program: &Path) -> Result<File, VmmError> {
+fn open_program(program: &Path) -> Result<Program, VmmError> {
+    let open = |path: &Path| -> io::Result<Program> {
+        let path = std::fs::canonicalize(path)?;
+        Ok(Program { file: File::open(&path)?, path })
+    };
     if program.components().count() > 1 {
-        return File::open(program).map_err(VmmError::io("open the program", program));
+        return open(program).map_err(VmmError::io("open the program", program));
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .map(|dir| dir.join(program))
-        .find_map(|file| File::open(file).ok());
+    let found = std::env::split_paths(&path).find_map(|dir| open(&dir.join(program)).ok());
     found.ok_or_else(|| VmmError::NoProgram(program.to_owned()))
 }
 

@@ -17,9 +17,10 @@ use super::accel::{self, Verdict};
 use super::cgroup::Cgroup;
 use super::jail::{self, Identity, Launch, Output};
 use super::listener::GuestListener;
-use super::qemu_args::{self, Fds, Machine};
+use super::qemu_args::{self, Engine, Fds, Machine};
 use super::qmp::Qmp;
 use super::record::Record;
+use super::root::Root;
 use super::vm::{Remains, Vm};
 use super::vsock::{self, Appearing, NotConnected};
 use super::{VmSpec, Vmm, VmmError, is_name};
@@ -31,7 +32,7 @@ const PORTS: [u32; 3] = [5001, 5003, 5004];
 pub(super) const SOCKETS: &str = "sock";
 
 /// QEMU opens its disks' sets again, firmware, and few other files.
-const QEMU_MAX_FILES: u64 = 256;
+pub(super) const QEMU_MAX_FILES: u64 = 256;
 
 /// A probe's place among the VMs. Not a build's id: those have no dot.
 const PROBE_ID: &str = "kvm.probe";
@@ -137,7 +138,7 @@ impl Vmm {
             .into_iter()
             .map(OsString::from)
             .collect();
-        self.launch(&mut remains, &mut place, Program::Qemu, args, &keep, &output)?;
+        self.launch(&mut remains, &mut place, Program::KvmProbe, args, &keep, &output)?;
         drop(theirs);
         let console = to_tokio(ours).map_err(VmmError::io("use the console of", &place.sock))?;
         let mut verdict = accel::sign_of_life(console).await;
@@ -196,7 +197,7 @@ impl Vmm {
         output: &Output,
     ) -> Result<(), VmmError> {
         let (name, file, dir, max_files) = match program {
-            Program::Qemu => {
+            Program::Qemu | Program::KvmProbe => {
                 ("qemu-system-x86_64", &self.programs.qemu, Path::new("/"), QEMU_MAX_FILES)
             }
             Program::VsockDevice => (
@@ -206,7 +207,8 @@ impl Vmm {
                 vsock::MAX_FILES,
             ),
         };
-        let process = jail::launch(&Launch {
+        let root = self.root(program, &file.path, &remains.dir);
+        let process = jail::launch(Launch {
             name,
             program: file,
             args,
@@ -215,12 +217,26 @@ impl Vmm {
             output,
             cgroup_procs: place.cgroup_procs.as_ref(),
             identity: place.identity.as_ref(),
+            root: root.map_err(VmmError::io("make a root directory in", &remains.dir))?,
             max_files,
         })
         .map_err(|source| VmmError::Io { what: format!("start {name}"), source })?;
         place.record.processes.push(process.id());
         remains.processes.push(process);
         place.record.write(&remains.dir).map_err(VmmError::io("write the record in", &remains.dir))
+    }
+
+    /// The root of one of a VM's programs: the device writes in its directory of sockets, QEMU nowhere.
+    fn root(&self, program: Program, path: &Path, at: &Path) -> io::Result<Option<Root>> {
+        let Ok(system) = &self.roots else { return Ok(None) };
+        let kvm = match program {
+            Program::Qemu => self.engine == Engine::Kvm,
+            Program::KvmProbe => true,
+            Program::VsockDevice => false,
+        };
+        let devices: &[&str] = if kvm { &[accel::DEVICE] } else { &[] };
+        let work = matches!(program, Program::VsockDevice);
+        Root::new(system, at, path, devices, work).map(Some)
     }
 }
 
@@ -250,6 +266,8 @@ impl Place {
 #[derive(Clone, Copy)]
 enum Program {
     Qemu,
+    /// QEMU, to find out about KVM.
+    KvmProbe,
     VsockDevice,
 }
 

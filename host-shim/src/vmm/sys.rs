@@ -16,11 +16,14 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::jail::Identity;
+use super::namespaces;
+use super::root::Root;
 
 pub(crate) struct Setup {
     pub keep: Vec<RawFd>,
     pub cgroup_procs: Option<RawFd>,
     pub identity: Option<Identity>,
+    pub root: Option<Root>,
     pub max_files: u64,
     pub max_tasks: u64,
 }
@@ -35,6 +38,10 @@ pub(crate) fn prepare(command: &mut Command, setup: Setup) {
 
 fn enter(setup: &Setup, groups: &[Gid]) -> io::Result<()> {
     rustix::process::setsid()?;
+    if let Some(root) = &setup.root {
+        rustix::process::umask(rustix::fs::Mode::empty());
+        namespaces::enter(root)?;
+    }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     if let Some(procs) = setup.cgroup_procs {
         // SAFETY: the parent keeps the file open until the spawn returns.

@@ -123,6 +123,7 @@ mod tests {
         Some((leak.secret, leak.path.unwrap()))
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "stands for what may be missing")]
     fn at(secret: &str, path: &str) -> Option<(String, String)> {
         Some((secret.into(), path.into()))
     }
@@ -208,7 +209,7 @@ mod tests {
         let gate = gate(&[("parts", PARTS), ("two", b"TOKEN=hunter\nOTHER=hunter\n")]);
         let two: &[u8] = b"user = somebody\nport = 5432\nport = 5432\n";
         let third = hex::encode("password = hunter2");
-        let three = [two, &[b'-'; 200_000], b"hex: ", third.as_bytes()].concat();
+        let three = [two, &vec![b'-'; 200_000], b"hex: ", third.as_bytes()].concat();
         assert_eq!(found(&gate, &[("a", two), ("b", b"password = hunter2")]), None);
         assert_eq!(found(&gate, &[("a", two), ("b", &three)]), at("parts", "b"));
         // There are no more than two.
@@ -272,7 +273,7 @@ mod tests {
                     "{number}"
                 );
             }
-            assert_eq!(found(&gate, &[("a", &random(3, 50_000)), ("b", &[0; 100_000])]), None);
+            assert_eq!(found(&gate, &[("a", &random(3, 50_000)), ("b", &vec![0; 100_000])]), None);
         }
         let gate = gate(&[("big", &binary)]);
         assert_eq!(found(&gate, &[("a", &binary[200_000..300_000])]), at("big", "a"));
