@@ -191,11 +191,11 @@ mod tests {
     #[test]
     fn every_secret_of_a_build_that_is_too_large_has_sixteen_samples() {
         let mut known = Known::default();
-        let sampled = Err(Unmasked::Long { sampled: true });
+        let partly = Err(Unmasked::Long { sampled: true });
         let mut before = 0;
         for number in 0..64 {
             let value = random(number, 512 * 1024);
-            assert_eq!(enter(&mut known, &number.to_string(), &value), sampled);
+            assert_eq!(enter(&mut known, &number.to_string(), &value), partly);
             let samples = samples::of(&value, &super::super::weight::Weights::new(&value));
             assert_eq!(samples.len(), 16);
             assert!(

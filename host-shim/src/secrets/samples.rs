@@ -18,7 +18,7 @@ pub(super) const LEAST_VARIETY: usize = 8;
 /// the value's beginning, as the lines do.
 pub(super) fn of(text: &[u8], weights: &Weights<'_>) -> Vec<Range<usize>> {
     if text.len() <= LENGTH {
-        return if text.len() >= LEAST { vec![0..text.len()] } else { vec![] };
+        return (text.len() >= LEAST).then_some(0..text.len()).into_iter().collect();
     }
     let count = (text.len() / LENGTH).clamp(1, MOST);
     let stretch = |n| text.len() * n / count..text.len() * (n + 1) / count;

@@ -48,7 +48,7 @@ pub(super) fn of_line(line: &[u8]) -> Weight {
     {
         Weight::Nothing
     } else if has(b"://") && !has(b"@")
-        || !(line.split(between).any(is_distinctive) || has_encoded(line))
+        || !(line.split(|byte| between(*byte)).any(is_distinctive) || has_encoded(line))
     {
         Weight::Part
     } else {
@@ -56,8 +56,8 @@ pub(super) fn of_line(line: &[u8]) -> Weight {
     }
 }
 
-fn between(byte: &u8) -> bool {
-    byte.is_ascii_whitespace() || BETWEEN.contains(byte)
+fn between(byte: u8) -> bool {
+    byte.is_ascii_whitespace() || BETWEEN.contains(&byte)
 }
 
 fn is_distinctive(word: &[u8]) -> bool {
