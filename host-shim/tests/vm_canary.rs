@@ -29,14 +29,14 @@ const USES_THEM: &str = r#"FROM scratch
 COPY --chmod=755 busybox /bin/busybox
 SHELL ["/bin/busybox", "sh", "-ec"]
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
+RUN --mount=type=secret,id=host,env=HOST printf "GET http://[%s]/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" "$HOST" \
+    | nc 127.0.0.1 3128 | grep -q "a private address"
 RUN --mount=type=secret,id=own,env=OWN --mount=type=secret,id=tenants for value in "$OWN" "$(cat /run/secrets/tenants)"; do \
     echo "<$value>"; printf "%s" "$value" | head -c 9; sleep 1; echo "${value#canary/??}"; \
     for before in "" x xy; do echo "$before$value" | base64; done; \
     printf %s "$value" | od -An -tx1 | tr -d " \n"; echo; printf %s "$value" | od -An -tx1 | tr -d " \n" | tr a-f A-F; echo; \
     printf %s "$value" | sed "s|/|%2F|; s|+|%2B|"; echo; done; \
     cat /run/secrets/tenants | sha256sum >/sum; echo "@SCRATCH@" | tr A-Z a-z >/gone; sync; sleep 1; rm /gone
-RUN --mount=type=secret,id=host,env=HOST printf "GET http://[%s]/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" "$HOST" \
-    | nc 127.0.0.1 3128 | grep -q "a private address"
 LABEL used=yes
 "#;
 const PRINTS_ITS_LAST: &str = r#"FROM scratch

@@ -167,7 +167,7 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
         .unwrap();
     assert!(!inspected.status.success());
     // Not even its name. The base image was published, so that there is something to look through.
-    let repositories = server.data().join("registry/docker/registry/v2/repositories");
+    let repositories = server.data().join("registry/storage/docker/registry/v2/repositories");
     let of_tenant = |tenant: &str, name: &str| repositories.join(tenant).join(name).exists();
     assert!(of_tenant("base", "debian") && !of_tenant("dev", "leak"));
     let found = holders(&server.data().join("registry"), value.as_bytes());
