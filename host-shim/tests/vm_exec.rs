@@ -22,7 +22,9 @@ RUN mkfifo /tmp/go && echo wait''ing && cat /tmp/go && echo to''ld
 /// A build whose step waits for somebody to write to `/tmp/go`.
 fn waiting(server: &Server) -> (String, support::Follow) {
     let dockerfile = format!("FROM {BASE}\n{STEP}");
-    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &[]);
+    // Longer than a thousand sessions take on a busy host.
+    let flags = ["--timeout", "3600"];
+    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &flags);
     let mut follow = server.follow(&id);
     assert!(follow.until("waiting"), "{}", server.log());
     (id, follow)
