@@ -19,8 +19,6 @@ use support::{Server, text};
 
 const OWN: &str = "canary/own+7f3e9a1c5b2d";
 const TENANTS: &str = "canary/tenant+4c8b1e6f0d3a";
-/// An address, as a name may be: Kiln's proxy refuses it, and names are in small letters there.
-const HOST: &str = "FD00::7F3E:9A1C:5B2D:CA9A";
 /// No secret: a step writes it to a file and removes that; the Dockerfile has it in capitals.
 const SCRATCH: &str = "written to a scratch disk only";
 
@@ -35,8 +33,6 @@ RUN --mount=type=secret,id=own,env=OWN --mount=type=secret,id=tenants for value 
     printf %s "$value" | od -An -tx1 | tr -d " \n"; echo; printf %s "$value" | od -An -tx1 | tr -d " \n" | tr a-f A-F; echo; \
     printf %s "$value" | sed "s|/|%2F|; s|+|%2B|"; echo; done; \
     cat /run/secrets/tenants | sha256sum >/sum; echo "@SCRATCH@" | tr A-Z a-z >/gone; sync; sleep 1; rm /gone
-RUN --mount=type=secret,id=host,env=HOST printf "GET http://[%s]/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" "$HOST" \
-    | nc 127.0.0.1 3128 | grep -q "a private address"
 LABEL used=yes
 "#;
 const PRINTS_ITS_LAST: &str = r#"FROM scratch
@@ -57,8 +53,6 @@ fn vm_no_block_of_the_disk_holds_a_canary() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("own"), OWN).unwrap();
     let own = format!("id=own,src={}", dir.path().join("own").display());
-    std::fs::write(dir.path().join("host"), HOST).unwrap();
-    let host = format!("id=host,src={}", dir.path().join("host").display());
     keep(&server, "tenants", TENANTS);
     let submit = |server: &Server, dockerfile: &str, flags: &[&str]| {
         let files: &[(&str, &[u8])] =
@@ -70,11 +64,7 @@ fn vm_no_block_of_the_disk_holds_a_canary() {
     // A server is killed while one build has its secret in a step and another one's waits.
     let sleeping = submit(&server, SLEEPS, &[]);
     let uses_them = USES_THEM.replace("@SCRATCH@", &SCRATCH.to_uppercase());
-    let queued = submit(
-        &server,
-        &uses_them,
-        &["--secret", "id=tenants", "--secret", &host, "-t", "canary", "--network", "open"],
-    );
+    let queued = submit(&server, &uses_them, &["--secret", "id=tenants", "-t", "canary"]);
     assert!(server.follow(&sleeping).until("sleep"), "{}", server.log());
     let server = server.kill_and_restart();
     let _ = server.run(&["cancel", &sleeping]);
@@ -87,7 +77,6 @@ fn vm_no_block_of_the_disk_holds_a_canary() {
 
     // What users see of it.
     let image = Image::copy(&server, built["image_ref"].as_str().unwrap());
-    assert!(server.log().contains("a step was refused"), "{}", server.log());
     let shown = [built.to_string(), failed.to_string(), log, server.log()].concat();
     for form in forms() {
         assert!(!image.holds(form.as_bytes()), "{form} is in the image");
@@ -114,7 +103,7 @@ fn forms() -> Vec<String> {
             value[9..].to_owned(),
             hex.to_uppercase(),
             hex,
-            value.replace('/', "%2F").replace('+', "%2B").replace(':', "%3A"),
+            value.replace('/', "%2F").replace('+', "%2B"),
         ];
         // What neither the bytes before it nor those behind it have a part in.
         forms.extend(["", "x", "xy"].map(|before| {
@@ -123,8 +112,7 @@ fn forms() -> Vec<String> {
         }));
         forms
     };
-    let all = [OWN, TENANTS, HOST].into_iter().flat_map(encode);
-    all.chain([HOST.to_lowercase()]).collect()
+    [OWN, TENANTS].into_iter().flat_map(encode).collect()
 }
 
 fn keep(server: &Server, id: &str, value: &str) {

@@ -122,7 +122,7 @@ fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
         &server,
         &exec(&server, &id, &["--vm"], "cat /proc/1/comm; test ! -e half.txt"),
         0,
-        "kiln-agent\n",
+        "init\n",
     );
     until_paused(qemu);
     said(&server, &server.run(&["cp", &there, here]), 0, "");

@@ -78,8 +78,12 @@ SHELL ["/bin/busybox", "sh", "-c"]
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
 RUN --mount=type=secret,id=key,env=KEY echo "raw <$KEY>"; echo "x$KEY" | base64; echo "xy$KEY" | base64; printf %s "$KEY" | od -An -tx1 | tr -d ' \n'; echo; \
     printf %s "${KEY%canary+value}"; sleep 1; echo "${KEY#hunter2/}"; printf %s "$KEY" | sed "s|/|%2F|; s|+|%2B|"; echo
+RUN --mount=type=secret,id=address,env=ADDRESS printf "GET http://[%s]/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" "$ADDRESS" \
+    | nc 127.0.0.1 3128 | grep -q "a private address"
 RUN --mount=type=secret,id=key,env=KEY echo "last words: $KEY" >&2; exit 3
 "#;
+/// A host is a name or this; Kiln's proxy has it in small letters.
+const ADDRESS: &str = "FD00::7F3E:9A1C:5B2D:CA9A";
 
 #[test]
 fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
@@ -92,15 +96,17 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
         format!("id={id},src={}", dir.path().join(id).display())
     };
     let (key, short) = (secret("key", canary), secret("short", "1234"));
+    let address = secret("address", ADDRESS);
     let id = server.submit(
         &[("Dockerfile", PRINTS.as_bytes()), ("busybox", &busybox)],
-        &["--secret", &key, "--secret", &short],
+        &["--secret", &key, "--secret", &short, "--secret", &address, "--network", "open"],
     );
     let build = server.wait(&id);
     let log = text(server.run(&["logs", &id]).stdout);
     assert_eq!(build["failure"]["kind"], "step_failed", "{build}\n{log}");
     assert_eq!(build["failure"]["detail"], "last words: ***", "{build}");
     assert!(log.contains("raw <***>"), "{log}");
+    assert!(server.log().contains("a step was refused"), "{}", server.log());
     assert!(log.contains("the secret short is not masked"), "{log}");
     for form in [
         canary,
@@ -109,7 +115,10 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
         "aHVudGVyMi9j",
         "h1bnRlcjIvY2Fu",
         "odW50ZXIyL2Nh",
+        ADDRESS,
+        &ADDRESS.to_lowercase(),
     ] {
+        assert!(!server.log().contains(form), "{form}:\n{}", server.log());
         assert!(!log.contains(form), "{form}:\n{log}");
         let found = holders(&server.data(), form.as_bytes());
         assert!(found.is_empty(), "{form} is in {found:?}");
@@ -167,7 +176,7 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
         .unwrap();
     assert!(!inspected.status.success());
     // Not even its name. The base image was published, so that there is something to look through.
-    let repositories = server.data().join("registry/docker/registry/v2/repositories");
+    let repositories = server.data().join("registry/storage/docker/registry/v2/repositories");
     let of_tenant = |tenant: &str, name: &str| repositories.join(tenant).join(name).exists();
     assert!(of_tenant("base", "debian") && !of_tenant("dev", "leak"));
     let found = holders(&server.data().join("registry"), value.as_bytes());
