@@ -7,8 +7,10 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
 
 use super::cut::{Marks, Pieces, REACH};
 
-/// Up to so many bytes of pieces the fastest search is built; it takes a KiB of memory for each.
+/// Up to so many bytes of pieces the fastest search is built; it takes up to a KiB of memory for each.
 const MAX_FAST: usize = 16 * 1024;
+/// The same for a gate, which lives only as long as an image is searched: a key file's pieces, searched twice as fast.
+const MAX_FAST_GATE: usize = 64 * 1024;
 
 /// Finds pieces.
 #[derive(Debug)]
@@ -27,12 +29,29 @@ pub(super) struct Hit<'s> {
 }
 
 impl Search {
-    /// It takes time by the pieces' length: not for an async worker. Only what takes gigabytes does not build.
+    /// For what is printed. It takes time by the pieces' length: not for an async worker. Only what takes gigabytes does
+    /// not build.
     pub(super) fn new(pieces: Arc<Pieces>) -> Option<Self> {
-        let bytes: usize = pieces.keys().map(Vec::len).sum();
-        let kind = (bytes > MAX_FAST).then_some(AhoCorasickKind::ContiguousNFA);
+        Self::build(pieces, MAX_FAST)
+    }
+
+    /// For an image, as [`Self::new`].
+    pub(super) fn for_gate(pieces: Arc<Pieces>) -> Option<Self> {
+        Self::build(pieces, MAX_FAST_GATE)
+    }
+
+    /// Whether a gate has the same search for these pieces.
+    pub(super) fn does_for_gate(pieces: &Pieces) -> bool {
+        let bytes = length(pieces);
+        pieces.values().all(Marks::any) && (bytes <= MAX_FAST || bytes > MAX_FAST_GATE)
+    }
+
+    fn build(pieces: Arc<Pieces>, max_fast: usize) -> Option<Self> {
+        let fast = length(&pieces) <= max_fast;
+        // What the library chooses by itself is not the fastest for more than a hundred pieces.
+        let kind = if fast { AhoCorasickKind::DFA } else { AhoCorasickKind::ContiguousNFA };
         let mut builder = AhoCorasick::builder();
-        let builder = builder.match_kind(MatchKind::LeftmostLongest).kind(kind);
+        let builder = builder.match_kind(MatchKind::LeftmostLongest).kind(Some(kind));
         let automaton = builder.build(pieces.keys()).ok()?;
         Some(Self { automaton, marks: with_beginnings(&pieces), pieces })
     }
@@ -93,6 +112,10 @@ impl Search {
         let next = self.pieces.range::<[u8], _>(behind).next();
         next.is_some_and(|(piece, _)| piece.starts_with(text))
     }
+}
+
+fn length(pieces: &Pieces) -> usize {
+    pieces.keys().map(Vec::len).sum()
 }
 
 /// The marks of each piece in order. What begins with a piece that says all says all too: the longest is found.
