@@ -10,7 +10,8 @@ use super::forms;
 
 /// Most bytes of all values that are looked for whole in one build: they are kept in memory, in some thirty forms.
 pub(super) const MAX_BYTES: usize = 64 * 1024;
-/// Most bytes of all forms of these values.
+/// Most bytes of all forms of these values. Their search takes some twenty times as much memory, and forty-five times
+/// while it is built; with as many samples as there may be 90 MiB, then 40.
 pub(super) const MAX_FORM_BYTES: usize = 1024 * 1024;
 /// Most pieces that these forms are cut into, each counted as often as it is a part of something: many short lines
 /// have many.

@@ -10,7 +10,6 @@ use kiln_protocol::event::LogStream;
 use kiln_protocol::secret::SecretValue;
 use sha2::{Digest as _, Sha256};
 
-use super::cut::Marks;
 use super::known::{Known, Made, Unmasked, Way};
 use super::leak::Gate;
 use super::search::Search;
@@ -90,8 +89,7 @@ impl Masker {
 
     /// The gate of the image that the build made. It blocks for as long as its search takes to be built.
     pub fn into_gate(mut self) -> Gate {
-        if self.known.pieces.values().all(Marks::any) {
-            // One search does for both.
+        if Search::does_for_gate(&self.known.pieces) {
             let search = self.search().cloned();
             return Gate::new(self, search);
         }
@@ -99,7 +97,7 @@ impl Masker {
         self.search = OnceLock::new();
         let says = self.known.pieces.iter().filter(|(_, marks)| marks.any());
         let pieces = says.map(|(piece, marks)| (piece.clone(), marks.clone())).collect();
-        let search = Search::new(Arc::new(pieces)).map(Arc::new);
+        let search = Search::for_gate(Arc::new(pieces)).map(Arc::new);
         Gate::new(self, search)
     }
 

@@ -7,8 +7,14 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
 
 use super::cut::{Marks, Pieces, REACH};
 
-/// Up to so many bytes of pieces the fastest search is built; it takes a KiB of memory for each.
+/// Up to so many bytes of pieces the fastest search is built; it takes up to a KiB of memory for each.
 const MAX_FAST: usize = 16 * 1024;
+/// The same for a gate, which lives only as long as an image is searched: a key file's pieces, searched twice as fast.
+const MAX_FAST_GATE: usize = 64 * 1024;
+
+/// How often a text may be gone through again for what begins within a hit. In what nobody made for it that is less than
+/// once: only a pattern over and over has hits within hits within hits.
+const AGAIN: usize = 4;
 
 /// Finds pieces.
 #[derive(Debug)]
@@ -27,12 +33,29 @@ pub(super) struct Hit<'s> {
 }
 
 impl Search {
-    /// It takes time by the pieces' length: not for an async worker. Only what takes gigabytes does not build.
+    /// For what is printed. It takes time by the pieces' length: not for an async worker. Only what takes gigabytes does
+    /// not build.
     pub(super) fn new(pieces: Arc<Pieces>) -> Option<Self> {
-        let bytes: usize = pieces.keys().map(Vec::len).sum();
-        let kind = (bytes > MAX_FAST).then_some(AhoCorasickKind::ContiguousNFA);
+        Self::build(pieces, MAX_FAST)
+    }
+
+    /// For an image, as [`Self::new`].
+    pub(super) fn for_gate(pieces: Arc<Pieces>) -> Option<Self> {
+        Self::build(pieces, MAX_FAST_GATE)
+    }
+
+    /// Whether a gate has the same search for these pieces.
+    pub(super) fn does_for_gate(pieces: &Pieces) -> bool {
+        let bytes = length(pieces);
+        pieces.values().all(Marks::any) && (bytes <= MAX_FAST || bytes > MAX_FAST_GATE)
+    }
+
+    fn build(pieces: Arc<Pieces>, max_fast: usize) -> Option<Self> {
+        let fast = length(&pieces) <= max_fast;
+        // What the library chooses by itself is not the fastest for more than a hundred pieces.
+        let kind = if fast { AhoCorasickKind::DFA } else { AhoCorasickKind::ContiguousNFA };
         let mut builder = AhoCorasick::builder();
-        let builder = builder.match_kind(MatchKind::LeftmostLongest).kind(kind);
+        let builder = builder.match_kind(MatchKind::LeftmostLongest).kind(Some(kind));
         let automaton = builder.build(pieces.keys()).ok()?;
         Some(Self { automaton, marks: with_beginnings(&pieces), pieces })
     }
@@ -40,19 +63,21 @@ impl Search {
     /// Every place in a text where a piece begins that ends behind `from`, by the longest there. What is within
     /// another hit is left out if it does not say all by itself.
     ///
-    /// The work is bounded by the length of a piece for each byte; where hits are few it is one pass.
+    /// Where hits are few it is one pass. The work is bounded: when too much was gone through again, what begins within
+    /// a hit is not looked for any more.
     pub(super) fn hits<'s, 't>(
         &'s self,
         text: &'t [u8],
         from: usize,
     ) -> impl Iterator<Item = Hit<'s>> + use<'s, 't> {
-        let (mut at, mut covered) = (0, from);
+        let (mut at, mut covered, mut left) = (0, from, AGAIN * text.len());
         std::iter::from_fn(move || {
             loop {
                 let found = self.automaton.find(Input::new(text).range(at..))?;
-                at = found.start() + 1;
-                let marks = self.marks.get(found.pattern().as_usize())?;
                 let end = found.end();
+                at = if left == 0 { end } else { found.start() + 1 };
+                left = left.saturating_sub(found.len());
+                let marks = self.marks.get(found.pattern().as_usize())?;
                 if end > covered || (end > from && marks.alone.is_some()) {
                     covered = covered.max(end);
                     return Some(Hit { end, marks });
@@ -93,6 +118,10 @@ impl Search {
         let next = self.pieces.range::<[u8], _>(behind).next();
         next.is_some_and(|(piece, _)| piece.starts_with(text))
     }
+}
+
+fn length(pieces: &Pieces) -> usize {
+    pieces.keys().map(Vec::len).sum()
 }
 
 /// The marks of each piece in order. What begins with a piece that says all says all too: the longest is found.
@@ -153,5 +182,21 @@ mod tests {
         // It begins with what is a find by itself.
         assert_eq!(search.hits(b"part one", 0).next().map(|hit| hit.marks.alone), Some(Some(8)));
         assert_eq!(search.hits(b"one two", 0).next().map(|hit| hit.marks.clone()), Some(part(1)));
+    }
+
+    #[test]
+    fn a_pattern_over_and_over_is_not_gone_through_for_ever() {
+        let text = "abcdef".repeat(10_000);
+        let whole = &text[..300];
+        let search = search(&[(whole, part(0)), ("efab", part(1)), ("f and the end", alone(1))]);
+        let hits = search.hits(text.as_bytes(), 0).filter(|hit| *hit.marks == part(0)).count();
+        // Each of 300 bytes.
+        assert!(hits <= (AGAIN + 1) * text.len() / 300, "{hits}");
+        // What is behind is found all the same.
+        let behind = format!("{text} f and the end");
+        assert_eq!(
+            search.hits(behind.as_bytes(), 0).last().map(|hit| hit.marks.alone),
+            Some(Some(1))
+        );
     }
 }

@@ -27,6 +27,8 @@ const LEAST_VARIETY: usize = 5;
 const LEAST_WORD: usize = 10;
 /// Shortest one that is taken for something encoded, by what it is made of.
 const LEAST_ENCODED: usize = 24;
+/// In which another kind of digit comes once in so many at least. By chance it is one in two; in names it is one in six.
+const MOST_FOR_TURN: usize = 4;
 /// What stands between words, besides blanks.
 const BETWEEN: &[u8] = b"\"'`=:,;./\\-_|()[]{}<>";
 
@@ -64,16 +66,41 @@ fn is_distinctive(word: &[u8]) -> bool {
     word.len() >= LEAST_WORD && word.iter().any(|byte| byte.is_ascii_digit() || !byte.is_ascii())
 }
 
-/// Whether there is a long word of base64's digits that is of no language: with letters in both cases and with figures.
+/// Whether there is a long word of base64's digits that is of no language and no path: small letters, capitals and
+/// figures are in it, and take turns.
 fn has_encoded(line: &[u8]) -> bool {
-    let digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/-_".contains(byte);
-    line.split(|byte| !digit(byte)).any(|word| {
-        let has = |kind: fn(&u8) -> bool| word.iter().any(kind);
+    line.split(|byte| kind(*byte).is_none()).any(|word| {
+        let has = |wanted| word.iter().any(|byte| kind(*byte) == Some(wanted));
         word.len() >= LEAST_ENCODED
-            && has(u8::is_ascii_lowercase)
-            && has(u8::is_ascii_uppercase)
-            && has(u8::is_ascii_digit)
+            && [Kind::Small, Kind::Capital, Kind::Figure].into_iter().all(has)
+            && turns(word) * MOST_FOR_TURN >= word.len()
     })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Small,
+    Capital,
+    Figure,
+    Sign,
+}
+
+/// Of a digit of base64.
+fn kind(byte: u8) -> Option<Kind> {
+    match byte {
+        b'a'..=b'z' => Some(Kind::Small),
+        b'A'..=b'Z' => Some(Kind::Capital),
+        b'0'..=b'9' => Some(Kind::Figure),
+        b'+' | b'/' | b'-' | b'_' => Some(Kind::Sign),
+        _ => None,
+    }
+}
+
+/// How often another kind follows. Signs stand between a language's words too, and count for nothing.
+fn turns(word: &[u8]) -> usize {
+    let pairs = word.windows(2).map(|pair| (kind(pair[0]), kind(pair[1])));
+    let sign = Some(Kind::Sign);
+    pairs.filter(|(one, next)| one != next && *one != sign && *next != sign).count()
 }
 
 /// The weights of stretches of a text, by the lines that they have something of.
@@ -135,6 +162,8 @@ mod tests {
             "DB_HOST=127.0.0.1",
             "region = ap-southeast-2",
             "collation = utf8mb4_general_ci",
+            "collation = Latin1_General_CP1_CI_AS",
+            "CELLAR=/opt/Homebrew/Cellar/openssl3/lib",
             "#!/usr/bin/env python3",
             "DEK_PASSWORD=hunter2",
             "aaaaaaaa8bcd",
