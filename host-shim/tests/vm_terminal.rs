@@ -100,8 +100,9 @@ fn use_a_shell(server: &Server, id: &str) {
     terminal.line("typed");
     terminal.keys(&["C-d"]);
     terminal.until("prompt>");
-    terminal.line("clear; cat /tmp/typed");
-    terminal.until("typed\nprompt>");
+    // With a number: the screen still shows the line as it was typed.
+    terminal.line("clear; cat -n /tmp/typed");
+    terminal.until("1  typed\nprompt>");
     terminal.keys(&["C-d"]);
     // The terminal is as it was: what is typed now is shown and comes as lines.
     terminal.until("ended with 0");
