@@ -296,8 +296,8 @@ mod tests {
         let nasty: Vec<u8> = b"\xff\xfe~ !\xef(*\xfb '".repeat(50_000);
         for value in [&nasty[..nasty.len() / 2], &[b'a', 0xff, 0xfb, 0xef].repeat(100_000)] {
             let cut = Cut::samples(value);
-            let longest = samples::LENGTH * (1 + 2 * 2 + 12 * WIDEST) + 6 * samples::LENGTH * 4 / 3;
-            assert_eq!(longest, 1176);
+            let longest = samples::LENGTH * (1 + 2 * 2 + 13 * WIDEST) + 6 * samples::LENGTH * 4 / 3;
+            assert_eq!(longest, 1248);
             let bytes: usize = cut.pieces.keys().map(Vec::len).sum();
             assert!(bytes <= samples::MOST * longest, "{bytes}");
             assert!(cut.pieces.len() <= samples::MOST * forms::MOST);

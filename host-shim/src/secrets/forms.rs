@@ -1,4 +1,4 @@
-//! The forms in which a secret is looked for: as it is, in base64 at every alignment, in hex, URL-encoded. Pure.
+//! The forms in which a secret is looked for: as it is, as UTF-8 where it is none, in base64 at every alignment, in hex, URL-encoded. Pure.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,11 +10,11 @@ use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
 
 /// Shorter values are in too much that is none.
 pub const LEAST: usize = 8;
-/// How many bytes of a form stand for one byte at most: URL-encoded.
+/// How many bytes of a form stand for one byte at most: URL-encoded, or a replacement character.
 pub(super) const WIDEST: usize = 3;
-/// How many forms there are at most: the text itself, two of hex, six of base64, twelve URL-encoded.
+/// How many forms there are at most: the text itself, what it is as UTF-8, two of hex, six of base64, twelve URL-encoded.
 #[cfg(test)]
-pub(super) const MOST: usize = 21;
+pub(super) const MOST: usize = 22;
 
 /// Every form of a text, each cut where the stretches are that the text is cut into: one piece for each stretch, that
 /// together are the form of the whole text.
@@ -27,6 +27,9 @@ pub(super) fn of(text: &[u8], stretches: &[Range<usize>]) -> BTreeSet<Vec<Vec<u8
         cut(&|bytes| hex::encode(bytes).into_bytes()),
         cut(&|bytes| hex::encode_upper(bytes).into_bytes()),
     ]);
+    if let [_] = stretches {
+        forms.extend(as_text(text).map(|text| vec![text]));
+    }
     for alphabet in [&STANDARD, &URL_SAFE] {
         forms.extend((0..3).map(|offset| base64_cut(text, stretches, offset, alphabet)));
     }
@@ -36,6 +39,14 @@ pub(super) fn of(text: &[u8], stretches: &[Range<usize>]) -> BTreeSet<Vec<Vec<u8
         }
     }
     forms
+}
+
+/// As causes have it, that are text: with replacement characters for what is no UTF-8. Only if enough is left by which to
+/// know it.
+fn as_text(value: &[u8]) -> Option<Vec<u8>> {
+    let known: usize = value.utf8_chunks().map(|chunk| chunk.valid().len()).sum();
+    let is_another = known >= LEAST && known < value.len();
+    is_another.then(|| String::from_utf8_lossy(value).into_owned().into_bytes())
 }
 
 /// A digit that stands for bits of two stretches is with the second.
@@ -122,9 +133,11 @@ mod tests {
         ) {
             let (first, second) = (cuts.0, cuts.0 + cuts.1);
             let cut = super::of(&value, &[0..first, first..second, second..value.len()]);
-            let whole = super::of(&value, std::slice::from_ref(&(0..value.len())));
+            let mut whole = super::of(&value, std::slice::from_ref(&(0..value.len())));
             prop_assert!(cut.len() <= MOST);
             prop_assert!(cut.iter().flatten().all(|piece| piece.len() >= LEAST));
+            // What is cut has no text.
+            whole.retain(|form| as_text(&value).is_none_or(|text| form[0] != text));
             let joined: BTreeSet<_> = cut.iter().map(|pieces| pieces.concat()).collect();
             prop_assert_eq!(joined, whole.into_iter().flatten().collect::<BTreeSet<_>>());
         }

@@ -16,6 +16,8 @@ use super::search::Search;
 
 /// What stands in a secret's place.
 pub const MASK: &[u8] = b"***";
+/// Stands where somebody cut a text.
+const CUT: char = '…';
 
 /// A build's secrets, as they are searched for.
 #[derive(Default)]
@@ -131,10 +133,19 @@ impl Masker {
         masked
     }
 
-    /// A whole text, masked.
+    /// A whole text, masked. Where it was cut, which a mark tells, it does not keep what may be the beginning of a secret.
     pub fn text(&self, text: &str) -> String {
         let Some(search) = self.search() else { return text.to_owned() };
-        String::from_utf8_lossy(&search.replaced(text.as_bytes(), MASK)).into_owned()
+        let mut masked = String::with_capacity(text.len());
+        for part in text.split_inclusive(CUT) {
+            let (whole, mark) = match part.strip_suffix(CUT) {
+                Some(cut) => (&cut.as_bytes()[..search.open(cut.as_bytes())], Some(CUT)),
+                None => (part.as_bytes(), None),
+            };
+            masked.push_str(&String::from_utf8_lossy(&search.replaced(whole, MASK)));
+            masked.extend(mark);
+        }
+        masked
     }
 
     fn search(&self) -> Option<&Arc<Search>> {
@@ -195,6 +206,32 @@ mod tests {
         );
         assert!(masker.is_empty());
         assert_eq!(out(&mut masker, b"1234567", true), "1234567");
+    }
+
+    #[test]
+    fn a_text_that_was_cut_does_not_end_in_half_a_secret() {
+        let masker = masker(&[b"hunter2hunter2", b"hunter2hunter2-of-another"]);
+        for (text, expected) in [
+            ("echo hunter2hun…", "echo …"),
+            ("login hunter2hunter2-of…\nnext: hunter2hunter2", "login …\nnext: ***"),
+            ("hunter2hunt… and hunter2h…", "… and …"),
+            ("nothing of it …", "nothing of it …"),
+            ("not cut: hunter2hun", "not cut: hunter2hun"),
+            ("…", "…"),
+            ("", ""),
+        ] {
+            assert_eq!(masker.text(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_became_replacement_characters_are_masked() {
+        let masker = masker(&[b"\xffhunter2\xfe\xfehunter3"]);
+        let shown = String::from_utf8_lossy(b"it says \xffhunter2\xfe\xfehunter3!").into_owned();
+        assert_eq!(masker.text(&shown), "it says ***!");
+        // Nobody could tell these from other bytes that are no text.
+        let masker = self::masker(&[&[0xff; 16]]);
+        assert_eq!(masker.text(&"\u{fffd}".repeat(20)), "\u{fffd}".repeat(20));
     }
 
     #[test]
