@@ -39,7 +39,9 @@ fn builds(server: &Server) -> Vec<Value> {
 fn places(server: &Server) -> Vec<String> {
     let place = |build: Value| {
         let status = build["status"].as_str().unwrap().to_owned();
-        build["queue_position"].as_u64().map_or(status.clone(), |position| format!("{status} {position}"))
+        build["queue_position"]
+            .as_u64()
+            .map_or(status.clone(), |position| format!("{status} {position}"))
     };
     builds(server).into_iter().map(place).collect()
 }
