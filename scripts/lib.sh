@@ -106,6 +106,35 @@ make_schemathesis() {
   cp "$wanted" "$place/requirements.txt"
 }
 
+# hypeman's official SDKs, which use the API as its clients do, into .kiln/tools: every file by its hash. Node is whichever is
+# there, as some systems have npm without a package of that name.
+install_sdks() {
+  local wanted=$ROOT/host-shim/tests/sdk
+  if ! { command -v node && command -v npm; } >/dev/null; then install_packages nodejs npm; fi
+  cmp -s "$wanted/requirements.txt" "$TOOLS/sdk-python/requirements.txt" ||
+    step "Installing hypeman's SDK for Python" make_python_sdk "$TOOLS/sdk-python" "$wanted/requirements.txt"
+  cmp -s "$wanted/package-lock.json" "$TOOLS/sdk-node/installed.json" ||
+    step "Installing hypeman's SDK for Node" make_node_sdk "$TOOLS/sdk-node" "$wanted"
+}
+
+make_python_sdk() {
+  local place=$1 wanted=$2
+  /usr/bin/python3 -m venv --clear "$place"
+  "$place/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+    --requirement "$wanted"
+  cp "$wanted" "$place/requirements.txt"
+}
+
+# The lockfile names no registry (npm's omit-lockfile-registry-resolved): the machine's settings say where packages are.
+make_node_sdk() {
+  local place=$1 wanted=$2
+  rm -rf "$place"
+  mkdir -p "$place"
+  cp "$wanted"/package{,-lock}.json "$place"
+  npm ci --prefix "$place" --silent --ignore-scripts --omit=optional --no-audit --no-fund
+  cp "$wanted/package-lock.json" "$place/installed.json"
+}
+
 need_rust() {
   command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::{refusal, server};
 
 #[tokio::test]
-async fn registry_token_generation_is_elsewhere_and_api_tokens_are_made_listed_and_revoked() {
+async fn api_tokens_are_made_listed_and_revoked() {
     let server = server().await;
     let admin = server.client("dev", Role::Admin).await;
     let post = async |body: Value| {

@@ -1,5 +1,7 @@
 //! `/v2/*` and `/v2/token` with skopeo, oci-client and bare HTTP.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{Method, StatusCode};
 use kiln::gateway::path::Name;
 use kiln::gateway::rights::Action;
@@ -7,7 +9,7 @@ use kiln::staging::Digest;
 use oci_client::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{
     A, A_READER, ADMIN, B, Image, OCI_MANIFEST, World, code_of, fails, http, ok, skopeo,
@@ -28,6 +30,13 @@ async fn token(world: &World, api_token: &str, scopes: &[&str]) -> String {
         (Some(300), &answer["access_token"])
     );
     answer["token"].as_str().unwrap().to_owned()
+}
+
+/// What a token says to somebody who only reads it: its header and its claims.
+fn read(token: &str) -> (Value, Value) {
+    let mut parts = token.split('.').map(|part| URL_SAFE_NO_PAD.decode(part).unwrap());
+    let mut json = || serde_json::from_slice(&parts.next().unwrap()).unwrap();
+    (json(), json())
 }
 
 async fn send(world: &World, method: Method, path: &str, bearer: &str) -> reqwest::Response {
@@ -133,6 +142,62 @@ async fn nobody_gets_past_the_rights() {
     ] {
         let seen = world.inspect(who, name).await;
         assert_eq!(seen.status.success(), may, "{who} {name}");
+    }
+}
+
+#[tokio::test]
+async fn registry_token_generation() {
+    let world = World::new().await;
+    let begun = jiff::Timestamp::now().as_second();
+    // More than A may is asked for; what it may not is left out.
+    let scopes = [
+        "repository:a/app:pull,push",
+        "repository:a/cache:*",
+        "repository:base/debian:pull,push",
+        "repository:b/app:pull,push,delete",
+        "repository:builds/unknown:pull",
+        "registry:catalog:*",
+    ];
+    let made = token(&world, A, &scopes).await;
+    let (header, claims) = read(&made);
+    assert_eq!((&header["alg"], &header["typ"]), (&json!("ES256"), &json!("JWT")));
+    assert_eq!(header.as_object().unwrap().len(), 3, "and the key's id: {header}");
+    let granted = |name: &str, actions: &[&str]| json!({"type": "repository", "name": name, "actions": actions});
+    let access = json!([
+        granted("a/app", &["pull", "push"]),
+        granted("a/cache", &["pull", "push", "delete"]),
+        granted("base/debian", &["pull"]),
+    ]);
+    assert_eq!(claims["access"], access);
+    for (claim, value) in [("iss", "kiln"), ("aud", "kiln"), ("sub", "a")] {
+        assert_eq!(claims[claim], value, "{claim}");
+    }
+    let at = |claim: &str| claims[claim].as_i64().unwrap();
+    assert!((begun..=jiff::Timestamp::now().as_second()).contains(&at("iat")), "{claims}");
+    assert_eq!((at("nbf"), at("exp")), (at("iat"), at("iat") + 300));
+    assert!(!claims.to_string().contains(A), "nothing of the API token: {claims}");
+    assert!(world.keys.verify(&made).is_ok());
+
+    // Each is another; who may only read gets no more; without scopes a token opens nothing.
+    let (_, again) = read(&token(&world, A, &scopes).await);
+    assert_ne!(again["jti"], claims["jti"]);
+    let (_, reader) = read(&token(&world, A_READER, &scopes).await);
+    let pull = ["a/app", "a/cache", "base/debian"].map(|name| granted(name, &["pull"]));
+    assert_eq!((&reader["access"], &reader["sub"]), (&json!(pull), &json!("a")));
+    let (_, nothing) = read(&token(&world, A, &[]).await);
+    assert_eq!(nothing["access"], json!([]));
+
+    // Nobody else is given one, and one makes no other.
+    for password in [None, Some(""), Some("kiln_wrong"), Some(&*made)] {
+        let url = format!("http://{}/v2/token?service=kiln", world.gateway);
+        let request = http().get(url);
+        let request = match password {
+            Some(password) => request.basic_auth("any", Some(password)),
+            None => request,
+        };
+        let refused = request.send().await.unwrap();
+        assert_eq!(refused.status(), StatusCode::UNAUTHORIZED, "{password:?}");
+        assert!(!refused.text().await.unwrap().contains("token\":"));
     }
 }
 

@@ -73,6 +73,14 @@ impl Server {
         server
     }
 
+    /// Starts a server that runs this program where it would run QEMU. It has no images.
+    pub fn start_with_qemu(builder: &Path, qemu: &Path) -> Self {
+        let flags = ["--accel", "tcg", "--qemu", qemu.to_str().unwrap()];
+        let mut server = Self::serve(tempfile::tempdir().unwrap(), builder, &flags);
+        server.token = server.new_token("dev", "admin");
+        server
+    }
+
     /// Kills the server with all that a SIGKILL of it kills, and starts another one in its place.
     pub fn kill_and_restart(mut self) -> Self {
         self.child.kill().unwrap();
