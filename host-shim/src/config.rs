@@ -117,6 +117,11 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
     pub max_requests_per_second: Option<u32>,
 
+    /// Answer GET /metrics without a token
+    #[arg(long, env = "KILN_METRICS_OPEN", value_name = "true|false")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub metrics_open: Option<bool>,
+
     /// QEMU [default: qemu-system-x86_64, looked for]
     #[arg(long, env = "KILN_QEMU", value_name = "FILE")]
     pub qemu: Option<PathBuf>,
@@ -163,6 +168,8 @@ pub struct ServeConfig {
     pub max_kept: usize,
     /// Days that an ended session stays in the audit log; 0 for ever.
     pub keep_sessions_days: u32,
+    /// Whether `/metrics` needs no token.
+    pub metrics_open: bool,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -268,6 +275,7 @@ impl ServeArgs {
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
+            metrics_open: self.metrics_open.or(file.metrics_open),
             qemu: self.qemu.or(file.qemu),
             vhost_device_vsock: self.vhost_device_vsock.or(file.vhost_device_vsock),
             docker_registry: self.docker_registry.or(file.docker_registry),
@@ -337,6 +345,7 @@ impl ServeArgs {
             )?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
+            metrics_open: self.metrics_open.unwrap_or(false),
             limits: Limits {
                 max_source_bytes: mb(max_source),
                 max_timeout_seconds: number(

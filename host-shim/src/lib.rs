@@ -22,6 +22,7 @@ pub mod exec;
 pub mod gateway;
 pub mod instances;
 pub mod kept;
+pub mod metrics;
 pub mod publish;
 pub mod queue;
 pub mod random;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use axum::middleware::from_fn_with_state;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,7 @@ use crate::gateway::token::TokenKeys;
 use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
+use crate::metrics;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::vmm::{Swept, Vmm};
 
@@ -139,6 +141,7 @@ async fn serve(
 
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
+    let metrics = events.metrics().clone();
     let router = api::router(ApiState {
         store: Arc::clone(&store),
         events,
@@ -153,13 +156,16 @@ async fn serve(
         kept: kept.clone(),
         backing: backing.clone(),
         vault,
+        metrics_open: config.metrics_open,
     });
-    let router = router.merge(clients::router(GatewayState {
+    let gateway = clients::router(GatewayState {
         backing,
         authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store))),
         keys: Arc::new(TokenKeys::load_or_create(&config.data_dir.join("registry-token.key"))?),
         public_url: format!("http://{public_host}").parse().context("--public-host")?,
-    }));
+    });
+    let router =
+        router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
 
     let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
     let builds = dispatcher.run(stop.clone(), abandon.clone());

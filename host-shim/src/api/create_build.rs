@@ -229,6 +229,7 @@ async fn accept(
     }
     source.keep();
     api.state.scheduler.wake();
+    api.state.events.metrics().source(build.request.source_bytes);
     tracing::info!(build = %build.id, tenant = %build.tenant, "a build was accepted");
     Ok(build)
 }

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use crate::build::Refused;
 use crate::causes::chain;
+use crate::metrics::http::Code;
 use crate::store::StoreError;
 use crate::token::AuthError;
 
@@ -150,6 +151,7 @@ impl IntoResponse for ApiError {
         };
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut response = (self.status, [(CONTENT_TYPE, PROBLEM)], body).into_response();
+        response.extensions_mut().insert(Code(self.code));
         if let Some((name, value)) = self.header {
             response.headers_mut().insert(name, value);
         }

@@ -24,6 +24,7 @@ pub mod instances;
 mod kept;
 mod layers;
 mod list_builds;
+mod metrics;
 mod multipart;
 pub(crate) mod openapi;
 mod own_secrets;
@@ -69,12 +70,13 @@ pub fn router(state: ApiState) -> Router {
     let rates = Rates::new(state.limits.max_requests_per_second);
     let shared: Shared =
         Arc::new(Api { state, uploads, rates, keys_in_flight: Mutex::default(), document });
+    let metrics = shared.state.events.metrics().clone();
     let routes = routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
         .with_state(shared)
         .layer(DefaultBodyLimit::max(MAX_BODY));
-    layers::add(routes)
+    layers::add(routes, metrics)
 }
 
 /// The document of a server with default settings, which is checked in.
@@ -93,6 +95,7 @@ fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(health::health))
         .routes(routes!(health::ready))
         .routes(routes!(openapi::openapi))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(create_build::create_build).layer(unbounded()))
         .routes(routes!(list_builds::list_builds))
         .routes(routes!(get_build::get_build, cancel_build::cancel_build))
@@ -153,6 +156,8 @@ pub struct ApiState {
     pub backing: Backing,
     /// Seals secrets.
     pub vault: Arc<Vault>,
+    /// Whether `/metrics` needs no token.
+    pub metrics_open: bool,
 }
 
 /// Tells the time.

@@ -45,6 +45,7 @@ fn defaults_need_nothing() {
     assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
+    assert!(!config.metrics_open);
 }
 
 #[test]
@@ -86,6 +87,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_queued = 6
         max_uploads = 8
         max_requests_per_second = 9
+        metrics_open = true
         qemu = "/bin/sh"
         vhost_device_vsock = "/bin/sh"
         docker_registry = "/bin/sh"
@@ -97,6 +99,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
     assert_eq!(config.instance_disks_bytes, 9 << 30);
     assert_eq!((config.max_kept, config.keep_sessions_days), (11, 0));
+    assert!(config.metrics_open);
     assert_eq!(
         config.limits,
         Limits {

@@ -46,6 +46,19 @@ pub struct Filter {
     pub before: Option<BuildId>,
 }
 
+/// How many builds are not finished, of all tenants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Waiting.
+    pub queued: u32,
+    /// Since when the oldest of them waits.
+    pub oldest: Option<Millis>,
+    /// In that status.
+    pub building: u32,
+    /// In that status.
+    pub pushing: u32,
+}
+
 /// Which sessions to list.
 #[derive(Clone, Debug, Default)]
 pub struct SessionFilter {
@@ -226,6 +239,8 @@ pub trait Store: Send + Sync + 'static {
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
     /// How many builds of the tenant are queued.
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
+    /// How many builds are not finished.
+    async fn unfinished(&self) -> Result<Unfinished, StoreError>;
     /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`, and appends events
     /// to it in the same transaction.
     async fn claim(

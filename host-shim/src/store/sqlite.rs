@@ -14,6 +14,7 @@ mod instances;
 mod secrets;
 mod sessions;
 mod tokens;
+mod unfinished;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
     Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
-    StoreError, StoredEvent, TokenRecord,
+    StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session};
@@ -213,6 +214,10 @@ impl Store for SqliteStore {
 
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
         builds::queued_count(&self.readers, tenant).await
+    }
+
+    async fn unfinished(&self) -> Result<Unfinished, StoreError> {
+        unfinished::count(&self.readers).await
     }
 
     async fn claim(
@@ -463,6 +468,8 @@ mod tests {
             (builds::QUEUE_POSITION, "builds_queued"),
             (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
             (sessions::FORGET, "sessions_newest"),
+            (unfinished::QUEUED, "builds_queued"),
+            (unfinished::CLAIMED, "builds_claimed"),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();

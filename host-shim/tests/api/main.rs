@@ -14,6 +14,7 @@ mod files;
 mod instances;
 mod kept;
 mod limits;
+mod metrics;
 mod openapi;
 mod refusals;
 mod registry;

@@ -30,6 +30,8 @@ pub const HOST: &str = "kiln.example:4973";
 pub struct Server {
     pub url: String,
     pub store: Arc<dyn Store>,
+    /// The same: once it is closed, the store fails.
+    pub database: Arc<SqliteStore>,
     pub events: EventLog,
     pub scheduler: Arc<Small>,
     pub sources: PathBuf,
@@ -91,10 +93,15 @@ pub async fn server() -> Server {
 }
 
 pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
+    server_that(limits, quiet, false).await
+}
+
+pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) -> Server {
     // An error says that another test of this process has done so.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let database = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let store: Arc<dyn Store> = database.clone();
     let events = EventLog::with_quiet(store.clone(), quiet);
     let scheduler = Arc::new(Small {
         events: events.clone(),
@@ -128,6 +135,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         kept: kept.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
+        metrics_open,
     });
     let undocumented = Arc::<Mutex<Vec<String>>>::default();
     let document = serde_json::from_str(&kiln::api::document()).unwrap();
@@ -140,6 +148,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     Server {
         url,
         store,
+        database,
         events,
         scheduler,
         sources,
