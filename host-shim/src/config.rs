@@ -41,6 +41,12 @@ pub struct ServeArgs {
     /// HOST:PORT as clients reach it, for image references [default: that of --listen]
     #[arg(long, env = "KILN_PUBLIC_HOST", value_name = "HOST:PORT")]
     pub public_host: Option<String>,
+    /// Certificate of the API and the gateway, with its chain (PEM); with --tls-key. Read again at SIGHUP
+    #[arg(long, env = "KILN_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key (PEM, without a passphrase)
+    #[arg(long, env = "KILN_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Where builds, images and keys are kept [default: /var/lib/kiln, or a user's own]
     #[arg(long, env = "KILN_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
@@ -133,6 +139,15 @@ pub struct ServeArgs {
     pub docker_registry: Option<PathBuf>,
 }
 
+/// What TLS needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate and its chain, PEM.
+    pub cert: PathBuf,
+    /// The private key, PEM.
+    pub key: PathBuf,
+}
+
 /// Every setting, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServeConfig {
@@ -140,6 +155,8 @@ pub struct ServeConfig {
     pub listen: SocketAddr,
     /// `HOST:PORT` as clients reach it.
     pub public_host: String,
+    /// TLS on the listener; `None`: plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// What survives is in here.
     pub data_dir: PathBuf,
     /// What does not.
@@ -252,6 +269,8 @@ impl ServeArgs {
             config: self.config,
             listen: self.listen.or(file.listen),
             public_host: self.public_host.or(file.public_host),
+            tls_cert: self.tls_cert.or(file.tls_cert),
+            tls_key: self.tls_key.or(file.tls_key),
             data_dir: self.data_dir.or(file.data_dir),
             run_dir: self.run_dir.or(file.run_dir),
             builder: self.builder.or(file.builder),
@@ -324,6 +343,7 @@ impl ServeArgs {
         Ok(ServeConfig {
             listen,
             public_host: public_host(self.public_host, listen)?,
+            tls: tls(self.tls_cert, self.tls_key)?,
             builder,
             max_vms: number("max-vms", self.max_vms, host.cpus(), 1..=1024)?,
             accel,
@@ -433,6 +453,23 @@ fn number(
 /// Absolute, so that it means the same whatever the process does later.
 fn path(flag: &'static str, given: &Path) -> Result<PathBuf, ConfigError> {
     std::path::absolute(given).map_err(|_| ConfigError::refused(flag, "empty", "a path"))
+}
+
+/// Both, or neither.
+fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<TlsFiles>, ConfigError> {
+    match (cert, key) {
+        (None, None) => Ok(None),
+        (Some(cert), Some(key)) => {
+            let (cert, key) = (path("tls-cert", &cert)?, path("tls-key", &key)?);
+            Ok(Some(TlsFiles { cert, key }))
+        }
+        (Some(_), None) => {
+            Err(ConfigError::Missing { flag: "tls-key", why: "--tls-cert is given" })
+        }
+        (None, Some(_)) => {
+            Err(ConfigError::Missing { flag: "tls-cert", why: "--tls-key is given" })
+        }
+    }
 }
 
 fn registry(url: Url) -> Result<Url, ConfigError> {

@@ -6,6 +6,7 @@
 mod connections;
 mod parts;
 mod signals;
+mod tls;
 
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -18,7 +19,8 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use self::connections::Connections;
+pub use self::connections::Connections;
+pub use self::tls::{Tls, TlsError};
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
 use crate::exec::{Sessions, forget};
@@ -73,6 +75,7 @@ pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
 pub fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<ConfigError>()
+            || cause.is::<TlsError>()
             || matches!(
                 cause.downcast_ref(),
                 Some(BackingError::Url { .. } | BackingError::Config { .. })
@@ -86,6 +89,8 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     parts::raise_descriptor_limit();
+    let tls = config.tls.clone().map(Tls::load).transpose()?;
+    let scheme = if tls.is_some() { "https" } else { "http" };
     let _lock = parts::lock(&config.data_dir)?;
     let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
@@ -162,7 +167,7 @@ async fn serve(
         backing,
         authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store))),
         keys: Arc::new(TokenKeys::load_or_create(&config.data_dir.join("registry-token.key"))?),
-        public_url: format!("http://{public_host}").parse().context("--public-host")?,
+        public_url: format!("{scheme}://{public_host}").parse().context("--public-host")?,
     });
     let router =
         router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
@@ -178,9 +183,13 @@ async fn serve(
         kept.close().await;
     });
     let hang_up = CancellationToken::new();
-    let serving = Connections::default().serve(listener, router, hang_up.clone());
+    let serving = Connections::default().over(tls.clone()).serve(listener, router, hang_up.clone());
     let mut server = tokio::spawn(serving);
-    tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
+    if let Some(tls) = tls {
+        signals::on_hang_up(move || reload(&tls), stop.clone())
+            .context("cannot listen for SIGHUP")?;
+    }
+    tracing::info!(%address, scheme, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {
         // Nobody may be listening any more.
         let _ = writeln!(std::fs::File::from(notify), "ready {address}");
@@ -203,6 +212,17 @@ async fn serve(
         registry.stop().await;
     }
     drained
+}
+
+/// Certificates may have been renewed.
+fn reload(tls: &Tls) {
+    match tls.reload() {
+        Ok(()) => tracing::info!("read certificate and key again"),
+        Err(error) => {
+            let error = crate::causes::chain(&error);
+            tracing::error!(error, "certificate and key stay as they were");
+        }
+    }
 }
 
 /// Lets builds end, then ends them, then gives up.

@@ -4,8 +4,13 @@
 
 #[path = "../support/agent.rs"]
 mod agent;
+#[path = "../support/bundle.rs"]
+mod bundle;
+#[path = "../support/mod.rs"]
+mod real;
 
 mod builds;
+mod certificates;
 mod cp_cli;
 mod events;
 mod exec;
@@ -20,4 +25,5 @@ mod refusals;
 mod registry;
 mod secrets;
 mod support;
+mod tls;
 mod tokens;

@@ -45,6 +45,8 @@ pub struct Server {
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
     pub kept: Kept,
+    /// To be served once more, in another way.
+    pub app: axum::Router,
     task: tokio::task::JoinHandle<()>,
     undocumented: Arc<Mutex<Vec<String>>>,
     _dir: tempfile::TempDir,
@@ -143,7 +145,8 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
     let app = app.layer(from_fn_with_state(watched, documented));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let served = app.clone();
+    let task = tokio::spawn(async move { axum::serve(listener, served).await.unwrap() });
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     Server {
         url,
@@ -161,6 +164,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         instances_dir,
         sessions,
         kept,
+        app,
         task,
         undocumented,
         _dir: dir,

@@ -65,9 +65,13 @@ impl Server {
 
     /// Starts a server whose builds fail before their VMs start. It needs no images.
     pub fn start_without_vms(builder: &Path) -> Self {
+        Self::start_without_vms_with(builder, &[])
+    }
+
+    pub fn start_without_vms_with(builder: &Path, more: &[&str]) -> Self {
         let programs =
             ["--accel", "tcg", "--qemu", "/bin/false", "--vhost-device-vsock", "/bin/false"];
-        let flags = [&programs[..], &["--max-queued", "100000"]].concat();
+        let flags = [&programs[..], &["--max-queued", "100000"], more].concat();
         let mut server = Self::serve(tempfile::tempdir().unwrap(), builder, &flags);
         server.token = server.new_token("dev", "admin");
         server
