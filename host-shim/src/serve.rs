@@ -5,6 +5,7 @@
 
 mod connections;
 mod parts;
+mod ready;
 mod signals;
 mod tls;
 
@@ -105,6 +106,7 @@ async fn serve(
         tracing::warn!(vms = ?swept.vms, "removed the VMs of an earlier server");
     }
     let (registry, backing) = parts::registry(&config).await?;
+    let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
     let builds_dir = config.data_dir.join("builds");
     let events = crate::events::EventLog::new(Arc::clone(&store));
     let kept = Kept::new(config.max_kept);
@@ -154,7 +156,7 @@ async fn serve(
         sources: builds_dir,
         limits: config.limits,
         public_host: public_host.clone(),
-        ready: Arc::new(parts::RegistryReady(backing.clone())),
+        ready: Arc::new(facilities),
         clock: api::system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),

@@ -195,8 +195,17 @@ pub enum CancelOutcome {
 /// Whether builds can be taken and run now.
 #[async_trait]
 pub trait Readiness: Send + Sync + 'static {
-    /// Why not, for people.
-    async fn ready(&self) -> Result<(), String>;
+    /// What there has to be, beside the store.
+    async fn checks(&self) -> Vec<Check>;
+}
+
+/// Something that a server needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// In a word.
+    pub name: &'static str,
+    /// Why it is not there, for people; nothing that only operators may know.
+    pub missing: Option<String>,
 }
 
 /// What a request may ask for, and what it gets where it does not ask.

@@ -9,7 +9,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
-use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
+use kiln::api::{
+    ApiState, CancelOutcome, Check, Limits, Readiness, Scheduler, router, system_clock,
+};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
 use kiln::exec::{Door, Entrance, Sessions};
@@ -110,7 +112,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         claims: Mutex::default(),
         wakes: AtomicUsize::new(0),
         doors: Mutex::default(),
-        ready: Mutex::new(Ok(())),
+        checks: Mutex::new(vec![]),
     });
     let sources = dir.path().join("builds");
     let runner = Arc::new(Puppet::default());
@@ -176,7 +178,7 @@ pub struct Small {
     events: EventLog,
     claims: Mutex<HashMap<BuildId, Fence>>,
     pub wakes: AtomicUsize,
-    pub ready: Mutex<Result<(), String>>,
+    pub checks: Mutex<Vec<Check>>,
     doors: Mutex<HashMap<BuildId, Door>>,
 }
 
@@ -205,8 +207,8 @@ impl Scheduler for Small {
 
 #[async_trait]
 impl Readiness for Small {
-    async fn ready(&self) -> Result<(), String> {
-        self.ready.lock().unwrap().clone()
+    async fn checks(&self) -> Vec<Check> {
+        self.checks.lock().unwrap().clone()
     }
 }
 
