@@ -33,6 +33,7 @@ use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
+use crate::token::Uses;
 use crate::vmm::{Swept, Vmm};
 
 /// How long builds and instances may go on after the server was asked to stop.
@@ -149,6 +150,7 @@ async fn serve(
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
     let metrics = events.metrics().clone();
+    let uses = Uses::default();
     let router = api::router(ApiState {
         store: Arc::clone(&store),
         events,
@@ -163,11 +165,12 @@ async fn serve(
         kept: kept.clone(),
         backing: backing.clone(),
         vault,
+        uses: uses.clone(),
         metrics_open: config.metrics_open,
     });
     let gateway = clients::router(GatewayState {
         backing,
-        authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store))),
+        authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store), uses.clone())),
         keys: Arc::new(TokenKeys::load_or_create(&config.data_dir.join("registry-token.key"))?),
         public_url: format!("{scheme}://{public_host}").parse().context("--public-host")?,
     });
@@ -178,9 +181,10 @@ async fn serve(
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());
+    let noting = uses.run(Arc::clone(&store), stop.clone());
     let forgetting = forget::run(store, config.keep_sessions_days, stop.clone());
     let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances, sessions, forgetting);
+        tokio::join!(builds, instances, sessions, forgetting, noting);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });

@@ -60,6 +60,7 @@ use crate::instances::Instances;
 use crate::kept::Kept;
 use crate::secrets::Vault;
 use crate::store::Store;
+use crate::token::Uses;
 
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
 /// gateway's) can be merged into it and is left alone by the API's layers.
@@ -156,6 +157,8 @@ pub struct ApiState {
     pub backing: Backing,
     /// Seals secrets.
     pub vault: Arc<Vault>,
+    /// When tokens were used.
+    pub uses: Uses,
     /// Whether `/metrics` needs no token.
     pub metrics_open: bool,
 }

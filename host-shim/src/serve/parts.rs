@@ -25,7 +25,7 @@ use crate::gateway::rights::{Authorizer, Caller};
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
-use crate::token::{self, AuthError};
+use crate::token::{self, AuthError, Uses};
 use crate::vmm::{Engine, Vmm, VmmConfig};
 
 /// As many descriptors as the host allows: every connection of a client and of a VM takes one.
@@ -207,13 +207,17 @@ pub(super) fn facilities(
 }
 
 /// API tokens and builds, as the gateway asks for them.
-pub(super) struct StoreAuthorizer(pub Arc<dyn Store>);
+pub(super) struct StoreAuthorizer(pub Arc<dyn Store>, pub Uses);
 
 #[async_trait]
 impl Authorizer for StoreAuthorizer {
     async fn api_token(&self, token: &str) -> Result<Option<Caller>, StoreError> {
-        match token::verify(self.0.as_ref(), token, crate::clock::now()).await {
-            Ok(caller) => Ok(Some(Caller { tenant: caller.tenant, role: caller.role })),
+        let now = crate::clock::now();
+        match token::verify(self.0.as_ref(), token, now).await {
+            Ok(caller) => {
+                self.1.note(&caller.token_id, now);
+                Ok(Some(Caller { tenant: caller.tenant, role: caller.role }))
+            }
             Err(AuthError::Store(error)) => Err(error),
             Err(_) => Ok(None),
         }

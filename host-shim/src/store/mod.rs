@@ -173,6 +173,8 @@ pub struct TokenRecord {
     pub expires_at: Option<Millis>,
     /// Whether it was revoked.
     pub revoked: bool,
+    /// When it was last shown, to about a minute; `None` while it never was.
+    pub last_used_at: Option<Millis>,
 }
 
 /// A store that failed, or refused.
@@ -347,6 +349,9 @@ pub trait Store: Send + Sync + 'static {
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
     /// Revokes a token by its public id.
     async fn revoke_token(&self, id: &str) -> Result<(), StoreError>;
+    /// Stores when tokens were last used, by public id. Ids that there are not are left out, and so are times before
+    /// those that are stored.
+    async fn tokens_used(&self, uses: &[(String, Millis)]) -> Result<(), StoreError>;
     /// Whether the store can be written now.
     async fn ready(&self) -> Result<(), StoreError>;
 }

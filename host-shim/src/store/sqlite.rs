@@ -126,6 +126,7 @@ fn migrator() -> Migrator {
         ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
         ("sessions", include_str!("../../migrations/sqlite/0006_sessions.sql")),
         ("reached", include_str!("../../migrations/sqlite/0007_reached.sql")),
+        ("token use", include_str!("../../migrations/sqlite/0008_token_use.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -420,6 +421,12 @@ impl Store for SqliteStore {
 
     async fn revoke_token(&self, id: &str) -> Result<(), StoreError> {
         tokens::revoke(&self.writer, id).await
+    }
+
+    async fn tokens_used(&self, uses: &[(String, Millis)]) -> Result<(), StoreError> {
+        let mut tx = self.write("store when tokens were used").await?;
+        tokens::used(&mut tx, uses).await?;
+        tx.commit().await.map_err(failed("store when tokens were used"))
     }
 
     async fn ready(&self) -> Result<(), StoreError> {

@@ -47,6 +47,7 @@ pub struct Server {
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
     pub kept: Kept,
+    pub uses: kiln::token::Uses,
     /// To be served once more, in another way.
     pub app: axum::Router,
     task: tokio::task::JoinHandle<()>,
@@ -125,6 +126,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
     let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));
     // Two of each tenant.
     let kept = Kept::new(4);
+    let uses = kiln::token::Uses::default();
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -139,6 +141,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         kept: kept.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
+        uses: uses.clone(),
         metrics_open,
     });
     let undocumented = Arc::<Mutex<Vec<String>>>::default();
@@ -166,6 +169,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         instances_dir,
         sessions,
         kept,
+        uses,
         app,
         task,
         undocumented,
