@@ -123,6 +123,9 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
     pub max_requests_per_second: Option<u32>,
 
+    /// Form of the log on stderr: text, or json with an object a line [default: text]
+    #[arg(long, env = "KILN_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
     /// Answer GET /metrics without a token
     #[arg(long, env = "KILN_METRICS_OPEN", value_name = "true|false")]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -137,6 +140,17 @@ pub struct ServeArgs {
     /// The registry that Kiln runs without --registry [default: docker-registry, looked for]
     #[arg(long, env = "KILN_DOCKER_REGISTRY", value_name = "FILE")]
     pub docker_registry: Option<PathBuf>,
+}
+
+/// Form of the server's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// What TLS needs.
@@ -185,6 +199,8 @@ pub struct ServeConfig {
     pub max_kept: usize,
     /// Days that an ended session stays in the audit log; 0 for ever.
     pub keep_sessions_days: u32,
+    /// Of the log.
+    pub log_format: LogFormat,
     /// Whether `/metrics` needs no token.
     pub metrics_open: bool,
     /// What the API lets a build ask for.
@@ -294,6 +310,7 @@ impl ServeArgs {
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
+            log_format: self.log_format.or(file.log_format),
             metrics_open: self.metrics_open.or(file.metrics_open),
             qemu: self.qemu.or(file.qemu),
             vhost_device_vsock: self.vhost_device_vsock.or(file.vhost_device_vsock),
@@ -365,6 +382,7 @@ impl ServeArgs {
             )?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
+            log_format: self.log_format.unwrap_or_default(),
             metrics_open: self.metrics_open.unwrap_or(false),
             limits: Limits {
                 max_source_bytes: mb(max_source),

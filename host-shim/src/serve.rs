@@ -4,6 +4,7 @@
 //! its builds are ended, and only then is anything claimed or answered.
 
 mod connections;
+pub mod log;
 mod parts;
 mod ready;
 mod signals;
@@ -61,7 +62,9 @@ impl ServeCommand {
         let notify = self.notify_fd.map(take_descriptor).transpose()?;
         // First of all: a signal during the start stops it, and is not lost.
         let stop = signals::stop().context("cannot listen for signals")?;
-        serve(self.settings.resolve()?, notify, stop).await
+        let config = self.settings.resolve()?;
+        log::start(config.log_format);
+        serve(config, notify, stop).await
     }
 }
 

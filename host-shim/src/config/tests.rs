@@ -45,6 +45,7 @@ fn defaults_need_nothing() {
     assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
+    assert_eq!(config.log_format, LogFormat::Text);
     assert!(!config.metrics_open && config.tls.is_none());
 }
 
@@ -90,6 +91,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_uploads = 8
         max_requests_per_second = 9
         metrics_open = true
+        log_format = "json"
         qemu = "/bin/sh"
         vhost_device_vsock = "/bin/sh"
         docker_registry = "/bin/sh"
@@ -102,6 +104,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.instance_disks_bytes, 9 << 30);
     assert_eq!((config.max_kept, config.keep_sessions_days), (11, 0));
     assert!(config.metrics_open);
+    assert_eq!(config.log_format, LogFormat::Json);
     let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
     assert_eq!(config.tls, Some(tls));
     assert_eq!(

@@ -89,7 +89,7 @@ impl Driver {
     }
 
     /// Drives the build to its end.
-    #[tracing::instrument(name = "build", skip_all, fields(id = %self.build.id, tenant = %self.build.tenant))]
+    #[tracing::instrument(name = "build", skip_all, fields(build = %self.build.id, tenant = %self.build.tenant))]
     pub async fn run(mut self) {
         if let Err(error) = self.drive().await {
             match error {

@@ -19,6 +19,7 @@ mod files;
 mod instances;
 mod kept;
 mod limits;
+mod log;
 mod metrics;
 mod openapi;
 mod refusals;
