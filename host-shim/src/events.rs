@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::build::{Build, BuildId, Change, Millis, Status};
 use crate::metrics::Metrics;
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError, StoredEvent};
+use crate::traces::Traces;
 
 /// A follower looks at the store again after so long without a wake, and says that it is quiet.
 pub const QUIET: Duration = Duration::from_secs(15);
@@ -34,6 +35,7 @@ struct Inner {
     store: Arc<dyn Store>,
     quiet: Duration,
     metrics: Metrics,
+    traces: Traces,
     /// Of builds that somebody follows.
     channels: Mutex<HashMap<BuildId, watch::Sender<()>>>,
 }
@@ -41,18 +43,34 @@ struct Inner {
 impl EventLog {
     /// A log over a store.
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self::with_quiet(store, QUIET)
+        Self::traced(store, QUIET, Traces::default())
     }
 
     /// A log whose followers report silence after `quiet`.
     pub fn with_quiet(store: Arc<dyn Store>, quiet: Duration) -> Self {
+        Self::traced(store, quiet, Traces::default())
+    }
+
+    /// The same, with traces of what passes.
+    pub fn traced(store: Arc<dyn Store>, quiet: Duration, traces: Traces) -> Self {
         let (metrics, channels) = (Metrics::default(), Mutex::default());
-        Self { inner: Arc::new(Inner { store, quiet, metrics, channels }) }
+        Self { inner: Arc::new(Inner { store, quiet, metrics, traces, channels }) }
     }
 
     /// What is counted on the way.
     pub fn metrics(&self) -> &Metrics {
         &self.inner.metrics
+    }
+
+    /// What becomes of traces.
+    pub fn traces(&self) -> &Traces {
+        &self.inner.traces
+    }
+
+    /// A build's VM has said Hello so long after its start.
+    pub fn booted(&self, build: &Build, after: Duration) {
+        self.inner.metrics.booted(build, after);
+        self.inner.traces.booted(build, crate::clock::now());
     }
 
     /// Stores events, wakes the readers and returns the highest number.
@@ -61,6 +79,7 @@ impl EventLog {
         self.inner.metrics.tried(&stored);
         let highest = stored?;
         self.inner.metrics.stored(events);
+        self.inner.traces.stored(id, events);
         self.wake(id);
         Ok(highest)
     }
@@ -77,6 +96,7 @@ impl EventLog {
         let claimed = claimed?;
         if let Some(claimed) = &claimed {
             self.inner.metrics.claimed(&claimed.build, now);
+            self.inner.traces.claimed(&claimed.build, now);
             self.inner.metrics.stored(events);
             self.wake(&claimed.build.id);
         }
@@ -117,6 +137,7 @@ impl EventLog {
         self.inner.metrics.tried(&changed);
         let build = changed?;
         self.inner.metrics.changed(&build, now);
+        self.inner.traces.changed(&build, now);
         self.inner.metrics.stored(events);
         self.wake(id);
         Ok(build)

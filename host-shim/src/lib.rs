@@ -32,5 +32,6 @@ pub mod session;
 pub mod staging;
 pub mod store;
 pub mod token;
+pub mod traces;
 pub mod tunnel;
 pub mod vmm;

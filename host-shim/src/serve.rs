@@ -25,6 +25,7 @@ pub use self::connections::Connections;
 pub use self::tls::{Tls, TlsError};
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
+use crate::events::{EventLog, QUIET};
 use crate::exec::{Sessions, forget};
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
@@ -35,6 +36,8 @@ use crate::kept::Kept;
 use crate::metrics;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
 use crate::token::Uses;
+use crate::traces::Traces;
+use crate::traces::otlp::{BadVariable, Sender};
 use crate::vmm::{Swept, Vmm};
 
 /// How long builds and instances may go on after the server was asked to stop.
@@ -81,6 +84,7 @@ pub fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<ConfigError>()
             || cause.is::<TlsError>()
+            || cause.is::<BadVariable>()
             || matches!(
                 cause.downcast_ref(),
                 Some(BackingError::Url { .. } | BackingError::Config { .. })
@@ -94,6 +98,7 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     parts::raise_descriptor_limit();
+    let traces = traces()?;
     let tls = config.tls.clone().map(Tls::load).transpose()?;
     let scheme = if tls.is_some() { "https" } else { "http" };
     let _lock = parts::lock(&config.data_dir)?;
@@ -112,7 +117,7 @@ async fn serve(
     let (registry, backing) = parts::registry(&config).await?;
     let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
     let builds_dir = config.data_dir.join("builds");
-    let events = crate::events::EventLog::new(Arc::clone(&store));
+    let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
@@ -221,6 +226,16 @@ async fn serve(
         registry.stop().await;
     }
     drained
+}
+
+/// Traces, where the environment says whereto.
+fn traces() -> anyhow::Result<Traces> {
+    let Some(sender) = Sender::configured(|name| std::env::var(name).ok())? else {
+        return Ok(Traces::default());
+    };
+    let (traces, ended) = Traces::collected();
+    tokio::spawn(sender.run(ended));
+    Ok(traces)
 }
 
 /// Certificates may have been renewed.

@@ -199,7 +199,7 @@ impl Sink for BuildSink<'_> {
         self.hello = Some(now);
         let boot = now - self.vm_started;
         self.build.usage.boot_ms = u64::try_from(boot.as_millis()).ok();
-        self.workshop.events.metrics().booted(self.build, boot);
+        self.workshop.events.booted(self.build, boot);
         tracing::info!(agent = %agent.escape_default(), image = %image.escape_default(), boot_ms = boot.as_millis(), "the agent connected");
     }
 

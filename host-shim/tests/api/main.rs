@@ -28,3 +28,4 @@ mod secrets;
 mod support;
 mod tls;
 mod tokens;
+mod traces;
