@@ -41,6 +41,12 @@ pub struct ServeArgs {
     /// HOST:PORT as clients reach it, for image references [default: that of --listen]
     #[arg(long, env = "KILN_PUBLIC_HOST", value_name = "HOST:PORT")]
     pub public_host: Option<String>,
+    /// Certificate of the API and the gateway, with its chain (PEM); with --tls-key. Read again at SIGHUP
+    #[arg(long, env = "KILN_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key (PEM, without a passphrase)
+    #[arg(long, env = "KILN_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Where builds, images and keys are kept [default: /var/lib/kiln, or a user's own]
     #[arg(long, env = "KILN_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
@@ -117,6 +123,14 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
     pub max_requests_per_second: Option<u32>,
 
+    /// Form of the log on stderr: text, or json with an object a line [default: text]
+    #[arg(long, env = "KILN_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Answer GET /metrics without a token
+    #[arg(long, env = "KILN_METRICS_OPEN", value_name = "true|false")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub metrics_open: Option<bool>,
+
     /// QEMU [default: qemu-system-x86_64, looked for]
     #[arg(long, env = "KILN_QEMU", value_name = "FILE")]
     pub qemu: Option<PathBuf>,
@@ -128,6 +142,26 @@ pub struct ServeArgs {
     pub docker_registry: Option<PathBuf>,
 }
 
+/// Form of the server's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
+}
+
+/// What TLS needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate and its chain, PEM.
+    pub cert: PathBuf,
+    /// The private key, PEM.
+    pub key: PathBuf,
+}
+
 /// Every setting, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServeConfig {
@@ -135,6 +169,8 @@ pub struct ServeConfig {
     pub listen: SocketAddr,
     /// `HOST:PORT` as clients reach it.
     pub public_host: String,
+    /// TLS on the listener; `None`: plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// What survives is in here.
     pub data_dir: PathBuf,
     /// What does not.
@@ -163,6 +199,10 @@ pub struct ServeConfig {
     pub max_kept: usize,
     /// Days that an ended session stays in the audit log; 0 for ever.
     pub keep_sessions_days: u32,
+    /// Of the log.
+    pub log_format: LogFormat,
+    /// Whether `/metrics` needs no token.
+    pub metrics_open: bool,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -245,6 +285,8 @@ impl ServeArgs {
             config: self.config,
             listen: self.listen.or(file.listen),
             public_host: self.public_host.or(file.public_host),
+            tls_cert: self.tls_cert.or(file.tls_cert),
+            tls_key: self.tls_key.or(file.tls_key),
             data_dir: self.data_dir.or(file.data_dir),
             run_dir: self.run_dir.or(file.run_dir),
             builder: self.builder.or(file.builder),
@@ -268,6 +310,8 @@ impl ServeArgs {
             max_queued: self.max_queued.or(file.max_queued),
             max_uploads: self.max_uploads.or(file.max_uploads),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
+            log_format: self.log_format.or(file.log_format),
+            metrics_open: self.metrics_open.or(file.metrics_open),
             qemu: self.qemu.or(file.qemu),
             vhost_device_vsock: self.vhost_device_vsock.or(file.vhost_device_vsock),
             docker_registry: self.docker_registry.or(file.docker_registry),
@@ -316,6 +360,7 @@ impl ServeArgs {
         Ok(ServeConfig {
             listen,
             public_host: public_host(self.public_host, listen)?,
+            tls: tls(self.tls_cert, self.tls_key)?,
             builder,
             max_vms: number("max-vms", self.max_vms, host.cpus(), 1..=1024)?,
             accel,
@@ -337,6 +382,8 @@ impl ServeArgs {
             )?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
+            log_format: self.log_format.unwrap_or_default(),
+            metrics_open: self.metrics_open.unwrap_or(false),
             limits: Limits {
                 max_source_bytes: mb(max_source),
                 max_timeout_seconds: number(
@@ -424,6 +471,23 @@ fn number(
 /// Absolute, so that it means the same whatever the process does later.
 fn path(flag: &'static str, given: &Path) -> Result<PathBuf, ConfigError> {
     std::path::absolute(given).map_err(|_| ConfigError::refused(flag, "empty", "a path"))
+}
+
+/// Both, or neither.
+fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<TlsFiles>, ConfigError> {
+    match (cert, key) {
+        (None, None) => Ok(None),
+        (Some(cert), Some(key)) => {
+            let (cert, key) = (path("tls-cert", &cert)?, path("tls-key", &key)?);
+            Ok(Some(TlsFiles { cert, key }))
+        }
+        (Some(_), None) => {
+            Err(ConfigError::Missing { flag: "tls-key", why: "--tls-cert is given" })
+        }
+        (None, Some(_)) => {
+            Err(ConfigError::Missing { flag: "tls-cert", why: "--tls-key is given" })
+        }
+    }
 }
 
 fn registry(url: Url) -> Result<Url, ConfigError> {

@@ -16,14 +16,16 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::build::{Build, BuildId, Change, Millis, Status};
+use crate::metrics::Metrics;
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError, StoredEvent};
+use crate::traces::Traces;
 
 /// A follower looks at the store again after so long without a wake, and says that it is quiet.
 pub const QUIET: Duration = Duration::from_secs(15);
 /// Most events of one batch.
 const PAGE: u32 = 128;
 
-/// Stores events and wakes those who follow.
+/// Stores events, counts what they tell, and wakes those who follow.
 #[derive(Clone)]
 pub struct EventLog {
     inner: Arc<Inner>,
@@ -32,6 +34,8 @@ pub struct EventLog {
 struct Inner {
     store: Arc<dyn Store>,
     quiet: Duration,
+    metrics: Metrics,
+    traces: Traces,
     /// Of builds that somebody follows.
     channels: Mutex<HashMap<BuildId, watch::Sender<()>>>,
 }
@@ -39,17 +43,43 @@ struct Inner {
 impl EventLog {
     /// A log over a store.
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self::with_quiet(store, QUIET)
+        Self::traced(store, QUIET, Traces::default())
     }
 
     /// A log whose followers report silence after `quiet`.
     pub fn with_quiet(store: Arc<dyn Store>, quiet: Duration) -> Self {
-        Self { inner: Arc::new(Inner { store, quiet, channels: Mutex::default() }) }
+        Self::traced(store, quiet, Traces::default())
+    }
+
+    /// The same, with traces of what passes.
+    pub fn traced(store: Arc<dyn Store>, quiet: Duration, traces: Traces) -> Self {
+        let (metrics, channels) = (Metrics::default(), Mutex::default());
+        Self { inner: Arc::new(Inner { store, quiet, metrics, traces, channels }) }
+    }
+
+    /// What is counted on the way.
+    pub fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    /// What becomes of traces.
+    pub fn traces(&self) -> &Traces {
+        &self.inner.traces
+    }
+
+    /// A build's VM has said Hello so long after its start.
+    pub fn booted(&self, build: &Build, after: Duration) {
+        self.inner.metrics.booted(build, after);
+        self.inner.traces.booted(build, crate::clock::now());
     }
 
     /// Stores events, wakes the readers and returns the highest number.
     pub async fn append(&self, id: &BuildId, events: &[NewEvent]) -> Result<u64, StoreError> {
-        let highest = self.inner.store.append_events(id, events).await?;
+        let stored = self.inner.store.append_events(id, events).await;
+        self.inner.metrics.tried(&stored);
+        let highest = stored?;
+        self.inner.metrics.stored(events);
+        self.inner.traces.stored(id, events);
         self.wake(id);
         Ok(highest)
     }
@@ -61,8 +91,13 @@ impl EventLog {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Option<Claimed>, StoreError> {
-        let claimed = self.inner.store.claim(owner, now, events).await?;
+        let claimed = self.inner.store.claim(owner, now, events).await;
+        self.inner.metrics.tried(&claimed);
+        let claimed = claimed?;
         if let Some(claimed) = &claimed {
+            self.inner.metrics.claimed(&claimed.build, now);
+            self.inner.traces.claimed(&claimed.build, now);
+            self.inner.metrics.stored(events);
             self.wake(&claimed.build.id);
         }
         Ok(claimed)
@@ -77,9 +112,8 @@ impl EventLog {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Build, StoreError> {
-        let build = self.inner.store.change(id, fence, change, now, events).await?;
-        self.wake(id);
-        Ok(build)
+        let changed = self.inner.store.change(id, fence, change, now, events).await;
+        self.changed(id, changed, now, events)
     }
 
     /// [`Store::cancel_queued`], then wakes.
@@ -89,7 +123,22 @@ impl EventLog {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Build, StoreError> {
-        let build = self.inner.store.cancel_queued(id, now, events).await?;
+        let changed = self.inner.store.cancel_queued(id, now, events).await;
+        self.changed(id, changed, now, events)
+    }
+
+    fn changed(
+        &self,
+        id: &BuildId,
+        changed: Result<Build, StoreError>,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Build, StoreError> {
+        self.inner.metrics.tried(&changed);
+        let build = changed?;
+        self.inner.metrics.changed(&build, now);
+        self.inner.traces.changed(&build, now);
+        self.inner.metrics.stored(events);
         self.wake(id);
         Ok(build)
     }

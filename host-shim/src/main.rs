@@ -1,6 +1,6 @@
 //! `kiln`: the server, and the client commands.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
@@ -8,6 +8,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use kiln::cli::error::{CliError, Exit};
 use kiln::cli::{ClientCommand, Global, json_line};
+use kiln::config::LogFormat;
 use kiln::serve::ServeCommand;
 use tokio::runtime::Runtime;
 
@@ -96,12 +97,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Client(command) => {
             to_the_end(runtime, async { Ok(command.run(&cli.global).await) })
         }
-        Command::Serve(command) => {
-            log_to_stderr();
-            to_the_end(runtime, command.run()).map(|()| ExitCode::SUCCESS)
-        }
+        Command::Serve(command) => to_the_end(runtime, command.run()).map(|()| ExitCode::SUCCESS),
         Command::Sweep(settings) => {
-            log_to_stderr();
+            kiln::serve::log::start(LogFormat::Text);
             to_the_end(runtime, kiln::serve::sweep(*settings)).map(|_| ExitCode::SUCCESS)
         }
     }
@@ -116,19 +114,6 @@ fn to_the_end<T>(
     let ended = runtime.block_on(work);
     runtime.shutdown_background();
     ended
-}
-
-/// The server's log: its level by `RUST_LOG`, and "info" without.
-fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        // Its complaint about a stderr that is full would be a panic.
-        .log_internal_errors(false)
-        .init();
 }
 
 #[cfg(test)]

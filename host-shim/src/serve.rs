@@ -4,8 +4,11 @@
 //! its builds are ended, and only then is anything claimed or answered.
 
 mod connections;
+pub mod log;
 mod parts;
+mod ready;
 mod signals;
+mod tls;
 
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -13,13 +16,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use axum::middleware::from_fn_with_state;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use self::connections::Connections;
+pub use self::connections::Connections;
+pub use self::tls::{Tls, TlsError};
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
+use crate::events::{EventLog, QUIET};
 use crate::exec::{Sessions, forget};
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
@@ -27,7 +33,11 @@ use crate::gateway::token::TokenKeys;
 use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
+use crate::metrics;
 use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
+use crate::token::Uses;
+use crate::traces::Traces;
+use crate::traces::otlp::{BadVariable, Sender};
 use crate::vmm::{Swept, Vmm};
 
 /// How long builds and instances may go on after the server was asked to stop.
@@ -55,7 +65,9 @@ impl ServeCommand {
         let notify = self.notify_fd.map(take_descriptor).transpose()?;
         // First of all: a signal during the start stops it, and is not lost.
         let stop = signals::stop().context("cannot listen for signals")?;
-        serve(self.settings.resolve()?, notify, stop).await
+        let config = self.settings.resolve()?;
+        log::start(config.log_format);
+        serve(config, notify, stop).await
     }
 }
 
@@ -71,6 +83,8 @@ pub async fn sweep(settings: ServeArgs) -> anyhow::Result<Swept> {
 pub fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<ConfigError>()
+            || cause.is::<TlsError>()
+            || cause.is::<BadVariable>()
             || matches!(
                 cause.downcast_ref(),
                 Some(BackingError::Url { .. } | BackingError::Config { .. })
@@ -84,6 +98,9 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     parts::raise_descriptor_limit();
+    let traces = traces()?;
+    let tls = config.tls.clone().map(Tls::load).transpose()?;
+    let scheme = if tls.is_some() { "https" } else { "http" };
     let _lock = parts::lock(&config.data_dir)?;
     let bundle = parts::bundle(&config).await?;
     let store = parts::store(&config).await?;
@@ -98,8 +115,9 @@ async fn serve(
         tracing::warn!(vms = ?swept.vms, "removed the VMs of an earlier server");
     }
     let (registry, backing) = parts::registry(&config).await?;
+    let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
     let builds_dir = config.data_dir.join("builds");
-    let events = crate::events::EventLog::new(Arc::clone(&store));
+    let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
@@ -139,6 +157,8 @@ async fn serve(
 
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
+    let metrics = events.metrics().clone();
+    let uses = Uses::default();
     let router = api::router(ApiState {
         store: Arc::clone(&store),
         events,
@@ -146,35 +166,44 @@ async fn serve(
         sources: builds_dir,
         limits: config.limits,
         public_host: public_host.clone(),
-        ready: Arc::new(parts::RegistryReady(backing.clone())),
+        ready: Arc::new(facilities),
         clock: api::system_clock(),
         instances: instances.clone(),
         sessions: sessions.clone(),
         kept: kept.clone(),
         backing: backing.clone(),
         vault,
+        uses: uses.clone(),
+        metrics_open: config.metrics_open,
     });
-    let router = router.merge(clients::router(GatewayState {
+    let gateway = clients::router(GatewayState {
         backing,
-        authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store))),
+        authorizer: Arc::new(parts::StoreAuthorizer(Arc::clone(&store), uses.clone())),
         keys: Arc::new(TokenKeys::load_or_create(&config.data_dir.join("registry-token.key"))?),
-        public_url: format!("http://{public_host}").parse().context("--public-host")?,
-    }));
+        public_url: format!("{scheme}://{public_host}").parse().context("--public-host")?,
+    });
+    let router =
+        router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
 
     let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());
+    let noting = uses.run(Arc::clone(&store), stop.clone());
     let forgetting = forget::run(store, config.keep_sessions_days, stop.clone());
     let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances, sessions, forgetting);
+        tokio::join!(builds, instances, sessions, forgetting, noting);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });
     let hang_up = CancellationToken::new();
-    let serving = Connections::default().serve(listener, router, hang_up.clone());
+    let serving = Connections::default().over(tls.clone()).serve(listener, router, hang_up.clone());
     let mut server = tokio::spawn(serving);
-    tracing::info!(%address, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
+    if let Some(tls) = tls {
+        signals::on_hang_up(move || reload(&tls), stop.clone())
+            .context("cannot listen for SIGHUP")?;
+    }
+    tracing::info!(%address, scheme, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {
         // Nobody may be listening any more.
         let _ = writeln!(std::fs::File::from(notify), "ready {address}");
@@ -197,6 +226,27 @@ async fn serve(
         registry.stop().await;
     }
     drained
+}
+
+/// Traces, where the environment says whereto.
+fn traces() -> anyhow::Result<Traces> {
+    let Some(sender) = Sender::configured(|name| std::env::var(name).ok())? else {
+        return Ok(Traces::default());
+    };
+    let (traces, ended) = Traces::collected();
+    tokio::spawn(sender.run(ended));
+    Ok(traces)
+}
+
+/// Certificates may have been renewed.
+fn reload(tls: &Tls) {
+    match tls.reload() {
+        Ok(()) => tracing::info!("read certificate and key again"),
+        Err(error) => {
+            let error = crate::causes::chain(&error);
+            tracing::error!(error, "certificate and key stay as they were");
+        }
+    }
 }
 
 /// Lets builds end, then ends them, then gives up.

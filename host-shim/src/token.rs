@@ -4,10 +4,13 @@
 //! exist; with 256 random bits a slow hash would add nothing. An API token opens the API and the
 //! token endpoint of the registry, never the registry itself.
 
+mod uses;
+
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest, Sha256};
 
+pub use self::uses::Uses;
 use crate::build::{Millis, Tenant};
 use crate::store::{Role, Store, StoreError, TokenRecord};
 
@@ -155,6 +158,7 @@ pub async fn create(
         created_at: now,
         expires_at,
         revoked: false,
+        last_used_at: None,
     };
     store.insert_token(&record).await?;
     Ok((token, record))

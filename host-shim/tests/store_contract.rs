@@ -475,6 +475,7 @@ async fn tokens_are_found_by_hash_listed_and_revoked() {
         created_at: n,
         expires_at: (n == 2).then_some(9),
         revoked: false,
+        last_used_at: None,
     };
     {
         let store = place.open().await;
@@ -494,6 +495,12 @@ async fn tokens_are_found_by_hash_listed_and_revoked() {
     assert_eq!(store.token_by_hash("H2").await.unwrap(), None);
     assert_eq!(store.token("t1").await.unwrap(), Some(token(1)));
     assert_eq!(store.token("t9").await.unwrap(), None);
+    let uses = [("t1".to_owned(), 7), ("t9".to_owned(), 8), ("t0".to_owned(), 9)];
+    store.tokens_used(&uses).await.unwrap();
+    store.tokens_used(&[("t0".to_owned(), 3)]).await.unwrap();
+    let shown = |at| TokenRecord { last_used_at: Some(at), ..token(1) };
+    assert_eq!(store.token("t1").await.unwrap(), Some(shown(7)));
+    assert_eq!(store.token("t0").await.unwrap().unwrap().last_used_at, Some(9));
     store.ready().await.unwrap();
 }
 

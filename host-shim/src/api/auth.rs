@@ -21,6 +21,7 @@ impl FromRequestParts<Shared> for Caller {
         }
         let value = value.map(|v| v.to_str().map_err(|_| AuthError::Invalid)).transpose()?;
         let caller = token::authenticate(&*api.state.store, value, api.now()).await?;
+        api.state.uses.note(&caller.token_id, api.now());
         api.rates.admit(&caller.token_id)?;
         Ok(caller)
     }

@@ -33,7 +33,7 @@ use super::own_secrets::{self, OwnSecrets};
 use super::source::{Received, SourceError, Upload};
 use super::uploads::Place;
 use super::{Api, Shared, types};
-use crate::build::{self, Build, BuildId, Status, Tenant};
+use crate::build::{self, Build, BuildId, Millis, Status, Tenant};
 use crate::events::payload;
 use crate::store::{IdempotencyKey, Role, StoreError};
 use crate::token::Caller;
@@ -81,15 +81,13 @@ pub(super) async fn create_build(
     };
     let id = new_id()?;
     let mut parts = Parts::new(request).await?;
-    let Submitted { wanted, source, secrets } =
-        match receive(&api, &caller.tenant, &id, &mut parts).await {
-            Ok(received) => received,
-            Err(refusal) => {
-                parts.drain().await;
-                return Err(refusal);
-            }
-        };
-    let submitted = Submitted { wanted, source, secrets };
+    let submitted = match receive(&api, &caller.tenant, &id, &mut parts).await {
+        Ok(received) => received,
+        Err(refusal) => {
+            parts.drain().await;
+            return Err(refusal);
+        }
+    };
     let task = accept(Arc::clone(&api), caller.tenant, id, submitted, in_flight);
     let build = tokio::spawn(task).await.map_err(|error| ApiError::internal(&error))??;
     let location = format!("/builds/{}", build.id);
@@ -121,6 +119,8 @@ async fn admit(
 
 /// What came with a request.
 struct Submitted {
+    /// When its parts began to come.
+    begun: Millis,
     wanted: build::Request,
     source: Received,
     /// For this build alone.
@@ -134,6 +134,7 @@ async fn receive(
     id: &BuildId,
     parts: &mut Parts,
 ) -> Result<Submitted, ApiError> {
+    let begun = api.now();
     let limits = &api.state.limits;
     let mut fields = Fields::default();
     let mut source = None;
@@ -164,7 +165,7 @@ async fn receive(
     })?;
     wanted.source_digest.clone_from(&source.digest);
     wanted.source_bytes = source.bytes;
-    Ok(Submitted { wanted, source, secrets })
+    Ok(Submitted { begun, wanted, source, secrets })
 }
 
 async fn receive_source(api: &Api, id: &BuildId, mut part: Part<'_>) -> Result<Received, ApiError> {
@@ -199,7 +200,7 @@ async fn accept(
     submitted: Submitted,
     in_flight: Option<InFlight>,
 ) -> Result<Build, ApiError> {
-    let Submitted { wanted, source, secrets } = submitted;
+    let Submitted { begun, wanted, source, secrets } = submitted;
     let vault = &api.state.vault;
     let key = in_flight.as_ref().map(|held| IdempotencyKey {
         key: held.key.clone(),
@@ -216,8 +217,11 @@ async fn accept(
     let now = api.now();
     let build = Build::queued(id, tenant, wanted, now);
     let first = payload::of_host(now, payload::status(Status::Queued, None));
+    // Before anybody can claim it.
+    api.state.events.traces().received(&build, begun);
     if let Err(error) = api.state.store.insert_build(&build, &[first], key.as_ref(), &secrets).await
     {
+        api.state.events.traces().forgotten(&build.id);
         // A commit that failed may have reached the disk all the same. Its source goes only when
         // it surely has not.
         if !matches!(error, StoreError::Taken(_))
@@ -229,6 +233,7 @@ async fn accept(
     }
     source.keep();
     api.state.scheduler.wake();
+    api.state.events.metrics().source(build.request.source_bytes);
     tracing::info!(build = %build.id, tenant = %build.tenant, "a build was accepted");
     Ok(build)
 }

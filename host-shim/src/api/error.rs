@@ -6,8 +6,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::health::Checked;
 use crate::build::Refused;
 use crate::causes::chain;
+use crate::metrics::http::Code;
 use crate::store::StoreError;
 use crate::token::AuthError;
 
@@ -42,6 +44,10 @@ pub(super) struct Problem<'a> {
     code: &'static str,
     /// The same as `detail`: hypeman's name of it.
     message: &'a str,
+    /// What `/ready` has looked at.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    #[schema(required = false)]
+    checks: &'a [Checked],
 }
 
 impl ApiError {
@@ -111,6 +117,26 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     }
 
+    /// The answer, with what `/ready` has looked at.
+    pub(super) fn with_checks(self, checks: &[Checked]) -> Response {
+        let problem = Problem {
+            r#type: format!("urn:kiln:problem:{}", self.code),
+            title: self.status.canonical_reason().unwrap_or("Error"),
+            status: self.status.as_u16(),
+            detail: &self.message,
+            code: self.code,
+            message: &self.message,
+            checks,
+        };
+        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        let mut response = (self.status, [(CONTENT_TYPE, PROBLEM)], body).into_response();
+        response.extensions_mut().insert(Code(self.code));
+        if let Some((name, value)) = self.header {
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+
     #[must_use]
     pub(super) fn with_header(mut self, name: HeaderName, value: &'static str) -> Self {
         self.header = Some((name, HeaderValue::from_static(value)));
@@ -140,20 +166,7 @@ pub(super) fn log(error: &(dyn std::error::Error + 'static)) {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let problem = Problem {
-            r#type: format!("urn:kiln:problem:{}", self.code),
-            title: self.status.canonical_reason().unwrap_or("Error"),
-            status: self.status.as_u16(),
-            detail: &self.message,
-            code: self.code,
-            message: &self.message,
-        };
-        let body = serde_json::to_vec(&problem).unwrap_or_default();
-        let mut response = (self.status, [(CONTENT_TYPE, PROBLEM)], body).into_response();
-        if let Some((name, value)) = self.header {
-            response.headers_mut().insert(name, value);
-        }
-        response
+        self.with_checks(&[])
     }
 }
 

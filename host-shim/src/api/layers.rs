@@ -6,20 +6,22 @@ use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderName, HeaderValue, Version};
-use axum::middleware::{Next, from_fn, map_response};
+use axum::middleware::{Next, from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 
 use super::error::{self, ApiError};
+use crate::metrics::{Metrics, http};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Adds the layers to routes, the outermost last.
-pub(super) fn add(routes: Router) -> Router {
+pub(super) fn add(routes: Router, metrics: Metrics) -> Router {
     routes
         .layer(from_fn(host))
         .layer(map_response(error::wrap))
         .layer(map_response(secure))
+        .layer(from_fn_with_state(metrics, http::count))
         .layer(from_fn(trace))
 }
 

@@ -24,6 +24,7 @@ pub mod instances;
 mod kept;
 mod layers;
 mod list_builds;
+mod metrics;
 mod multipart;
 pub(crate) mod openapi;
 mod own_secrets;
@@ -59,6 +60,7 @@ use crate::instances::Instances;
 use crate::kept::Kept;
 use crate::secrets::Vault;
 use crate::store::Store;
+use crate::token::Uses;
 
 /// The API's routes, with a fallback for all others. A router without a fallback (the registry
 /// gateway's) can be merged into it and is left alone by the API's layers.
@@ -69,12 +71,13 @@ pub fn router(state: ApiState) -> Router {
     let rates = Rates::new(state.limits.max_requests_per_second);
     let shared: Shared =
         Arc::new(Api { state, uploads, rates, keys_in_flight: Mutex::default(), document });
+    let metrics = shared.state.events.metrics().clone();
     let routes = routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
         .with_state(shared)
         .layer(DefaultBodyLimit::max(MAX_BODY));
-    layers::add(routes)
+    layers::add(routes, metrics)
 }
 
 /// The document of a server with default settings, which is checked in.
@@ -93,6 +96,7 @@ fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(health::health))
         .routes(routes!(health::ready))
         .routes(routes!(openapi::openapi))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(create_build::create_build).layer(unbounded()))
         .routes(routes!(list_builds::list_builds))
         .routes(routes!(get_build::get_build, cancel_build::cancel_build))
@@ -153,6 +157,10 @@ pub struct ApiState {
     pub backing: Backing,
     /// Seals secrets.
     pub vault: Arc<Vault>,
+    /// When tokens were used.
+    pub uses: Uses,
+    /// Whether `/metrics` needs no token.
+    pub metrics_open: bool,
 }
 
 /// Tells the time.
@@ -190,8 +198,17 @@ pub enum CancelOutcome {
 /// Whether builds can be taken and run now.
 #[async_trait]
 pub trait Readiness: Send + Sync + 'static {
-    /// Why not, for people.
-    async fn ready(&self) -> Result<(), String>;
+    /// What there has to be, beside the store.
+    async fn checks(&self) -> Vec<Check>;
+}
+
+/// Something that a server needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// In a word.
+    pub name: &'static str,
+    /// Why it is not there, for people; nothing that only operators may know.
+    pub missing: Option<String>,
 }
 
 /// What a request may ask for, and what it gets where it does not ask.

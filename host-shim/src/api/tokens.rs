@@ -48,12 +48,12 @@ pub(super) async fn create_token(
         CreateError::Random => ApiError::internal(&error),
     })?;
     tracing::info!(token = record.id, tenant = %record.tenant, role = %record.role, "a token was made");
-    Ok((StatusCode::CREATED, Json(Token { token: Some(text), ..Token::new(&record) })))
+    Ok((StatusCode::CREATED, Json(Token { token: Some(text), ..Token::new(&record, api.now()) })))
 }
 
 /// List tokens
 ///
-/// For administrators. All of them, the oldest first, revoked and expired ones too.
+/// For administrators. All of them, the oldest first, revoked and expired ones too, with when they were last used.
 #[utoipa::path(
     get, path = "/tokens", tag = "tokens",
     responses((status = 200, description = "All of them.", body = Vec<Token>), Forbidden),
@@ -63,7 +63,8 @@ pub(super) async fn list_tokens(
     caller: Caller,
 ) -> Result<Json<Vec<Token>>, ApiError> {
     caller.require(Role::Admin)?;
-    Ok(Json(api.state.store.tokens().await?.iter().map(Token::new).collect()))
+    let (tokens, now) = (api.state.store.tokens().await?, api.now());
+    Ok(Json(tokens.iter().map(|token| Token::new(token, now)).collect()))
 }
 
 /// Revoke a token

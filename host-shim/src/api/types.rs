@@ -261,6 +261,12 @@ pub struct Token {
     pub expires_at: Option<String>,
     /// Whether it was revoked.
     pub revoked: bool,
+    /// Whether its time is over.
+    pub expired: bool,
+    /// When it was last shown to API or registry, to about a minute, RFC 3339; absent while it never was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = schemas::Time, required = false)]
+    pub last_used_at: Option<String>,
     /// The token itself: only in the answer of the POST that made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -268,8 +274,8 @@ pub struct Token {
 }
 
 impl Token {
-    /// The shape of a token.
-    pub fn new(record: &TokenRecord) -> Self {
+    /// The shape of a token, at that time.
+    pub fn new(record: &TokenRecord, now: Millis) -> Self {
         Self {
             id: record.id.clone(),
             tenant: record.tenant.to_string(),
@@ -278,6 +284,8 @@ impl Token {
             created_at: rfc3339(record.created_at),
             expires_at: record.expires_at.map(rfc3339),
             revoked: record.revoked,
+            expired: record.expires_at.is_some_and(|end| end <= now),
+            last_used_at: record.last_used_at.map(rfc3339),
             token: None,
         }
     }

@@ -1,5 +1,6 @@
 //! The one HTTP client that all client commands share.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,7 +9,7 @@ use reqwest::header::{
     ACCEPT, CONNECTION, CONTENT_TYPE, LINK, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
     SEC_WEBSOCKET_VERSION, TE, UPGRADE,
 };
-use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded, redirect};
+use reqwest::{Certificate, Method, RequestBuilder, Response, StatusCode, Upgraded, redirect};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio_tungstenite::WebSocketStream;
@@ -39,6 +40,9 @@ pub struct Connect {
     /// An API token, as `kiln token create` prints it
     #[arg(long, global = true, env = "KILN_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Certificates (PEM) that the server's is to come from, instead of the system's
+    #[arg(long, global = true, env = "KILN_CA_FILE", value_name = "FILE")]
+    ca_file: Option<PathBuf>,
 }
 
 /// A call that did not work.
@@ -156,6 +160,9 @@ impl Client {
             .connect_timeout(CONNECT_TIMEOUT)
             // The API has none, and a token must not follow one.
             .redirect(redirect::Policy::none());
+        if let Some(file) = &connect.ca_file {
+            http = http.tls_certs_only(authorities(file)?);
+        }
         if is_loopback(&base) {
             http = http.no_proxy();
         }
@@ -469,6 +476,17 @@ fn next_cursor(base: &Url, header: &str) -> Option<String> {
     })
 }
 
+/// The certificates in a file.
+fn authorities(file: &Path) -> Result<Vec<Certificate>, CliError> {
+    let refused = |why: String| CliError::usage(format!("--ca-file {}: {why}", file.display()));
+    let pem = std::fs::read(file).map_err(|error| refused(error.to_string()))?;
+    let all = Certificate::from_pem_bundle(&pem).map_err(|error| refused(innermost(&error)))?;
+    if all.is_empty() {
+        return Err(refused("it holds no certificate as PEM".into()));
+    }
+    Ok(all)
+}
+
 fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(ip)) => ip.is_loopback(),
@@ -495,7 +513,7 @@ mod tests {
     fn client(url: &str) -> Result<Client, CliError> {
         // Another test of this process may have been first.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        Client::new(&Connect { url: url.into(), token: None })
+        Client::new(&Connect { url: url.into(), token: None, ca_file: None })
     }
 
     #[test]

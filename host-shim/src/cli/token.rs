@@ -96,6 +96,7 @@ pub struct KnownToken {
     pub created_at: Option<String>,
     pub expires_at: Option<String>,
     pub revoked: bool,
+    pub last_used_at: Option<String>,
 }
 
 impl KnownToken {
@@ -143,9 +144,10 @@ fn listing(tokens: Vec<KnownToken>, now: Timestamp) -> String {
         let text = Option::unwrap_or_default;
         let (name, created, expires) =
             (text(token.name), text(token.created_at), text(token.expires_at));
-        [token.id, state, token.tenant, token.role, name, created, expires]
+        let used = token.last_used_at.unwrap_or_else(|| "never".to_owned());
+        [token.id, state, token.tenant, token.role, name, created, expires, used]
     });
-    table(["ID", "STATE", "TENANT", "ROLE", "NAME", "CREATED", "EXPIRES"], rows)
+    table(["ID", "STATE", "TENANT", "ROLE", "NAME", "CREATED", "EXPIRES", "LAST USED"], rows)
 }
 
 impl Tokens for Client {

@@ -45,6 +45,8 @@ fn defaults_need_nothing() {
     assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
+    assert_eq!(config.log_format, LogFormat::Text);
+    assert!(!config.metrics_open && config.tls.is_none());
 }
 
 #[test]
@@ -64,6 +66,8 @@ fn a_user_has_directories_of_its_own() {
 fn the_file_has_every_setting_and_flags_win_over_it() {
     let text = r#"
         listen = "0.0.0.0:80"
+        tls_cert = "/c.pem"
+        tls_key = "/k.pem"
         data_dir = "/d"
         run_dir = "/r"
         builder = "/b"
@@ -86,6 +90,8 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_queued = 6
         max_uploads = 8
         max_requests_per_second = 9
+        metrics_open = true
+        log_format = "json"
         qemu = "/bin/sh"
         vhost_device_vsock = "/bin/sh"
         docker_registry = "/bin/sh"
@@ -97,6 +103,10 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
     assert_eq!(config.instance_disks_bytes, 9 << 30);
     assert_eq!((config.max_kept, config.keep_sessions_days), (11, 0));
+    assert!(config.metrics_open);
+    assert_eq!(config.log_format, LogFormat::Json);
+    let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
+    assert_eq!(config.tls, Some(tls));
     assert_eq!(
         config.limits,
         Limits {
@@ -125,6 +135,17 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (9, Accel::Tcg, false));
     assert_eq!(config.egress_permit, ["127.0.0.1/32".parse().unwrap()]);
     assert_eq!(config.log_limit_bytes, 1024 * 1024);
+}
+
+#[test]
+fn a_certificate_needs_its_key_and_a_key_its_certificate() {
+    let error = resolve(&["--tls-cert", "c.pem"]).unwrap_err();
+    assert_eq!(error, "--tls-key is needed here: --tls-cert is given");
+    let error = with_file("tls_key = \"k.pem\"", &[]).unwrap_err();
+    assert_eq!(error, "--tls-cert is needed here: --tls-key is given");
+    // Each may come from elsewhere.
+    let tls = with_file("tls_key = \"/k.pem\"", &["--tls-cert", "/c.pem"]).unwrap().tls.unwrap();
+    assert_eq!((tls.cert, tls.key), ("/c.pem".into(), "/k.pem".into()));
 }
 
 #[test]

@@ -121,6 +121,11 @@ impl Sessions {
         })
     }
 
+    /// How many there are now.
+    pub fn count(&self) -> usize {
+        self.inner.room.taken()
+    }
+
     /// Ends the sessions that a token has opened, now that it is revoked.
     pub fn revoke(&self, token_id: &str) {
         self.inner.tokens.end(token_id, Lapse::Revoked);

@@ -69,6 +69,13 @@ impl Room {
     }
 }
 
+impl Room {
+    /// How many places are taken.
+    pub fn taken(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).all
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);

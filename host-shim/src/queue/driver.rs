@@ -89,7 +89,7 @@ impl Driver {
     }
 
     /// Drives the build to its end.
-    #[tracing::instrument(name = "build", skip_all, fields(id = %self.build.id, tenant = %self.build.tenant))]
+    #[tracing::instrument(name = "build", skip_all, fields(build = %self.build.id, tenant = %self.build.tenant))]
     pub async fn run(mut self) {
         if let Err(error) = self.drive().await {
             match error {
@@ -219,6 +219,7 @@ impl Driver {
         ));
         let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context), way_out).await;
         self.build.pulled = context.pulled();
+        self.workshop.events.metrics().staged(context.staging().used_bytes());
         let next = match &self.build.request.base_image_digest {
             Some(pin) => {
                 let next = outcome::pinned(next, pin, &self.build.pulled);

@@ -37,7 +37,7 @@ pub async fn recover(workshop: &Arc<Workshop>, owner: &str) -> Result<(), StoreE
         if let Err(error) = tokio::fs::remove_dir_all(workshop.build_dir(&build)).await {
             tracing::debug!(%error, id = %build.id, "no directory of the build to remove");
         }
-        workshop.store.change(&build.id, fence, change, now, &events).await?;
+        workshop.events.change(&build.id, fence, change, now, &events).await?;
     }
     Ok(())
 }

@@ -169,6 +169,7 @@ impl<'d> BuildSink<'d> {
 
 impl Sink for BuildSink<'_> {
     async fn events(&mut self, reported: Vec<NumberedEvent>) -> anyhow::Result<()> {
+        let arrived = Instant::now();
         self.begun = true;
         self.doorway.begun();
         self.masker.prepare().await;
@@ -188,7 +189,9 @@ impl Sink for BuildSink<'_> {
                 batch.push(event);
             }
         }
-        self.store(&mut batch).await
+        self.store(&mut batch).await?;
+        self.workshop.events.metrics().durable(arrived.elapsed());
+        Ok(())
     }
 
     async fn hello(&mut self, agent: &str, image: &str) {
@@ -196,6 +199,7 @@ impl Sink for BuildSink<'_> {
         self.hello = Some(now);
         let boot = now - self.vm_started;
         self.build.usage.boot_ms = u64::try_from(boot.as_millis()).ok();
+        self.workshop.events.booted(self.build, boot);
         tracing::info!(agent = %agent.escape_default(), image = %image.escape_default(), boot_ms = boot.as_millis(), "the agent connected");
     }
 

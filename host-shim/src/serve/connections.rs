@@ -1,4 +1,4 @@
-//! Connections of clients: so many at one time, each with so long for the head of a request.
+//! Connections of clients, plain or TLS: so many at one time, each with so long for the head of a request.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +10,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt::set_tcp_user_timeout;
 use rustix::process::{Resource, getrlimit};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use super::tls::Tls;
 
 /// Connections at one time; more wait in the kernel. Some hundred people and programs follow builds with
 /// one each, and idle ones cost about 20 KiB. Never more than half of the descriptors that the process
@@ -27,23 +30,30 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 const UNREAD: Duration = Duration::from_mins(2);
 
 /// The bounds of connections.
-pub(super) struct Connections {
+pub struct Connections {
     most: usize,
     head: Duration,
     unread: Duration,
+    tls: Option<Tls>,
 }
 
 impl Default for Connections {
     fn default() -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let half = usize::try_from(files / 2).unwrap_or(usize::MAX);
-        Self { most: MAX_CONNECTIONS.min(half), head: HEAD_DEADLINE, unread: UNREAD }
+        Self { most: MAX_CONNECTIONS.min(half), head: HEAD_DEADLINE, unread: UNREAD, tls: None }
     }
 }
 
 impl Connections {
+    /// The same, in TLS where it is given.
+    #[must_use]
+    pub fn over(self, tls: Option<Tls>) -> Self {
+        Self { tls, ..self }
+    }
+
     /// Serves until it is told to hang up, and then what requests are still open.
-    pub(super) async fn serve(
+    pub async fn serve(
         self,
         mut listener: TcpListener,
         router: Router,
@@ -65,9 +75,22 @@ impl Connections {
                 if let Err(error) = set_tcp_user_timeout(&stream, unread) {
                     tracing::debug!(%error, "a client may leave its answers unread for long");
                 }
-                let talk = converse(stream, router.clone(), self.head, hang_up.clone());
+                let (router, hang_up, head) = (router.clone(), hang_up.clone(), self.head);
+                let tls = self.tls.clone();
                 open.spawn(async move {
-                    talk.await;
+                    match tls {
+                        None => converse(stream, router, head, hang_up).await,
+                        Some(tls) => {
+                            let handshake = hang_up.run_until_cancelled(tls.accept(stream)).await;
+                            match handshake {
+                                Some(Ok(stream)) => converse(stream, router, head, hang_up).await,
+                                Some(Err(error)) => {
+                                    tracing::debug!(%error, "a client's TLS handshake failed");
+                                }
+                                None => {}
+                            }
+                        }
+                    }
                     drop(place);
                 });
             }
@@ -83,7 +106,10 @@ impl Connections {
     }
 }
 
-async fn converse(stream: TcpStream, router: Router, head: Duration, hang_up: CancellationToken) {
+async fn converse<S>(stream: S, router: Router, head: Duration, hang_up: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(head);
     let connection = http
@@ -107,6 +133,7 @@ async fn converse(stream: TcpStream, router: Router, head: Duration, hang_up: Ca
 mod tests {
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
     use tokio::task::JoinHandle;
 
     use super::*;
@@ -129,7 +156,7 @@ mod tests {
                 .route("/", get(|| async { "hello" }))
                 .route("/much", get(|| async { vec![b'x'; 64 << 20] }));
             let hang_up = CancellationToken::new();
-            let connections = Connections { most, head, unread: SHORT };
+            let connections = Connections { most, head, unread: SHORT, tls: None };
             let task = connections.serve(listener, router, hang_up.clone());
             Self { address, hang_up, task: tokio::spawn(task) }
         }
@@ -217,7 +244,7 @@ mod tests {
             })
         };
         let router = Router::new().route("/", get(echo));
-        let connections = Connections { most: 1, head: SHORT, unread: SHORT };
+        let connections = Connections { most: 1, head: SHORT, unread: SHORT, tls: None };
         let task = tokio::spawn(connections.serve(listener, router, CancellationToken::new()));
         let url = format!("ws://{address}/");
         let (mut socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();

@@ -16,19 +16,17 @@ use kiln_protocol::job::MAX_EGRESS_CA;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
-use crate::api::Readiness;
+use super::ready::{Facilities, ROOM};
 use crate::build::{BuildId, Tenant};
-use crate::causes::chain;
 use crate::config::{ConfigError, ServeConfig};
 use crate::gateway::Backing;
 use crate::gateway::managed::Managed;
-use crate::gateway::path::Route;
 use crate::gateway::rights::{Authorizer, Caller};
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
-use crate::token::{self, AuthError};
-use crate::vmm::{Vmm, VmmConfig};
+use crate::token::{self, AuthError, Uses};
+use crate::vmm::{Engine, Vmm, VmmConfig};
 
 /// As many descriptors as the host allows: every connection of a client and of a VM takes one.
 pub(super) fn raise_descriptor_limit() {
@@ -186,32 +184,40 @@ pub(super) fn public_host(config: &ServeConfig, address: SocketAddr) -> String {
     }
 }
 
-/// Whether the registry answers.
-pub(super) struct RegistryReady(pub Backing);
-
-#[async_trait]
-impl Readiness for RegistryReady {
-    async fn ready(&self) -> Result<(), String> {
-        let answer = self.0.request(http::Method::GET, Route::Base).send().await;
-        match answer {
-            Ok(answer) if answer.status().is_success() => Ok(()),
-            Ok(answer) => Err(format!("the registry answers {}", answer.status())),
-            Err(error) => {
-                tracing::warn!(error = %chain(&error), "the registry does not answer");
-                Err("the registry does not answer".into())
-            }
-        }
+/// What `/ready` looks at, beside the store.
+pub(super) fn facilities(
+    config: &ServeConfig,
+    bundle: &Bundle,
+    vmm: &Vmm,
+    backing: Backing,
+) -> Facilities {
+    let Bundle { kernel, initrd, root, .. } = bundle.clone();
+    Facilities {
+        backing,
+        bundle: [("kernel", kernel), ("initrd", initrd), ("root disk", root)],
+        programs: [
+            ("QEMU", config.qemu.clone()),
+            ("the vsock device", config.vhost_device_vsock.clone()),
+        ],
+        kvm: vmm.engine() == Engine::Kvm,
+        run_dir: run_dir(config),
+        data_dir: config.data_dir.clone(),
+        room: ROOM,
     }
 }
 
 /// API tokens and builds, as the gateway asks for them.
-pub(super) struct StoreAuthorizer(pub Arc<dyn Store>);
+pub(super) struct StoreAuthorizer(pub Arc<dyn Store>, pub Uses);
 
 #[async_trait]
 impl Authorizer for StoreAuthorizer {
     async fn api_token(&self, token: &str) -> Result<Option<Caller>, StoreError> {
-        match token::verify(self.0.as_ref(), token, crate::clock::now()).await {
-            Ok(caller) => Ok(Some(Caller { tenant: caller.tenant, role: caller.role })),
+        let now = crate::clock::now();
+        match token::verify(self.0.as_ref(), token, now).await {
+            Ok(caller) => {
+                self.1.note(&caller.token_id, now);
+                Ok(Some(Caller { tenant: caller.tenant, role: caller.role }))
+            }
             Err(AuthError::Store(error)) => Err(error),
             Err(_) => Ok(None),
         }

@@ -46,6 +46,19 @@ pub struct Filter {
     pub before: Option<BuildId>,
 }
 
+/// How many builds are not finished, of all tenants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Waiting.
+    pub queued: u32,
+    /// Since when the oldest of them waits.
+    pub oldest: Option<Millis>,
+    /// In that status.
+    pub building: u32,
+    /// In that status.
+    pub pushing: u32,
+}
+
 /// Which sessions to list.
 #[derive(Clone, Debug, Default)]
 pub struct SessionFilter {
@@ -160,6 +173,8 @@ pub struct TokenRecord {
     pub expires_at: Option<Millis>,
     /// Whether it was revoked.
     pub revoked: bool,
+    /// When it was last shown, to about a minute; `None` while it never was.
+    pub last_used_at: Option<Millis>,
 }
 
 /// A store that failed, or refused.
@@ -226,6 +241,8 @@ pub trait Store: Send + Sync + 'static {
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
     /// How many builds of the tenant are queued.
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
+    /// How many builds are not finished.
+    async fn unfinished(&self) -> Result<Unfinished, StoreError>;
     /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`, and appends events
     /// to it in the same transaction.
     async fn claim(
@@ -332,6 +349,9 @@ pub trait Store: Send + Sync + 'static {
     async fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError>;
     /// Revokes a token by its public id.
     async fn revoke_token(&self, id: &str) -> Result<(), StoreError>;
+    /// Stores when tokens were last used, by public id. Ids that there are not are left out, and so are times before
+    /// those that are stored.
+    async fn tokens_used(&self, uses: &[(String, Millis)]) -> Result<(), StoreError>;
     /// Whether the store can be written now.
     async fn ready(&self) -> Result<(), StoreError>;
 }

@@ -14,6 +14,7 @@ mod instances;
 mod secrets;
 mod sessions;
 mod tokens;
+mod unfinished;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
     Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
-    StoreError, StoredEvent, TokenRecord,
+    StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session};
@@ -125,6 +126,7 @@ fn migrator() -> Migrator {
         ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
         ("sessions", include_str!("../../migrations/sqlite/0006_sessions.sql")),
         ("reached", include_str!("../../migrations/sqlite/0007_reached.sql")),
+        ("token use", include_str!("../../migrations/sqlite/0008_token_use.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -213,6 +215,10 @@ impl Store for SqliteStore {
 
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
         builds::queued_count(&self.readers, tenant).await
+    }
+
+    async fn unfinished(&self) -> Result<Unfinished, StoreError> {
+        unfinished::count(&self.readers).await
     }
 
     async fn claim(
@@ -417,6 +423,12 @@ impl Store for SqliteStore {
         tokens::revoke(&self.writer, id).await
     }
 
+    async fn tokens_used(&self, uses: &[(String, Millis)]) -> Result<(), StoreError> {
+        let mut tx = self.write("store when tokens were used").await?;
+        tokens::used(&mut tx, uses).await?;
+        tx.commit().await.map_err(failed("store when tokens were used"))
+    }
+
     async fn ready(&self) -> Result<(), StoreError> {
         // Takes the write lock and gives it back: a full disk shows at the first page written, but
         // a lock that is stuck, a file that is gone or read-only shows here.
@@ -463,6 +475,8 @@ mod tests {
             (builds::QUEUE_POSITION, "builds_queued"),
             (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
             (sessions::FORGET, "sessions_newest"),
+            (unfinished::QUEUED, "builds_queued"),
+            (unfinished::CLAIMED, "builds_claimed"),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();

@@ -4,8 +4,13 @@
 
 #[path = "../support/agent.rs"]
 mod agent;
+#[path = "../support/bundle.rs"]
+mod bundle;
+#[path = "../support/mod.rs"]
+mod real;
 
 mod builds;
+mod certificates;
 mod cp_cli;
 mod events;
 mod exec;
@@ -14,9 +19,13 @@ mod files;
 mod instances;
 mod kept;
 mod limits;
+mod log;
+mod metrics;
 mod openapi;
 mod refusals;
 mod registry;
 mod secrets;
 mod support;
+mod tls;
 mod tokens;
+mod traces;

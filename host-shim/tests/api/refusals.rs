@@ -1,5 +1,6 @@
 //! Who may do what, and the shape of every refusal.
 
+use kiln::api::Check;
 use kiln::store::Role;
 use reqwest::multipart::Form;
 use reqwest::{Method, StatusCode};
@@ -13,13 +14,14 @@ async fn without_a_token_there_are_only_health_ready_and_the_document() {
     let server = server().await;
     let nobody = server.anonymous();
     assert_eq!(nobody.json("/health").await, json!({"status": "ok"}));
-    assert_eq!(nobody.json("/ready").await, json!({"status": "ready"}));
+    assert_eq!(nobody.json("/ready").await["status"], "ready");
     for (method, path) in [
         (Method::GET, "/builds"),
         (Method::POST, "/builds"),
         (Method::GET, "/builds/b1"),
         (Method::DELETE, "/builds/b1"),
         (Method::GET, "/builds/b1/events"),
+        (Method::GET, "/metrics"),
         (Method::GET, "/tokens"),
         (Method::POST, "/tokens"),
         (Method::DELETE, "/tokens/t1"),
@@ -202,11 +204,26 @@ async fn fields_are_refused_by_name_value_and_what_is_allowed() {
 }
 
 #[tokio::test]
-async fn ready_says_why_not() {
+async fn ready_names_each_thing_that_it_looked_at_and_all_that_is_missing() {
     let server = server().await;
-    *server.scheduler.ready.lock().unwrap() = Err("the builder image is missing".into());
+    let check = |name, missing: Option<&str>| Check { name, missing: missing.map(Into::into) };
+    *server.scheduler.checks.lock().unwrap() = vec![check("registry", None), check("disk", None)];
+    let there = |name| json!({"name": name, "ready": true});
+    let all = json!([there("store"), there("registry"), there("disk")]);
+    let ready = server.anonymous().json("/ready").await;
+    assert_eq!(ready, json!({"status": "ready", "checks": all}));
+
+    let missing = vec![check("registry", None), check("disk", Some("the disk is full"))];
+    *server.scheduler.checks.lock().unwrap() = missing;
     let body = refusal(server.anonymous().get("/ready").await, 503, "not_ready").await;
-    assert_eq!(body["message"], "the builder image is missing");
+    assert_eq!(body["message"], "the disk is full");
+    server.database.close().await;
+    let body = refusal(server.anonymous().get("/ready").await, 503, "not_ready").await;
+    assert_eq!(body["message"], "the store cannot be written; the disk is full");
+    let gone = |name, detail| json!({"name": name, "ready": false, "detail": detail});
+    let store = gone("store", "the store cannot be written");
+    let expected = json!([store, there("registry"), gone("disk", "the disk is full")]);
+    assert_eq!(body["checks"], expected);
     assert_eq!(server.anonymous().get("/health").await.status(), 200);
 }
 

@@ -9,7 +9,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
-use kiln::api::{ApiState, CancelOutcome, Limits, Readiness, Scheduler, router, system_clock};
+use kiln::api::{
+    ApiState, CancelOutcome, Check, Limits, Readiness, Scheduler, router, system_clock,
+};
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
 use kiln::exec::{Door, Entrance, Sessions};
@@ -30,6 +32,8 @@ pub const HOST: &str = "kiln.example:4973";
 pub struct Server {
     pub url: String,
     pub store: Arc<dyn Store>,
+    /// The same: once it is closed, the store fails.
+    pub database: Arc<SqliteStore>,
     pub events: EventLog,
     pub scheduler: Arc<Small>,
     pub sources: PathBuf,
@@ -43,6 +47,9 @@ pub struct Server {
     pub instances_dir: PathBuf,
     pub sessions: Sessions,
     pub kept: Kept,
+    pub uses: kiln::token::Uses,
+    /// To be served once more, in another way.
+    pub app: axum::Router,
     task: tokio::task::JoinHandle<()>,
     undocumented: Arc<Mutex<Vec<String>>>,
     _dir: tempfile::TempDir,
@@ -91,17 +98,22 @@ pub async fn server() -> Server {
 }
 
 pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
+    server_that(limits, quiet, false).await
+}
+
+pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) -> Server {
     // An error says that another test of this process has done so.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let database = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let store: Arc<dyn Store> = database.clone();
     let events = EventLog::with_quiet(store.clone(), quiet);
     let scheduler = Arc::new(Small {
         events: events.clone(),
         claims: Mutex::default(),
         wakes: AtomicUsize::new(0),
         doors: Mutex::default(),
-        ready: Mutex::new(Ok(())),
+        checks: Mutex::new(vec![]),
     });
     let sources = dir.path().join("builds");
     let runner = Arc::new(Puppet::default());
@@ -114,6 +126,7 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));
     // Two of each tenant.
     let kept = Kept::new(4);
+    let uses = kiln::token::Uses::default();
     let app = router(ApiState {
         store: store.clone(),
         events: events.clone(),
@@ -128,6 +141,8 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         kept: kept.clone(),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
+        uses: uses.clone(),
+        metrics_open,
     });
     let undocumented = Arc::<Mutex<Vec<String>>>::default();
     let document = serde_json::from_str(&kiln::api::document()).unwrap();
@@ -135,11 +150,13 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     let app = app.layer(from_fn_with_state(watched, documented));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let served = app.clone();
+    let task = tokio::spawn(async move { axum::serve(listener, served).await.unwrap() });
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     Server {
         url,
         store,
+        database,
         events,
         scheduler,
         sources,
@@ -152,6 +169,8 @@ pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
         instances_dir,
         sessions,
         kept,
+        uses,
+        app,
         task,
         undocumented,
         _dir: dir,
@@ -163,7 +182,7 @@ pub struct Small {
     events: EventLog,
     claims: Mutex<HashMap<BuildId, Fence>>,
     pub wakes: AtomicUsize,
-    pub ready: Mutex<Result<(), String>>,
+    pub checks: Mutex<Vec<Check>>,
     doors: Mutex<HashMap<BuildId, Door>>,
 }
 
@@ -192,8 +211,8 @@ impl Scheduler for Small {
 
 #[async_trait]
 impl Readiness for Small {
-    async fn ready(&self) -> Result<(), String> {
-        self.ready.lock().unwrap().clone()
+    async fn checks(&self) -> Vec<Check> {
+        self.checks.lock().unwrap().clone()
     }
 }
 

@@ -50,3 +50,38 @@ async fn api_tokens_are_made_listed_and_revoked() {
         refusal(post(bad).await, 422, "invalid_field").await;
     }
 }
+
+#[tokio::test]
+async fn when_a_token_was_last_used_is_listed_with_what_became_of_it() {
+    let server = server().await;
+    let admin = server.client("dev", Role::Admin).await;
+    let used = server.client("acme", Role::Reader).await;
+    server.client("acme", Role::Reader).await;
+    let before = jiff::Timestamp::now();
+    let listed = admin.json("/tokens").await;
+    // No request waits for its being stored.
+    assert!(listed.as_array().unwrap().iter().all(|token| token.get("last_used_at").is_none()));
+    used.get("/builds").await;
+    refusal(used.get("/tokens").await, 403, "forbidden").await;
+    server.uses.store(&*server.store).await.unwrap();
+    let listed = admin.json("/tokens").await;
+    let last = |n: usize| {
+        listed[n]["last_used_at"].as_str().map(|at| at.parse::<jiff::Timestamp>().unwrap())
+    };
+    let (first, second) = (last(0).unwrap(), last(1).unwrap());
+    assert!(first.as_millisecond() >= before.as_millisecond() && second >= first);
+    assert_eq!(last(2), None);
+    assert_eq!((&listed[1]["revoked"], &listed[1]["expired"]), (&json!(false), &json!(false)));
+
+    let tenant = kiln::build::Tenant::new("acme").unwrap();
+    let old = kiln::token::create(&*server.store, tenant, Role::Reader, Some(1), None, 0).await;
+    let (old, record) = old.unwrap();
+    let refused = server.anonymous().request(Method::GET, "/builds").bearer_auth(old);
+    refusal(refused.send().await.unwrap(), 401, "unauthorized").await;
+    server.uses.store(&*server.store).await.unwrap();
+    let listed = admin.json("/tokens").await;
+    let expired = listed.as_array().unwrap().iter().find(|t| t["id"] == record.id.as_str());
+    // One that opens nothing is not used.
+    let expired = expired.unwrap();
+    assert!(expired["expired"] == true && expired.get("last_used_at").is_none(), "{expired}");
+}

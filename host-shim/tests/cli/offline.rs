@@ -19,6 +19,7 @@ async fn tokens_are_made_listed_and_revoked_in_a_directory() {
     let listed = stdout(&run(&on(&["list"])).await);
     let id = listed.lines().nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     assert!(listed.contains(&format!("{id}  valid  dev ")), "{listed}");
+    assert!(listed.contains("LAST USED") && listed.contains("  never"), "{listed}");
 
     let mut revoke = on(&["revoke"]);
     revoke.push(&id);

@@ -65,10 +65,18 @@ impl Server {
 
     /// Starts a server whose builds fail before their VMs start. It needs no images.
     pub fn start_without_vms(builder: &Path) -> Self {
+        Self::start_without_vms_with(builder, &[])
+    }
+
+    pub fn start_without_vms_with(builder: &Path, more: &[&str]) -> Self {
+        Self::start_without_vms_in(builder, &[], more)
+    }
+
+    pub fn start_without_vms_in(builder: &Path, variables: &[(&str, &str)], more: &[&str]) -> Self {
         let programs =
             ["--accel", "tcg", "--qemu", "/bin/false", "--vhost-device-vsock", "/bin/false"];
-        let flags = [&programs[..], &["--max-queued", "100000"]].concat();
-        let mut server = Self::serve(tempfile::tempdir().unwrap(), builder, &flags);
+        let flags = [&programs[..], &["--max-queued", "100000"], more].concat();
+        let mut server = Self::serve_in(variables, tempfile::tempdir().unwrap(), builder, &flags);
         server.token = server.new_token("dev", "admin");
         server
     }
@@ -93,6 +101,16 @@ impl Server {
     }
 
     fn serve(dir: tempfile::TempDir, builder: &Path, flags: &[&str]) -> Self {
+        Self::serve_in(&[], dir, builder, flags)
+    }
+
+    /// With these variables.
+    fn serve_in(
+        variables: &[(&str, &str)],
+        dir: tempfile::TempDir,
+        builder: &Path,
+        flags: &[&str],
+    ) -> Self {
         let (reader, writer) = std::io::pipe().unwrap();
         let fd = writer.as_raw_fd();
         clear_close_on_exec(&writer);
@@ -106,6 +124,7 @@ impl Server {
         std::fs::create_dir_all(&temporary).unwrap();
         let child = Command::new(kiln())
             .env("KILN_MAX_VMS", "2")
+            .envs(variables.iter().copied())
             .env("TMPDIR", temporary)
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(dir.path().join("data"))

@@ -59,6 +59,7 @@ impl Tokens for Offline {
             created_at: Some(rfc3339(token.created_at)),
             expires_at: token.expires_at.map(rfc3339),
             revoked: token.revoked,
+            last_used_at: token.last_used_at.map(rfc3339),
         });
         Ok(known.collect())
     }

@@ -1,11 +1,11 @@
 //! The table `tokens`.
 
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqlitePool};
+use sqlx::{Row, Sqlite, SqlitePool, Transaction};
 
 use super::builds::parsed;
 use super::failed;
-use crate::build::Tenant;
+use crate::build::{Millis, Tenant};
 use crate::store::{Role, StoreError, TokenRecord};
 
 pub(super) async fn insert(db: &SqlitePool, token: &TokenRecord) -> Result<(), StoreError> {
@@ -65,6 +65,24 @@ pub(super) async fn revoke(db: &SqlitePool, id: &str) -> Result<(), StoreError> 
     if revoked.rows_affected() == 0 { Err(StoreError::NotFound("token")) } else { Ok(()) }
 }
 
+pub(super) async fn used(
+    tx: &mut Transaction<'_, Sqlite>,
+    uses: &[(String, Millis)],
+) -> Result<(), StoreError> {
+    for (id, at) in uses {
+        sqlx::query(
+            "UPDATE tokens SET last_used_at = $2
+             WHERE id = $1 AND (last_used_at IS NULL OR last_used_at < $2)",
+        )
+        .bind(id)
+        .bind(at)
+        .execute(&mut **tx)
+        .await
+        .map_err(failed("store when tokens were used"))?;
+    }
+    Ok(())
+}
+
 fn from_row(row: &SqliteRow) -> Result<TokenRecord, StoreError> {
     let read = "read a token";
     Ok(TokenRecord {
@@ -76,5 +94,6 @@ fn from_row(row: &SqliteRow) -> Result<TokenRecord, StoreError> {
         created_at: row.try_get("created_at").map_err(failed(read))?,
         expires_at: row.try_get("expires_at").map_err(failed(read))?,
         revoked: row.try_get("revoked").map_err(failed(read))?,
+        last_used_at: row.try_get("last_used_at").map_err(failed(read))?,
     })
 }
