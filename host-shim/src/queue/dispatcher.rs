@@ -124,11 +124,9 @@ impl Dispatcher {
             };
             let entry = self.scheduling.live.enter(&claimed.build.id);
             drop(claiming);
-            let driver = Driver::new(Arc::clone(&self.workshop), claimed, entry, abandon.clone());
-            drivers.spawn(async move {
-                driver.run().await;
-                drop(permit);
-            });
+            let workshop = Arc::clone(&self.workshop);
+            let driver = Driver::new(workshop, claimed, entry, permit, abandon.clone());
+            drivers.spawn(driver.run());
         }
         drivers.close();
         drivers.wait().await;
