@@ -6,6 +6,7 @@
 //! **Invariant**: an event that tells of a change is stored in the transaction of that change, and
 //! nothing is stored for a build once it is final: its last event is its final status.
 
+pub mod line;
 pub mod sqlite;
 
 use std::collections::BTreeMap;
@@ -222,12 +223,12 @@ pub trait Store: Send + Sync + 'static {
     /// Builds, newest first, as a list shows them: without the Dockerfile and the arguments of their
     /// requests.
     async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError>;
-    /// How many queued builds will be claimed before this one, plus one; `None` when not queued.
+    /// Its number in the line, from 1 ([`line::position`]); `None` when not queued.
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
     /// How many builds of the tenant are queued.
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
-    /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`, and appends events
-    /// to it in the same transaction.
+    /// Takes the build that is next, fair between tenants ([`line`]), by one conditional `UPDATE … RETURNING`,
+    /// and appends events to it in the same transaction.
     async fn claim(
         &self,
         owner: &str,

@@ -127,25 +127,8 @@ pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>,
     Ok(listed)
 }
 
-pub(super) const QUEUE_POSITION: &str = "
-    SELECT (SELECT COUNT(*) FROM builds AS o
-            WHERE o.status = 'queued' AND (o.created_at, o.id) < (b.created_at, b.id))
-    FROM builds AS b WHERE b.id = $1 AND b.status = 'queued'";
-
 pub(super) const QUEUED_COUNT: &str =
     "SELECT COUNT(*) FROM builds WHERE status = 'queued' AND tenant = $1";
-
-pub(super) async fn queue_position(
-    db: &SqlitePool,
-    id: &BuildId,
-) -> Result<Option<u32>, StoreError> {
-    let ahead: Option<i64> = sqlx::query_scalar(QUEUE_POSITION)
-        .bind(id.as_str())
-        .fetch_optional(db)
-        .await
-        .map_err(failed("count the queue"))?;
-    Ok(ahead.map(|n| u32::try_from(n + 1).unwrap_or(u32::MAX)))
-}
 
 pub(super) async fn queued_count(db: &SqlitePool, tenant: &Tenant) -> Result<u32, StoreError> {
     let queued: i64 = sqlx::query_scalar(QUEUED_COUNT)
