@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::build::{Build, BuildId, Change, Millis, Status};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Status};
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError, StoredEvent};
 
 /// A follower looks at the store again after so long without a wake, and says that it is quiet.
@@ -92,6 +92,23 @@ impl EventLog {
         let build = self.inner.store.cancel_queued(id, now, events).await?;
         self.wake(id);
         Ok(build)
+    }
+
+    /// [`Store::expire_queued`], then wakes.
+    pub async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError> {
+        let store = &self.inner.store;
+        let expired = store.expire_queued(before, at_most, failure, now, events).await?;
+        for id in &expired {
+            self.wake(id);
+        }
+        Ok(expired)
     }
 
     /// Wakes those who follow a build, after something was stored without this log.

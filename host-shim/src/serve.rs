@@ -161,7 +161,8 @@ async fn serve(
         public_url: format!("http://{public_host}").parse().context("--public-host")?,
     }));
 
-    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
+    let longest = Duration::from_secs(config.max_queue_seconds.into());
+    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner, longest);
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::driver::Driver;
+use super::expiry;
 use super::live::Live;
 use super::workshop::Workshop;
 use crate::api::{CancelOutcome, Scheduler};
@@ -26,6 +27,8 @@ pub struct Dispatcher {
     scheduling: Scheduling,
     room: Arc<Semaphore>,
     owner: String,
+    /// How long a build may wait.
+    longest: Duration,
 }
 
 /// The queue's face to the API.
@@ -82,13 +85,20 @@ impl Dispatcher {
         scheduling: Scheduling,
         room: Arc<Semaphore>,
         owner: String,
+        longest: Duration,
     ) -> Self {
-        Self { workshop, scheduling, room, owner }
+        Self { workshop, scheduling, room, owner, longest }
     }
 
     /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.
     pub async fn run(self, stop: CancellationToken, abandon: CancellationToken) {
         let drivers = TaskTracker::new();
+        // Before the first claim: what waited for too long while no server ran is not started any more.
+        if let Err(error) = expiry::pass(&self.workshop, self.longest).await {
+            let error = crate::causes::chain(&error);
+            tracing::error!(error, "cannot end builds that wait for too long");
+        }
+        drivers.spawn(expiry::run(Arc::clone(&self.workshop), self.longest, stop.clone()));
         loop {
             let permit = tokio::select! {
                 biased;

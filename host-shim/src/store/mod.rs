@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use kiln_protocol::secret::SecretId;
 
-use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session, Subject};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
@@ -253,6 +253,16 @@ pub trait Store: Send + Sync + 'static {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Build, StoreError>;
+    /// Fails builds that were submitted before then and were never claimed, the oldest first, at most so many, with events
+    /// appended to each; which they were.
+    async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError>;
     /// Takes over every build that a driver of an earlier process had claimed, with new fences.
     /// To be called once, before the first claim.
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;

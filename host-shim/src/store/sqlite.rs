@@ -31,7 +31,7 @@ use super::{
     Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
     StoreError, StoredEvent, TokenRecord,
 };
-use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
@@ -283,6 +283,33 @@ impl Store for SqliteStore {
         Ok(next)
     }
 
+    async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError> {
+        // Looked at without the write lock: nearly always there is none.
+        let found = builds::queued_before(&self.readers, before, at_most).await?;
+        let mut expired = Vec::with_capacity(found.len());
+        for id in found {
+            let mut tx = self.write("end a queued build").await?;
+            let (build, fence) = claims::load(&mut tx, &id).await?;
+            if build.status != Status::Queued {
+                continue;
+            }
+            let next = build.apply(Change::Fail(failure.clone()), now)?;
+            claims::save(&mut tx, &next, fence).await?;
+            events::append(&mut tx, &id, next.attempt, events).await?;
+            secrets::forget_own(&mut tx, &next).await?;
+            tx.commit().await.map_err(failed("end a queued build"))?;
+            expired.push(id);
+        }
+        Ok(expired)
+    }
+
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError> {
         let mut tx = self.write("take over builds").await?;
         let claimed = claims::reclaim(&mut tx, owner).await?;
@@ -459,12 +486,24 @@ mod tests {
     async fn queue_and_audit_log_are_read_by_their_own_indexes() {
         let dir = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(dir.path()).await.unwrap();
-        for (statement, index) in [
-            (claims::CLAIM, "builds_queued"),
-            (claims::RECLAIM, "builds_claimed"),
-            (builds::QUEUE_POSITION, "builds_queued"),
-            (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
-            (sessions::FORGET, "sessions_newest"),
+        // Indexes of all builds that ever were: to look something up in, never to be read from end to end.
+        let of_all =
+            ["builds_newest", "builds_of_tenant", "builds_turns", "builds_turns_of_tenant"];
+        for (statement, indexes) in [
+            (
+                line::CLAIM,
+                &[
+                    "builds_queued_of_tenant",
+                    "builds_claimed",
+                    "builds_turns",
+                    "builds_turns_of_tenant",
+                ][..],
+            ),
+            (line::LINE, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
+            (claims::RECLAIM, &["builds_claimed"]),
+            (builds::QUEUED_COUNT, &["builds_queued_of_tenant"]),
+            (builds::QUEUED_BEFORE, &["builds_queued"]),
+            (sessions::FORGET, &["sessions_newest"]),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use kiln::build::{Build, BuildId, Change, Millis, Tenant};
+use kiln::build::{Build, BuildId, Change, Failure, Millis, Tenant};
 use kiln::exec::{End, Session};
 use kiln::instances::instance::{self, Instance, InstanceId};
 use kiln::secrets::Sealed;
@@ -135,6 +135,7 @@ store! {
     queued_count(tenant: &Tenant) -> u32;
     claim(owner: &str, now: Millis, events: &[NewEvent]) -> Option<Claimed>;
     cancel_queued(id: &BuildId, now: Millis, events: &[NewEvent]) -> Build;
+    expire_queued(before: Millis, at_most: u32, failure: &Failure, now: Millis, events: &[NewEvent]) -> Vec<BuildId>;
     reclaim(owner: &str) -> Vec<Claimed>;
     events_after(id: &BuildId, after: u64, limit: u32) -> Vec<StoredEvent>;
     put_secret(tenant: &Tenant, id: &SecretId, sealed: &Sealed, now: Millis, at_most: u32) -> ();

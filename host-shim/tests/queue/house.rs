@@ -38,6 +38,11 @@ pub struct House {
 impl House {
     /// With so many VMs at one time.
     pub async fn new(max_vms: usize) -> Self {
+        Self::that(max_vms, Duration::from_secs(3600)).await
+    }
+
+    /// The same, in which no build waits longer than that.
+    pub async fn that(max_vms: usize, longest: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let [qemu, vsock_device] = programs(dir.path());
@@ -77,19 +82,39 @@ impl House {
         });
         let scheduling = Scheduling::new(store.clone());
         let (stop, abandon) = (CancellationToken::new(), CancellationToken::new());
+        let dispatcher = tokio::spawn(async {});
+        let house = Self { dir, store, workshop, scheduling, stop, abandon, dispatcher };
+        house.opened(max_vms, longest)
+    }
+
+    fn opened(mut self, max_vms: usize, longest: Duration) -> Self {
         let room = Arc::new(Semaphore::new(max_vms));
-        let dispatcher = Dispatcher::new(workshop.clone(), scheduling.clone(), room, "test".into());
-        let dispatcher = tokio::spawn(dispatcher.run(stop.clone(), abandon.clone()));
-        Self { dir, store, workshop, scheduling, stop, abandon, dispatcher }
+        let (workshop, scheduling) = (self.workshop.clone(), self.scheduling.clone());
+        let dispatcher = Dispatcher::new(workshop, scheduling, room, "test".into(), longest);
+        self.dispatcher = tokio::spawn(dispatcher.run(self.stop.clone(), self.abandon.clone()));
+        self
+    }
+
+    /// Ends as a server does, and another one starts.
+    pub async fn restarted(mut self, max_vms: usize, longest: Duration) -> Self {
+        self.stop.cancel();
+        self.dispatcher.await.unwrap();
+        self.stop = CancellationToken::new();
+        self.dispatcher = tokio::spawn(async {});
+        self.opened(max_vms, longest)
     }
 
     /// Queues a build with this much of a source.
     pub async fn submit(&self, name: &str, tenant: &str, source: usize) -> BuildId {
+        self.submitted(name, tenant, source, kiln::clock::now()).await
+    }
+
+    /// The same, at that time.
+    pub async fn submitted(&self, name: &str, tenant: &str, source: usize, now: i64) -> BuildId {
         let id = BuildId::new(name).unwrap();
         let dir = self.workshop.builds_dir.join(name);
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("source"), vec![0; source]).unwrap();
-        let now = kiln::clock::now();
         let build = Build::queued(id.clone(), Tenant::new(tenant).unwrap(), request(), now);
         let told = payload::of_host(now, payload::status(Status::Queued, None));
         self.store.insert_build(&build, &[told], None, &[]).await.unwrap();

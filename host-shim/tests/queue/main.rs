@@ -7,3 +7,4 @@ mod ends;
 mod faulty;
 mod guest;
 mod house;
+mod waiting;

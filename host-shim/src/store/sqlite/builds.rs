@@ -7,7 +7,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use super::{BadColumn, failed};
-use crate::build::{Build, BuildId, Status, Tenant};
+use crate::build::{Build, BuildId, Millis, Status, Tenant};
 use crate::store::{Filter, IdempotencyKey, StoreError};
 
 pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(), StoreError> {
@@ -137,6 +137,25 @@ pub(super) async fn queued_count(db: &SqlitePool, tenant: &Tenant) -> Result<u32
         .await
         .map_err(failed("count the queue"))?;
     Ok(u32::try_from(queued).unwrap_or(u32::MAX))
+}
+
+pub(super) const QUEUED_BEFORE: &str = "
+    SELECT id FROM builds WHERE status = 'queued' AND created_at < $1 AND attempt = 0
+    ORDER BY created_at, id LIMIT $2";
+
+/// Builds that were submitted before then and have not been claimed yet, the oldest first.
+pub(super) async fn queued_before(
+    db: &SqlitePool,
+    before: Millis,
+    at_most: u32,
+) -> Result<Vec<BuildId>, StoreError> {
+    let rows = sqlx::query(QUEUED_BEFORE)
+        .bind(before)
+        .bind(i64::from(at_most))
+        .fetch_all(db)
+        .await
+        .map_err(failed("read the queue"))?;
+    rows.iter().map(|row| parsed(row, "id", BuildId::new)).collect()
 }
 
 /// The build of a row that holds every column.
