@@ -115,6 +115,9 @@ pub struct ServeArgs {
     /// Queued builds of one tenant [default: 1000]
     #[arg(long, env = "KILN_MAX_QUEUED", value_name = "N")]
     pub max_queued: Option<u32>,
+    /// How long a build may wait in the queue before it fails [default: 3600]
+    #[arg(long, env = "KILN_MAX_QUEUE_SECONDS", value_name = "SECONDS")]
+    pub max_queue_seconds: Option<u32>,
     /// Sources that are received at one time [default: 64]
     #[arg(long, env = "KILN_MAX_UPLOADS", value_name = "N")]
     pub max_uploads: Option<u32>,
@@ -203,6 +206,8 @@ pub struct ServeConfig {
     pub log_format: LogFormat,
     /// Whether `/metrics` needs no token.
     pub metrics_open: bool,
+    /// How long a build may wait in the queue.
+    pub max_queue_seconds: u32,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -308,6 +313,7 @@ impl ServeArgs {
             max_kept: self.max_kept.or(file.max_kept),
             keep_sessions_days: self.keep_sessions_days.or(file.keep_sessions_days),
             max_queued: self.max_queued.or(file.max_queued),
+            max_queue_seconds: self.max_queue_seconds.or(file.max_queue_seconds),
             max_uploads: self.max_uploads.or(file.max_uploads),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
             log_format: self.log_format.or(file.log_format),
@@ -379,6 +385,12 @@ impl ServeArgs {
                 self.keep_sessions_days,
                 90,
                 0..=36500,
+            )?,
+            max_queue_seconds: number(
+                "max-queue-seconds",
+                self.max_queue_seconds,
+                3600,
+                1..=30 * 24 * 60 * 60,
             )?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),

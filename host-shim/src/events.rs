@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::build::{Build, BuildId, Change, Millis, Status};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Status};
 use crate::metrics::Metrics;
 use crate::store::{Claimed, Fence, NewEvent, Store, StoreError, StoredEvent};
 use crate::traces::Traces;
@@ -141,6 +141,23 @@ impl EventLog {
         self.inner.metrics.stored(events);
         self.wake(id);
         Ok(build)
+    }
+
+    /// [`Store::expire_queued`], then wakes.
+    pub async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError> {
+        let store = &self.inner.store;
+        let expired = store.expire_queued(before, at_most, failure, now, events).await?;
+        for id in &expired {
+            self.wake(id);
+        }
+        Ok(expired)
     }
 
     /// Wakes those who follow a build, after something was stored without this log.

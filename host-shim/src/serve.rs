@@ -185,7 +185,8 @@ async fn serve(
     let router =
         router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
 
-    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner);
+    let longest = Duration::from_secs(config.max_queue_seconds.into());
+    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner, longest);
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());

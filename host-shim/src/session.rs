@@ -4,8 +4,8 @@
 //!            accept + Hello            SourceEnd, events            Outcome
 //! (booting) ───────────────▶ connected ──────────────▶ connected ──────────▶ ended
 //!                              │    ▲
-//!                    connection │    │ Hello with the current resume token
-//!                       breaks  ▼    │
+//!                    connection │    │ Hello with the current resume token, or with the one
+//!                       breaks  ▼    │ before while nothing was heard since
 //!                            waiting ──deadline──▶ lost
 //! ```
 //!
@@ -194,13 +194,10 @@ impl<S: Sink> Session<'_, S> {
                         "the VM's agent connected but did not begin its job within {seconds} s"
                     )));
                 }
-                // A second connection is either the agent's, which shows the token, or refused.
-                resumed = self.handshake.again(connections, self.stored) => {
-                    connection = self.resume(&connection, resumed?)?;
-                    continue;
-                }
+                // Before another connection is looked at: who is heard here has its token, and nobody else the old one.
                 heard = connection.hear() => match heard {
                     Ok(heard) => {
+                        self.handshake.arrived();
                         self.take(heard, &mut connection).await?;
                         match self.outcome.take() {
                             None => {}
@@ -219,6 +216,11 @@ impl<S: Sink> Session<'_, S> {
                         continue;
                     }
                     Err(broken) => broken.fatal()?,
+                },
+                // A second connection is either the agent's, which shows the token, or refused.
+                resumed = self.handshake.again(connections, self.stored) => {
+                    connection = self.resume(&connection, resumed?)?;
+                    continue;
                 }
             };
             tracing::warn!(reason = %broken, "the control connection broke");

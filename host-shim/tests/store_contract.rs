@@ -207,6 +207,133 @@ async fn the_oldest_is_claimed_first_and_positions_agree() {
     assert_eq!(store.queue_position(&id("nobody")).await.unwrap(), None);
 }
 
+/// By hand: the order that `kiln::store::line` says.
+#[tokio::test]
+async fn tenants_take_turns_however_much_one_has_queued() {
+    let place = Place::new();
+    let store = place.open().await;
+    for n in 0..100 {
+        put(&*store, &build(&format!("much-{n:03}"), "much", n)).await;
+    }
+    let end = async |claimed: Claimed| {
+        store.change(&claimed.build.id, claimed.fence, Change::Cancel, 60, &[]).await.unwrap();
+    };
+    // One VM: nobody else is there.
+    let first = claim(&*store).await;
+    assert_eq!(first.build.id.as_str(), "much-000");
+    put(&*store, &build("one", "little", 1000)).await;
+    put(&*store, &build("two", "little", 1001)).await;
+    let positions = async |names: &[&str]| -> Vec<u32> {
+        let mut all = vec![];
+        for name in names {
+            all.push(store.queue_position(&id(name)).await.unwrap().unwrap());
+        }
+        all
+    };
+    // With one under way the other has the fewest; then both have one, and `much` was claimed longer ago.
+    assert_eq!(positions(&["one", "much-001", "two", "much-002"]).await, [1, 2, 3, 4]);
+    assert_eq!(positions(&["much-099"]).await, [101]);
+    end(first).await;
+    // It had its turn: the other one's comes, though its builds are younger than a hundred.
+    for expected in ["one", "much-001", "two", "much-002", "much-003"] {
+        let claimed = claim(&*store).await;
+        assert_eq!(claimed.build.id.as_str(), expected);
+        end(claimed).await;
+    }
+    // Also when everything is opened again.
+    put(&*store, &build("three", "little", 1002)).await;
+    let (a, b) = (claim(&*store).await, claim(&*store).await);
+    assert_eq!((a.build.id.as_str(), b.build.id.as_str()), ("three", "much-004"));
+    drop(store);
+    let store = place.open().await;
+    store.change(&b.build.id, b.fence, Change::Requeue, 60, &[]).await.unwrap();
+    put(&*store, &build("new", "new", 1003)).await;
+    // Who never had a turn is first; what is requeued is its tenant's oldest.
+    for expected in ["new", "much-004"] {
+        assert_eq!(claim(&*store).await.build.id.as_str(), expected);
+    }
+}
+
+/// A small generator, so that a failure names a seed that repeats it.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % most as u64).unwrap()
+    }
+}
+
+/// Submits, claims, ends and requeues at random: every claim is the one that the line says, every number comes true.
+#[tokio::test]
+async fn claims_follow_the_line_and_numbers_come_true() {
+    for seed in [0x9e37_79b9, 0xdead_beef, 0x0bad_cafe] {
+        let place = Place::new();
+        let store = place.open().await;
+        let mut dice = Dice(seed);
+        let mut queued: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        let mut active: Vec<Claimed> = vec![];
+        let mut turns: BTreeMap<&str, i64> = BTreeMap::new();
+        let (mut made, mut turn) = (0_i64, 0);
+        let names = ["a", "b", "c", "d"];
+        for step in 0..160 {
+            match dice.below(5) {
+                0 | 1 => {
+                    let owner = names[dice.below(names.len())];
+                    let name = format!("{made:03}");
+                    // Two of one moment now and then.
+                    put(&*store, &build(&name, owner, made / 2)).await;
+                    queued.entry(owner).or_default().push(name);
+                    made += 1;
+                }
+                2 if !active.is_empty() => {
+                    let at = dice.below(active.len());
+                    let Claimed { build, fence } = active.swap_remove(at);
+                    store.change(&build.id, fence, Change::Cancel, 60, &[]).await.unwrap();
+                }
+                _ => {
+                    let of = |owner: &str| {
+                        active.iter().filter(|c| c.build.tenant.as_str() == owner).count()
+                    };
+                    let at = |name: &String| name.parse::<i64>().unwrap() / 2;
+                    let next = queued
+                        .iter()
+                        .filter(|(_, builds)| !builds.is_empty())
+                        .map(|(owner, builds)| {
+                            let turn = turns.get(owner).copied().unwrap_or(0);
+                            (of(owner), turn, at(&builds[0]), *owner)
+                        })
+                        .min();
+                    let claimed = store.claim("me", 50, &[]).await.unwrap();
+                    let Some((_, _, _, owner)) = next else {
+                        assert!(claimed.is_none());
+                        continue;
+                    };
+                    let claimed = claimed.unwrap();
+                    let expected = queued.get_mut(owner).unwrap().remove(0);
+                    assert_eq!(claimed.build.id.as_str(), expected, "seed {seed:#x}, step {step}");
+                    turn += 1;
+                    turns.insert(owner, turn);
+                    active.push(claimed);
+                }
+            }
+        }
+        // What is left, in the order of its numbers.
+        let mut numbers = BTreeMap::new();
+        for name in queued.values().flatten() {
+            numbers.insert(store.queue_position(&id(name)).await.unwrap().unwrap(), name.clone());
+        }
+        let left = queued.values().flatten().count();
+        assert!(numbers.keys().copied().eq(1..=u32::try_from(left).unwrap()), "{numbers:?}");
+        for (number, name) in numbers {
+            let claimed = claim(&*store).await;
+            assert_eq!(claimed.build.id.as_str(), name, "seed {seed:#x}, number {number}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_claim_that_was_taken_over_writes_nothing() {
     let place = Place::new();
@@ -292,6 +419,36 @@ async fn only_what_is_queued_is_cancelled_without_a_claim() {
     );
     let unknown = store.cancel_queued(&id("b3"), 60, &[]).await;
     assert!(matches!(unknown, Err(StoreError::NotFound("build"))));
+}
+
+#[tokio::test]
+async fn only_what_was_never_claimed_expires() {
+    let place = Place::new();
+    let store = place.open().await;
+    for (name, at) in [("claimed", 1), ("again", 2), ("c", 3), ("b", 4), ("a", 5), ("young", 9)] {
+        put(&*store, &build(name, "acme", at)).await;
+    }
+    claim(&*store).await;
+    let again = claim(&*store).await;
+    store.change(&id("again"), again.fence, Change::Requeue, 55, &[]).await.unwrap();
+    let failure = Failure::new(FailureKind::TimedOut, "never started");
+    let expire = async |at_most| {
+        let told = [status(Status::Failed)];
+        let expired = store.expire_queued(9, at_most, &failure, 60, &told).await.unwrap();
+        expired.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(expire(2).await, ["c", "b"]);
+    assert_eq!(expire(2).await, ["a"]);
+    assert_eq!(expire(2).await, [""; 0]);
+    let ended = store.build(&id("a")).await.unwrap().unwrap();
+    assert_eq!((ended.status, ended.completed_at), (Status::Failed, Some(60)));
+    assert_eq!(ended.failure, Some(failure));
+    assert_eq!(contents(&*store, &id("a")).await, ["queued", "failed"]);
+    for (name, is) in
+        [("claimed", Status::Building), ("again", Status::Queued), ("young", Status::Queued)]
+    {
+        assert_eq!(store.build(&id(name)).await.unwrap().unwrap().status, is, "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -86,6 +86,37 @@ fn the_whole_table() {
     }
 }
 
+/// What a state is called in the docs: a build whose digest is recorded is `publishing`, in the status `pushing`.
+fn name(build: &Build) -> &'static str {
+    let publishing = build.publishing.is_some() && build.status == Status::Pushing;
+    if publishing { "publishing" } else { build.status.as_str() }
+}
+
+#[test]
+fn the_docs_have_the_table() {
+    let mut table = String::from("| state |");
+    for (change, _) in changes() {
+        table.push_str(&format!(" {change} |"));
+    }
+    table.push_str(&format!("\n|---|{}\n", "---|".repeat(changes().len())));
+    let mut states = states();
+    // The finished ones last.
+    states.rotate_left(3);
+    for (state, build) in states {
+        assert_eq!(state, name(&build));
+        table.push_str(&format!("| `{state}` |"));
+        for (_, change) in changes() {
+            match build.apply(change, 99) {
+                Ok(after) => table.push_str(&format!(" `{}` |", name(&after))),
+                Err(_) => table.push_str(" – |"),
+            }
+        }
+        table.push('\n');
+    }
+    let docs = include_str!("../../../docs/ARCHITECTURE.md");
+    assert!(docs.contains(&table), "docs/ARCHITECTURE.md is to have this table:\n{table}");
+}
+
 #[test]
 fn refusals_say_why() {
     for (state, build) in states() {

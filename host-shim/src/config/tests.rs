@@ -43,6 +43,7 @@ fn defaults_need_nothing() {
     assert_eq!(config.log_limit_bytes, 256 * 1024 * 1024);
     assert_eq!(config.instance_disks_bytes, 100 << 30);
     assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
+    assert_eq!(config.max_queue_seconds, 3600);
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
     assert_eq!(config.log_format, LogFormat::Text);
@@ -88,6 +89,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         max_kept = 11
         keep_sessions_days = 0
         max_queued = 6
+        max_queue_seconds = 12
         max_uploads = 8
         max_requests_per_second = 9
         metrics_open = true
@@ -107,6 +109,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.log_format, LogFormat::Json);
     let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
     assert_eq!(config.tls, Some(tls));
+    assert_eq!(config.max_queue_seconds, 12);
     assert_eq!(
         config.limits,
         Limits {
@@ -182,6 +185,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-cpus", "256"], "255"),
         (["--max-disk-gb", "16385"], "16384"),
         (["--max-queued", "0"], "--max-queued"),
+        (["--max-queue-seconds", "0"], "2592000"),
         (["--max-uploads", "0"], "--max-uploads"),
         (["--builder", ""], "--builder"),
         (["--registry", "ftp://x"], "http(s)"),

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::driver::Driver;
+use super::expiry;
 use super::live::Live;
 use super::workshop::Workshop;
 use crate::api::{CancelOutcome, Scheduler};
@@ -26,6 +27,8 @@ pub struct Dispatcher {
     scheduling: Scheduling,
     room: Arc<Semaphore>,
     owner: String,
+    /// How long a build may wait.
+    longest: Duration,
 }
 
 /// The queue's face to the API.
@@ -76,19 +79,26 @@ impl Scheduler for Scheduling {
 }
 
 impl Dispatcher {
-    /// A queue that runs as many builds at one time as there is room for VMs.
+    /// A queue that runs as many builds at one time as there is room for VMs, and in which none waits longer than that.
     pub fn new(
         workshop: Arc<Workshop>,
         scheduling: Scheduling,
         room: Arc<Semaphore>,
         owner: String,
+        longest: Duration,
     ) -> Self {
-        Self { workshop, scheduling, room, owner }
+        Self { workshop, scheduling, room, owner, longest }
     }
 
     /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.
     pub async fn run(self, stop: CancellationToken, abandon: CancellationToken) {
         let drivers = TaskTracker::new();
+        // Before the first claim: what waited for too long while no server ran is not started any more.
+        if let Err(error) = expiry::pass(&self.workshop, self.longest).await {
+            let error = crate::causes::chain(&error);
+            tracing::error!(error, "cannot end builds that wait for too long");
+        }
+        drivers.spawn(expiry::run(Arc::clone(&self.workshop), self.longest, stop.clone()));
         loop {
             let permit = tokio::select! {
                 biased;
@@ -124,11 +134,9 @@ impl Dispatcher {
             };
             let entry = self.scheduling.live.enter(&claimed.build.id);
             drop(claiming);
-            let driver = Driver::new(Arc::clone(&self.workshop), claimed, entry, abandon.clone());
-            drivers.spawn(async move {
-                driver.run().await;
-                drop(permit);
-            });
+            let workshop = Arc::clone(&self.workshop);
+            let driver = Driver::new(workshop, claimed, entry, permit, abandon.clone());
+            drivers.spawn(driver.run());
         }
         drivers.close();
         drivers.wait().await;

@@ -1,14 +1,19 @@
 //! One task owns one claimed build: it starts the VM, holds its session, publishes, and records
-//! the end. Whatever happens, the VM is gone before the build is final.
+//! the end. Whatever happens, the VM is gone before the build is final: also when a part of the driver panics,
+//! and when the end cannot be stored at once.
 
 mod egress;
 mod job;
+mod retry;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use kiln_protocol::hello::TOKEN_LEN;
 use kiln_protocol::preamble::Channel;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,6 +21,7 @@ use tokio_util::task::TaskTracker;
 pub use self::egress::Egress;
 use self::egress::WayOut;
 use self::job::job;
+use self::retry::Tries;
 use super::base;
 use super::egress_log::AllSeen;
 use super::leaks::{self, Searched};
@@ -23,7 +29,7 @@ use super::live::Entry;
 use super::outcome::{self, Next};
 use super::sink::BuildSink;
 use super::workshop::Workshop;
-use crate::build::{Build, Change, Failure, FailureKind};
+use crate::build::{Build, Change, Failure, FailureKind, Refused};
 use crate::events::payload;
 use crate::exec::Doorway;
 use crate::gateway::guests::{self, GuestContext};
@@ -64,6 +70,8 @@ pub struct Driver {
     entry: Entry,
     /// The server ends: builds that are not being published are given up.
     abandon: CancellationToken,
+    /// Given back at the end, and as soon as there is nothing left to do but to store it.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 /// What is left of a VM's work once the VM is gone.
@@ -77,27 +85,35 @@ struct Worked {
 }
 
 impl Driver {
-    /// For a build that was just claimed.
+    /// For a build that was just claimed, in its place.
     pub fn new(
         workshop: Arc<Workshop>,
         claimed: Claimed,
         entry: Entry,
+        place: OwnedSemaphorePermit,
         abandon: CancellationToken,
     ) -> Self {
         let Claimed { build, fence } = claimed;
-        Self { workshop, build, fence, entry, abandon }
+        Self { workshop, build, fence, entry, abandon, place: Some(place) }
     }
 
     /// Drives the build to its end.
     #[tracing::instrument(name = "build", skip_all, fields(build = %self.build.id, tenant = %self.build.tenant))]
     pub async fn run(mut self) {
-        if let Err(error) = self.drive().await {
-            match error {
-                // Somebody else owns the build now: it is theirs to end.
-                StoreError::Fenced => tracing::warn!("the claim was taken over; leaving the build"),
-                error => {
-                    tracing::error!(error = %crate::causes::chain(&error), "cannot record the build's state");
-                }
+        // What a panic leaves half done is the VM's, which goes with it: the build itself is changed as a whole.
+        let ended = match AssertUnwindSafe(self.drive()).catch_unwind().await {
+            Ok(ended) => ended,
+            Err(_) => self.broke_down().await,
+        };
+        match ended {
+            Ok(()) => {}
+            // Somebody else owns the build now: it is theirs to end.
+            Err(StoreError::Fenced) => {
+                tracing::warn!("the claim was taken over; leaving the build");
+            }
+            Err(error) => {
+                let error = crate::causes::chain(&error);
+                tracing::error!(error, "the build's end is not stored; the next start ends it");
             }
         }
     }
@@ -105,7 +121,7 @@ impl Driver {
     async fn drive(&mut self) -> Result<(), StoreError> {
         tracing::info!("building");
         let Worked { mut next, masker, context, hung: _ } = self.work().await;
-        self.workshop.store.annotate(&self.build, self.fence).await?;
+        self.annotate().await?;
         if let Next::Publish { digest, guest: _ } = next {
             next = match context {
                 Some(context) => match self.publish(digest, context, masker).await? {
@@ -124,6 +140,14 @@ impl Driver {
             // Was published above.
             Next::Publish { .. } => Ok(()),
         }
+    }
+
+    /// Ends a build whose driver panicked. The panic itself is in the log already.
+    async fn broke_down(&mut self) -> Result<(), StoreError> {
+        // It was dropped on the way here, and is removed by a thread of its own.
+        self.workshop.vmm.wait_for_removals().await;
+        let message = "the host's own program broke down while it ran the build; submit it again, and tell the host's operator if it happens again";
+        self.end(Change::Fail(Failure::new(FailureKind::Internal, message))).await
     }
 
     /// Runs the build in a VM, which is gone when this returns.
@@ -263,6 +287,8 @@ impl Driver {
         let gone = CancellationToken::new();
         // A failed step that is entered may go on to fetch what it needs.
         let offline = CancellationToken::new();
+        // Neither outlives the VM, whatever becomes of this.
+        let (_registry, egress) = (gone.clone().drop_guard(), offline.clone().drop_guard());
         let tunnels = TaskTracker::new();
         {
             let (context, stop) = (Arc::clone(&context), gone.clone());
@@ -366,7 +392,7 @@ impl Driver {
         let next = outcome::denied(next, &seen.wanted);
         self.build.reached = seen.reached;
         if kept {
-            let guest = self.lodger(nonce, Box::new(offline.drop_guard()));
+            let guest = self.lodger(nonce, Box::new(egress));
             self.workshop.kept.keep(vm, guest).await;
         } else if let Err(error) = vm.destroy().await {
             tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
@@ -428,16 +454,46 @@ impl Driver {
         Ok(())
     }
 
-    /// Changes the state and tells it, in one transaction.
+    /// Changes the state and tells it, in one transaction: tried until it is stored.
     async fn change(&mut self, change: Change, first: &[NewEvent]) -> Result<(), StoreError> {
-        let now = crate::clock::now();
-        let next = self.build.apply(change.clone(), now)?;
-        let mut events = first.to_vec();
-        if next.status != self.build.status {
-            events.push(payload::of_host(now, payload::status(next.status, None)));
+        let mut tries = Tries::new(self.abandon.clone());
+        loop {
+            let now = crate::clock::now();
+            let next = self.build.apply(change.clone(), now)?;
+            let mut events = first.to_vec();
+            if next.status != self.build.status {
+                events.push(payload::of_host(now, payload::status(next.status, None)));
+            }
+            let id = &self.build.id;
+            let change = change.clone();
+            let error =
+                match self.workshop.events.change(id, self.fence, change, now, &events).await {
+                    Ok(build) => {
+                        self.build = build;
+                        return Ok(());
+                    }
+                    // The try before was stored, though its answer was not heard.
+                    Err(StoreError::Refused(refused))
+                        if tries.have_failed() && is_done(&refused, &next) =>
+                    {
+                        self.workshop.events.wake(id);
+                        self.build = next;
+                        return Ok(());
+                    }
+                    Err(error) => error,
+                };
+            self.place = None;
+            tries.after(error).await?;
         }
-        let id = &self.build.id;
-        self.build = self.workshop.events.change(id, self.fence, change, now, &events).await?;
+    }
+
+    /// Stores what is known of the build besides its state: tried until it is stored.
+    async fn annotate(&mut self) -> Result<(), StoreError> {
+        let mut tries = Tries::new(self.abandon.clone());
+        while let Err(error) = self.workshop.store.annotate(&self.build, self.fence).await {
+            self.place = None;
+            tries.after(error).await?;
+        }
         Ok(())
     }
 
@@ -458,6 +514,11 @@ impl Driver {
             with_it,
         }
     }
+}
+
+/// Whether a change was refused because the build is already what it would become.
+fn is_done(refused: &Refused, next: &Build) -> bool {
+    matches!(refused, Refused::Final(status) | Refused::From(status) if *status == next.status)
 }
 
 /// The failure of a build that the server's end gave up.

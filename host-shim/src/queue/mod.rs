@@ -12,6 +12,7 @@ mod base;
 mod dispatcher;
 mod driver;
 mod egress_log;
+mod expiry;
 mod leaks;
 mod live;
 mod outcome;

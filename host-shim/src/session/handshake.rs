@@ -4,9 +4,9 @@ use kiln_protocol::frame;
 use kiln_protocol::hello::{Hello, HelloReply, Reject, RejectReason, TOKEN_LEN, Welcome};
 use kiln_protocol::version::{Features, SUPPORTED, Version};
 use subtle::ConstantTimeEq;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use super::{Connections, End, HELLO_DEADLINE, Stream};
+use super::{Connections, End, HELLO_DEADLINE, RESUME_DEADLINE, Stream};
 use crate::build::Millis;
 
 /// What this host can do beyond the version.
@@ -17,6 +17,15 @@ pub(super) struct Handshake {
     nonce: [u8; TOKEN_LEN],
     /// Replaced at every Welcome.
     token: [u8; TOKEN_LEN],
+    /// The one that the agent showed for the last Welcome, which may not have arrived.
+    spent: Option<Spent>,
+}
+
+/// A token that was shown and answered. It is good until the agent is heard on the connection that it got for it, and no
+/// longer than an agent without its answer tries: one that has nothing to say proves nothing.
+struct Spent {
+    token: [u8; TOKEN_LEN],
+    until: Instant,
 }
 
 /// The stream of a session that goes on.
@@ -24,7 +33,19 @@ pub(super) struct Resumed<T>(pub(super) T);
 
 impl Handshake {
     pub(super) fn new(nonce: [u8; TOKEN_LEN]) -> Self {
-        Self { nonce, token: random() }
+        Self { nonce, token: random(), spent: None }
+    }
+
+    /// The agent was heard on the newest connection: its Welcome has arrived, and what it showed for it is worth nothing.
+    pub(super) fn arrived(&mut self) {
+        self.spent = None;
+    }
+
+    /// Whether whoever shows this is the agent. Takes as long whatever it is.
+    fn knows(&self, shown: &[u8; TOKEN_LEN]) -> bool {
+        let spent = self.spent.as_ref().filter(|spent| Instant::now() < spent.until);
+        let again = spent.is_some_and(|spent| shown.ct_eq(&spent.token).into());
+        bool::from(shown.ct_eq(&self.token)) | again
     }
 
     /// The first Hello of the VM, said before any untrusted code runs in it. A dial that the agent
@@ -85,12 +106,12 @@ impl Handshake {
             };
             let reason = match &hello.resume {
                 None => RejectReason::Taken,
-                Some(resume) if !bool::from(resume.token.ct_eq(&self.token)) => {
-                    RejectReason::Resume
-                }
-                Some(_) => match hello.versions.agree(SUPPORTED) {
+                Some(resume) if !self.knows(&resume.token) => RejectReason::Resume,
+                Some(resume) => match hello.versions.agree(SUPPORTED) {
                     None => RejectReason::Version,
                     Some(version) => {
+                        let until = Instant::now() + RESUME_DEADLINE;
+                        self.spent = Some(Spent { token: resume.token, until });
                         let welcome = self.welcome(&mut stream, version, hello.features, stored);
                         if welcome.await.is_ok() {
                             return Ok(Resumed(stream));

@@ -6,6 +6,7 @@
 //! **Invariant**: an event that tells of a change is stored in the transaction of that change, and
 //! nothing is stored for a build once it is final: its last event is its final status.
 
+pub mod line;
 pub mod sqlite;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use kiln_protocol::secret::SecretId;
 
-use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session, Subject};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
@@ -237,14 +238,14 @@ pub trait Store: Send + Sync + 'static {
     /// Builds, newest first, as a list shows them: without the Dockerfile and the arguments of their
     /// requests.
     async fn builds(&self, filter: &Filter) -> Result<Vec<Build>, StoreError>;
-    /// How many queued builds will be claimed before this one, plus one; `None` when not queued.
+    /// Its number in the line, from 1 ([`line::position`]); `None` when not queued.
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError>;
     /// How many builds of the tenant are queued.
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
     /// How many builds are not finished.
     async fn unfinished(&self) -> Result<Unfinished, StoreError>;
-    /// Takes the oldest queued build, by one conditional `UPDATE … RETURNING`, and appends events
-    /// to it in the same transaction.
+    /// Takes the build that is next, fair between tenants ([`line`]), by one conditional `UPDATE … RETURNING`,
+    /// and appends events to it in the same transaction.
     async fn claim(
         &self,
         owner: &str,
@@ -269,6 +270,16 @@ pub trait Store: Send + Sync + 'static {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Build, StoreError>;
+    /// Fails builds that were submitted before then and were never claimed, the oldest first, at most so many, with events
+    /// appended to each; which they were.
+    async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError>;
     /// Takes over every build that a driver of an earlier process had claimed, with new fences.
     /// To be called once, before the first claim.
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;

@@ -4,13 +4,14 @@
 //! writer. One writing connection, so that writers queue in the process and not in SQLite; another
 //! process (`kiln token create`) may still write between two of its transactions.
 //!
-//! One file per table: `builds` (and `claims`, which changes them), `events`, `instances`,
+//! One file per table: `builds` (with `claims`, which changes them, and `line`, who is next), `events`, `instances`,
 //! `secrets`, `sessions`, `tokens`.
 
 mod builds;
 mod claims;
 mod events;
 mod instances;
+mod line;
 mod secrets;
 mod sessions;
 mod tokens;
@@ -31,7 +32,7 @@ use super::{
     Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
     StoreError, StoredEvent, TokenRecord, Unfinished,
 };
-use crate::build::{Build, BuildId, Change, Millis, Refused, Status, Tenant};
+use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
@@ -126,7 +127,8 @@ fn migrator() -> Migrator {
         ("secrets", include_str!("../../migrations/sqlite/0005_secrets.sql")),
         ("sessions", include_str!("../../migrations/sqlite/0006_sessions.sql")),
         ("reached", include_str!("../../migrations/sqlite/0007_reached.sql")),
-        ("token use", include_str!("../../migrations/sqlite/0008_token_use.sql")),
+        ("turns", include_str!("../../migrations/sqlite/0008_turns.sql")),
+        ("token use", include_str!("../../migrations/sqlite/0009_token_use.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -210,7 +212,7 @@ impl Store for SqliteStore {
     }
 
     async fn queue_position(&self, id: &BuildId) -> Result<Option<u32>, StoreError> {
-        builds::queue_position(&self.readers, id).await
+        line::queue_position(&self.readers, id).await
     }
 
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError> {
@@ -285,6 +287,33 @@ impl Store for SqliteStore {
         secrets::forget_own(&mut tx, &next).await?;
         tx.commit().await.map_err(failed("cancel a build"))?;
         Ok(next)
+    }
+
+    async fn expire_queued(
+        &self,
+        before: Millis,
+        at_most: u32,
+        failure: &Failure,
+        now: Millis,
+        events: &[NewEvent],
+    ) -> Result<Vec<BuildId>, StoreError> {
+        // Looked at without the write lock: nearly always there is none.
+        let found = builds::queued_before(&self.readers, before, at_most).await?;
+        let mut expired = Vec::with_capacity(found.len());
+        for id in found {
+            let mut tx = self.write("end a queued build").await?;
+            let (build, fence) = claims::load(&mut tx, &id).await?;
+            if build.status != Status::Queued {
+                continue;
+            }
+            let next = build.apply(Change::Fail(failure.clone()), now)?;
+            claims::save(&mut tx, &next, fence).await?;
+            events::append(&mut tx, &id, next.attempt, events).await?;
+            secrets::forget_own(&mut tx, &next).await?;
+            tx.commit().await.map_err(failed("end a queued build"))?;
+            expired.push(id);
+        }
+        Ok(expired)
     }
 
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError> {
@@ -469,22 +498,43 @@ mod tests {
     async fn queue_and_audit_log_are_read_by_their_own_indexes() {
         let dir = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(dir.path()).await.unwrap();
-        for (statement, index) in [
-            (claims::CLAIM, "builds_queued"),
-            (claims::RECLAIM, "builds_claimed"),
-            (builds::QUEUE_POSITION, "builds_queued"),
-            (builds::QUEUED_COUNT, "builds_queued_of_tenant"),
-            (sessions::FORGET, "sessions_newest"),
-            (unfinished::QUEUED, "builds_queued"),
-            (unfinished::CLAIMED, "builds_claimed"),
+        // Indexes of all builds that ever were: to look something up in, never to be read from end to end.
+        let of_all =
+            ["builds_newest", "builds_of_tenant", "builds_turns", "builds_turns_of_tenant"];
+        for (statement, indexes) in [
+            (
+                line::CLAIM,
+                &[
+                    "builds_queued_of_tenant",
+                    "builds_claimed",
+                    "builds_turns",
+                    "builds_turns_of_tenant",
+                ][..],
+            ),
+            (line::LINE, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
+            (claims::RECLAIM, &["builds_claimed"]),
+            (builds::QUEUED_COUNT, &["builds_queued_of_tenant"]),
+            (builds::QUEUED_BEFORE, &["builds_queued"]),
+            (sessions::FORGET, &["sessions_newest"]),
+            (unfinished::QUEUED, &["builds_queued"]),
+            (unfinished::CLAIMED, &["builds_claimed"]),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();
             let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
-            let by = |plan: &String| plan.split_whitespace().any(|word| word == index);
-            assert!(plan.iter().any(by), "{statement}: {plan:?}");
-            let whole = |plan: &String| plan.starts_with("SCAN") && !plan.contains("INDEX");
-            assert!(!plan.iter().any(whole), "{statement}: {plan:?}");
+            for index in indexes {
+                let by = |plan: &String| plan.split_whitespace().any(|word| word == *index);
+                assert!(plan.iter().any(by), "{index}, {statement}: {plan:#?}");
+            }
+            let whole = |plan: &String| {
+                let words: Vec<_> = plan.split_whitespace().collect();
+                // The tenants that wait are rows of the statement's own.
+                let own = matches!(words.get(1), Some(&("waiting" | "w" | "CONSTANT")));
+                let by_index =
+                    plan.contains("INDEX") && !of_all.iter().any(|all| words.contains(all));
+                words[0] == "SCAN" && !own && !by_index
+            };
+            assert!(!plan.iter().any(whole), "{statement}: {plan:#?}");
         }
     }
 }

@@ -259,6 +259,15 @@ impl Vmm {
         &self.warnings
     }
 
+    /// Waits until VMs that were dropped are gone, or for as long as a removal may take.
+    pub async fn wait_for_removals(&self) {
+        let slots = self.slots.clone();
+        let waited = tokio::task::spawn_blocking(move || slots.wait_for_removals(REMOVAL_DEADLINE));
+        if let Err(error) = waited.await {
+            tracing::error!(%error, "cannot wait for the removal of VMs");
+        }
+    }
+
     /// Ends and removes what an earlier server with this run directory left. VMs of this one are left alone.
     pub async fn sweep(&self) -> Result<Swept, VmmError> {
         let (run_dir, cgroups) = (self.config.run_dir.clone(), self.cgroups.clone());

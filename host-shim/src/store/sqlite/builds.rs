@@ -7,7 +7,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use super::{BadColumn, failed};
-use crate::build::{Build, BuildId, Status, Tenant};
+use crate::build::{Build, BuildId, Millis, Status, Tenant};
 use crate::store::{Filter, IdempotencyKey, StoreError};
 
 pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(), StoreError> {
@@ -127,25 +127,8 @@ pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>,
     Ok(listed)
 }
 
-pub(super) const QUEUE_POSITION: &str = "
-    SELECT (SELECT COUNT(*) FROM builds AS o
-            WHERE o.status = 'queued' AND (o.created_at, o.id) < (b.created_at, b.id))
-    FROM builds AS b WHERE b.id = $1 AND b.status = 'queued'";
-
 pub(super) const QUEUED_COUNT: &str =
     "SELECT COUNT(*) FROM builds WHERE status = 'queued' AND tenant = $1";
-
-pub(super) async fn queue_position(
-    db: &SqlitePool,
-    id: &BuildId,
-) -> Result<Option<u32>, StoreError> {
-    let ahead: Option<i64> = sqlx::query_scalar(QUEUE_POSITION)
-        .bind(id.as_str())
-        .fetch_optional(db)
-        .await
-        .map_err(failed("count the queue"))?;
-    Ok(ahead.map(|n| u32::try_from(n + 1).unwrap_or(u32::MAX)))
-}
 
 pub(super) async fn queued_count(db: &SqlitePool, tenant: &Tenant) -> Result<u32, StoreError> {
     let queued: i64 = sqlx::query_scalar(QUEUED_COUNT)
@@ -154,6 +137,25 @@ pub(super) async fn queued_count(db: &SqlitePool, tenant: &Tenant) -> Result<u32
         .await
         .map_err(failed("count the queue"))?;
     Ok(u32::try_from(queued).unwrap_or(u32::MAX))
+}
+
+pub(super) const QUEUED_BEFORE: &str = "
+    SELECT id FROM builds WHERE status = 'queued' AND created_at < $1 AND attempt = 0
+    ORDER BY created_at, id LIMIT $2";
+
+/// Builds that were submitted before then and have not been claimed yet, the oldest first.
+pub(super) async fn queued_before(
+    db: &SqlitePool,
+    before: Millis,
+    at_most: u32,
+) -> Result<Vec<BuildId>, StoreError> {
+    let rows = sqlx::query(QUEUED_BEFORE)
+        .bind(before)
+        .bind(i64::from(at_most))
+        .fetch_all(db)
+        .await
+        .map_err(failed("read the queue"))?;
+    rows.iter().map(|row| parsed(row, "id", BuildId::new)).collect()
 }
 
 /// The build of a row that holds every column.

@@ -5,22 +5,15 @@ use sqlx::{Row, SqliteConnection};
 
 use super::builds::{from_row, json, parsed};
 use super::failed;
+use super::line::CLAIM;
 use crate::build::{Build, BuildId, Millis, Status};
 use crate::store::{Claimed, Fence, StoreError};
-
-pub(super) const CLAIM: &str = "
-    UPDATE builds
-    SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
-        started_at = COALESCE(started_at, $2)
-    WHERE status = 'queued' AND id =
-        (SELECT id FROM builds WHERE status = 'queued' ORDER BY created_at, id LIMIT 1)
-    RETURNING *";
 
 pub(super) const RECLAIM: &str = "
     UPDATE builds SET fence = fence + 1, owner = $1
     WHERE status IN ('building', 'pushing') RETURNING *";
 
-/// Takes the oldest queued build: [`crate::build::Change::Claim`] as one statement.
+/// Takes the build that is next in the line.
 pub(super) async fn claim(
     db: &mut SqliteConnection,
     owner: &str,

@@ -1,0 +1,110 @@
+//! The line of queued builds, fair between tenants: the SQL that says who is next. See [`crate::store::line`].
+
+use sqlx::{Row, SqlitePool};
+
+use super::builds::parsed;
+use super::failed;
+use crate::build::{BuildId, Tenant};
+use crate::store::StoreError;
+use crate::store::line::{Waiting, position};
+
+/// The tenants that wait, found one after the other by the index, however many builds each has. The last row is NULL.
+macro_rules! waiting {
+    () => {
+        "WITH RECURSIVE waiting (tenant) AS (
+            SELECT MIN(tenant) FROM builds WHERE status = 'queued'
+            UNION ALL
+            SELECT (SELECT MIN(n.tenant) FROM builds AS n
+                    WHERE n.status = 'queued' AND n.tenant > waiting.tenant)
+            FROM waiting WHERE waiting.tenant IS NOT NULL)"
+    };
+}
+
+/// Of a tenant that waits: how many builds it has under way.
+macro_rules! active {
+    () => {
+        "(SELECT COUNT(*) FROM builds AS a
+          WHERE a.tenant = w.tenant AND a.status IN ('building', 'pushing'))"
+    };
+}
+
+/// Of a tenant that waits: when one of its builds was last claimed.
+macro_rules! turn {
+    () => {
+        "(SELECT MAX(t.turn) FROM builds AS t WHERE t.tenant = w.tenant)"
+    };
+}
+
+/// Of a tenant that waits: since when.
+macro_rules! oldest {
+    () => {
+        "(SELECT MIN(o.created_at) FROM builds AS o
+          WHERE o.status = 'queued' AND o.tenant = w.tenant)"
+    };
+}
+
+/// Claims the next build: [`crate::build::Change::Claim`] as one statement.
+pub(super) const CLAIM: &str = concat!(
+    "UPDATE builds
+     SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
+         started_at = COALESCE(started_at, $2),
+         turn = (SELECT MAX(l.turn) + 1 FROM builds AS l)
+     WHERE status = 'queued' AND id = (",
+    waiting!(),
+    "SELECT b.id FROM builds AS b
+     WHERE b.status = 'queued' AND b.tenant = (
+         SELECT w.tenant FROM waiting AS w WHERE w.tenant IS NOT NULL
+         ORDER BY ",
+    active!(),
+    ", ",
+    turn!(),
+    ", ",
+    oldest!(),
+    ", w.tenant LIMIT 1)
+     ORDER BY b.created_at, b.id LIMIT 1)
+     RETURNING *"
+);
+
+/// Each tenant that waits, while this build does; and how many of its own tenant are before it.
+pub(super) const LINE: &str = concat!(
+    waiting!(),
+    "SELECT w.tenant AS tenant, b.tenant AS own, ",
+    active!(),
+    " AS active, ",
+    turn!(),
+    " AS turn, ",
+    oldest!(),
+    " AS oldest,
+     (SELECT COUNT(*) FROM builds AS q WHERE q.status = 'queued' AND q.tenant = w.tenant) AS queued,
+     (SELECT COUNT(*) FROM builds AS e
+      WHERE e.status = 'queued' AND e.tenant = b.tenant AND (e.created_at, e.id) < (b.created_at, b.id)) AS ahead
+     FROM builds AS b, waiting AS w
+     WHERE b.id = $1 AND b.status = 'queued' AND w.tenant IS NOT NULL"
+);
+
+/// A build's number in the line.
+pub(super) async fn queue_position(
+    db: &SqlitePool,
+    id: &BuildId,
+) -> Result<Option<u32>, StoreError> {
+    let rows = sqlx::query(LINE)
+        .bind(id.as_str())
+        .fetch_all(db)
+        .await
+        .map_err(failed("read the queue"))?;
+    let mut waiting = Vec::with_capacity(rows.len());
+    let mut own = None;
+    for row in &rows {
+        let number = |column| row.try_get::<i64, _>(column).map_err(failed("read the queue"));
+        let count = |column| number(column).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        waiting.push(Waiting {
+            tenant: parsed(row, "tenant", Tenant::new)?,
+            queued: count("queued")?,
+            active: count("active")?,
+            turn: number("turn")?,
+            oldest: number("oldest")?,
+        });
+        own = Some((parsed(row, "own", Tenant::new)?, count("ahead")?));
+    }
+    Ok(own.and_then(|(tenant, ahead)| position(&waiting, &tenant, ahead)))
+}

@@ -1,0 +1,45 @@
+//! Builds that wait.
+
+use std::time::Duration;
+
+use kiln::build::{FailureKind, Status};
+
+use super::house::House;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_waits_for_too_long_fails_and_was_never_started() {
+    let house = House::that(1, Duration::from_secs(2)).await;
+    let first = house.submit("first", "a", 10).await;
+    let mut agent = house.agent(&first).await;
+    agent.begin().await;
+    let second = house.submit("second", "b", 10).await;
+    let ended = house.end(&second).await;
+    let failure = ended.failure.unwrap();
+    assert_eq!(failure.kind, FailureKind::TimedOut);
+    for words in ["2 s", "--max-queue-seconds", "never started"] {
+        assert!(failure.message.contains(words), "{}", failure.message);
+    }
+    assert!(ended.completed_at.unwrap() - ended.created_at > 2000);
+    assert_eq!((ended.started_at, ended.attempt), (None, 0));
+    assert!(!house.workshop.builds_dir.join("second").exists());
+    // What is under way is not meant.
+    assert_eq!(house.build(&first).await.status, Status::Building);
+    house.abandon.cancel();
+    house.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waited_for_too_long_while_no_server_ran_is_not_started() {
+    let hour = Duration::from_secs(3600);
+    let house = House::new(0).await;
+    let now = kiln::clock::now();
+    // Before the limit, and after it by as long as this test may take.
+    let old = house.submitted("old", "a", 10, now - 3_600_000).await;
+    let young = house.submitted("young", "a", 10, now - 3_600_000 + 600_000).await;
+    let house = house.restarted(1, hour).await;
+    assert_eq!(house.end(&old).await.failure.unwrap().kind, FailureKind::TimedOut);
+    let mut agent = house.agent(&young).await;
+    agent.begin().await;
+    house.abandon.cancel();
+    house.close().await;
+}
