@@ -216,7 +216,7 @@ async fn a_base_of_another_registry_is_published_with_the_image() {
     with.logins = Some(logins(world.dir.path(), there, ADMIN));
     let upstreams = Upstreams::open(&with).unwrap();
     let (ctx, at) = world.guest_of("a", &upstreams).await;
-    ok(&pull(&world, at, "docker.io/debian:trixie", "pulled").await);
+    ok(&pull(&world, at, "docker.io/library/debian:trixie", "pulled").await);
     let image = Image::new(&["base", "mine"]);
     stage(&ctx, &image, &[&image.layers[0]]).await;
     let checked = check(&ctx, &image.digest().to_string()).await.unwrap();
