@@ -165,11 +165,22 @@ fn vm_an_unmodified_dockerfile_is_built_from_an_upstream_that_is_asked_once() {
     assert_eq!(build["pulled"], by_digest);
     assert_eq!(upstream.blobs(), 2, "they are on this host");
 
-    let unknown = server.submit(&[("Dockerfile", b"FROM quay.io/org/name:1\n")], &[]);
-    let build = server.wait(&unknown);
+    let asks = "could not be pulled: quay.io is not an upstream of this host: ask the operator for --upstream quay.io";
+    for dockerfile in [
+        "FROM quay.io/org/name:1\n",
+        "FROM some/name:1\nCOPY --from=quay.io/org/name:1 /a /b\n",
+        "FROM some/name:1\nRUN --mount=from=quay.io/org/name:1,target=/other true\n",
+    ] {
+        let unknown = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &[]);
+        let build = server.wait(&unknown);
+        assert_eq!(build["failure"]["kind"], "pull_failed", "{build}");
+        let message = build["failure"]["message"].as_str().unwrap();
+        assert_eq!(message, format!("the image quay.io/org/name:1 {asks}"));
+    }
+    let absent = server.submit(&[("Dockerfile", b"FROM some/other\n")], &[]);
+    let build = server.wait(&absent);
     assert_eq!(build["failure"]["kind"], "pull_failed", "{build}");
     let message = build["failure"]["message"].as_str().unwrap();
-    let asks = "quay.io is not an upstream of this host: ask the operator for --upstream quay.io";
-    assert_eq!(message, format!("the image quay.io/org/name:1 could not be pulled: {asks}"));
+    assert!(message.contains("docker.io has no some/other:latest"), "{message}");
     server.stop();
 }

@@ -66,6 +66,13 @@ pub fn build_failure(words: Words<'_>) -> Option<Cause> {
             let message = format!("{instruction}: the build has no secret \"{id}\"");
             return Some(Cause::new(FailureKind::SecretMissing, message));
         }
+        // `from=IMAGE,target=/x from=IMAGE: no stage or image found with that name`, of a mount.
+        if let Some((mount, problem)) = problem.rsplit_once(": ")
+            && problem.starts_with(NO_STAGE)
+            && let Some((_, image)) = mount.rsplit_once(" from=")
+        {
+            return Some(pull(image, problem, upstreams));
+        }
         if let Some((_, unknown)) = problem.split_once("Unknown instruction: ") {
             return invalid(&format!("unknown instruction {}", unknown.trim()));
         }
@@ -164,6 +171,9 @@ fn pull_failure(error: &str, upstreams: &[String]) -> Option<Cause> {
     Some(Cause::new(FailureKind::PullFailed, message))
 }
 
+/// What the engine says of a name in `from=` that it can do nothing with: it keeps to itself why.
+const NO_STAGE: &str = "no stage or image found";
+
 fn pull(image: &str, problem: &str, upstreams: &[String]) -> Cause {
     let image = image.trim_matches('"');
     let first = image.split_once('/').map(|(first, _)| first);
@@ -177,7 +187,7 @@ fn pull(image: &str, problem: &str, upstreams: &[String]) -> Cause {
     let problem = match given {
         _ if known => problem.to_owned(),
         // It may have been meant as a stage.
-        None if problem.starts_with("no stage ") => format!("{problem}, and {unknown}"),
+        None if problem.starts_with(NO_STAGE) => format!("{problem}, and {unknown}"),
         _ => unknown,
     };
     Cause::new(FailureKind::PullFailed, format!("the image {image} could not be pulled: {problem}"))
@@ -284,6 +294,12 @@ mod tests {
         );
         let with = |line: &str| failure(&[line.to_owned()], &["docker.io".into()]).unwrap().message;
         assert_eq!(with(short), "the image a/b:1 could not be pulled: refused");
+        let mount = "Error: building at STEP \"RUN --mount=from=a.b/c:1,target=/o true\": from=a.b/c:1,target=/o from=a.b/c:1: \
+             no stage or image found with that name";
+        let found = failure(&[mount.to_owned()], &[]).unwrap();
+        let asks = "a.b is not an upstream of this host: ask the operator for --upstream a.b";
+        let message = format!("the image a.b/c:1 could not be pulled: {asks}");
+        assert_eq!((found.kind, found.message), (PullFailed, message));
         let stages = "the image made could not be pulled: no stage or image found with that name";
         assert_eq!(with(stage), stages);
     }
