@@ -269,7 +269,7 @@ pub struct Usage {
 /// Something that the build pulled through the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Pulled {
-    /// As the build named it: `registry.kiln/base/debian:trixie`.
+    /// As the build named it: `registry.kiln/base/debian:trixie`, `docker.io/library/debian:trixie`.
     pub reference: String,
     /// Of the manifest that was served, `sha256:…`.
     #[schema(value_type = crate::api::openapi::schemas::Digest)]

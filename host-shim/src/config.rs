@@ -7,11 +7,13 @@
 mod cidr;
 mod host;
 
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use kiln_protocol::job::MAX_UPSTREAMS;
 use serde::Deserialize;
 use url::Url;
 
@@ -19,6 +21,7 @@ pub use self::cidr::{BadCidr, Cidr};
 pub use self::host::Host;
 use crate::api::Limits;
 use crate::build::NetworkMode;
+use crate::gateway::upstream::Spec;
 pub use crate::vmm::Accel;
 
 /// What hypeman's clients call by default.
@@ -81,9 +84,16 @@ pub struct ServeArgs {
     /// OCI registry that keeps the images [default: a docker-registry of Kiln's own]
     #[arg(long, env = "KILN_REGISTRY", value_name = "URL")]
     pub registry: Option<Url>,
-    /// Login for --registry, in the format of Docker's config.json
+    /// Logins for --registry and --upstream, in the format of Docker's config.json
     #[arg(long, env = "KILN_REGISTRY_CONFIG", value_name = "FILE")]
     pub registry_config: Option<PathBuf>,
+
+    /// Other registry that builds may pull from, such as docker.io=https://mirror.example; may be repeated
+    #[arg(long, env = "KILN_UPSTREAM", value_name = "HOST[=URL]", value_delimiter = ',')]
+    pub upstream: Option<Vec<Spec>>,
+    /// What is kept of upstreams, in GiB; 0 for nothing [default: 20]
+    #[arg(long, env = "KILN_UPSTREAM_CACHE_GB", value_name = "GB")]
+    pub upstream_cache_gb: Option<u32>,
 
     /// Log of one build, in MiB [default: 256]
     #[arg(long, env = "KILN_LOG_LIMIT_MB", value_name = "MB")]
@@ -192,8 +202,12 @@ pub struct ServeConfig {
     pub egress_ca: Option<PathBuf>,
     /// The registry; `None`: one of Kiln's own.
     pub registry: Option<Url>,
-    /// Its login.
+    /// Its login, and those of upstreams.
     pub registry_config: Option<PathBuf>,
+    /// Other registries that builds may pull from.
+    pub upstream: Vec<Spec>,
+    /// What is kept of them, in bytes.
+    pub upstream_cache_bytes: u64,
     /// Of one build, in bytes.
     pub log_limit_bytes: u64,
     /// Of disks and logs of all instances, in bytes.
@@ -303,6 +317,8 @@ impl ServeArgs {
             egress_ca: self.egress_ca.or(file.egress_ca),
             registry: self.registry.or(file.registry),
             registry_config: self.registry_config.or(file.registry_config),
+            upstream: self.upstream.or(file.upstream),
+            upstream_cache_gb: self.upstream_cache_gb.or(file.upstream_cache_gb),
             log_limit_mb: self.log_limit_mb.or(file.log_limit_mb),
             max_source_mb: self.max_source_mb.or(file.max_source_mb),
             max_timeout_seconds: self.max_timeout_seconds.or(file.max_timeout_seconds),
@@ -378,6 +394,9 @@ impl ServeArgs {
                 .registry_config
                 .map(|file| path("registry-config", &file))
                 .transpose()?,
+            upstream: upstreams(self.upstream.unwrap_or_default())?,
+            upstream_cache_bytes: 1024
+                * mb(number("upstream-cache-gb", self.upstream_cache_gb, 20, 0..=1024 * 1024)?),
             log_limit_bytes: mb(number("log-limit-mb", self.log_limit_mb, 256, 1..=64 * 1024)?),
             max_kept: number("max-kept", self.max_kept, 4, 0..=1024)? as usize,
             keep_sessions_days: number(
@@ -516,6 +535,19 @@ fn registry(url: Url) -> Result<Url, ConfigError> {
     // Not repeated: it may hold a password.
     let allowed = "http(s)://HOST[:PORT], with the login in --registry-config";
     Err(ConfigError::refused("registry", "something else", allowed))
+}
+
+/// Each once, and no more than a job names.
+fn upstreams(given: Vec<Spec>) -> Result<Vec<Spec>, ConfigError> {
+    let mut hosts = BTreeSet::new();
+    if let Some(twice) = given.iter().find(|spec| !hosts.insert(spec.host.as_str())) {
+        return Err(ConfigError::refused("upstream", &twice.host, "each registry once"));
+    }
+    if given.len() > MAX_UPSTREAMS {
+        let allowed = format!("at most {MAX_UPSTREAMS} registries");
+        return Err(ConfigError::refused("upstream", given.len(), allowed));
+    }
+    Ok(given)
 }
 
 fn public_host(given: Option<String>, listen: SocketAddr) -> Result<String, ConfigError> {

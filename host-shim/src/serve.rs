@@ -125,6 +125,7 @@ async fn serve(
         vmm,
         kept: kept.clone(),
         backing: backing.clone(),
+        upstreams: parts::upstreams(&config)?,
         vault: Arc::clone(&vault),
         builds_dir: builds_dir.clone(),
         builder_digest: bundle.digest.to_string(),

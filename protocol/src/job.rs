@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::event::MAX_DIGEST;
+use crate::name::MAX_UPSTREAM;
 use crate::run::RunJob;
 use crate::secret::SecretSpec;
 
@@ -16,6 +17,9 @@ pub const MAX_JOB_TEXT: usize = 32 * 1024;
 pub const MAX_DOCKERFILE: usize = 512 * 1024;
 /// Most bytes of all build arguments together.
 pub const MAX_BUILD_ARGS_BYTES: usize = 256 * 1024;
+
+/// Most registries that a job names.
+pub const MAX_UPSTREAMS: usize = 64;
 
 /// Longest id of a build, in bytes.
 pub const MAX_BUILD_ID: usize = 64;
@@ -104,6 +108,9 @@ pub struct BuildJob {
     pub secrets: Vec<SecretSpec>,
     /// Whether a step that fails stays, so that it can be entered: see [`crate::message::AgentToHost::Kept`].
     pub keep_failed: bool,
+    /// The other registries that the gateway leads to, as names of images begin with them: `docker.io`,
+    /// `registry.example:5000`. See [`crate::name::upstream_repository`].
+    pub upstreams: Vec<String>,
 }
 
 /// Where a Dockerfile is.
@@ -178,6 +185,10 @@ impl BuildJob {
         }
         at_most("egress_ca", self.egress_ca.len(), MAX_EGRESS_CA)?;
         SecretSpec::check_all(&self.secrets)?;
+        at_most("upstreams count", self.upstreams.len(), MAX_UPSTREAMS)?;
+        for upstream in &self.upstreams {
+            at_most("upstream", upstream.len(), MAX_UPSTREAM)?;
+        }
         at_most("build_args count", self.build_args.len(), MAX_BUILD_ARGS)?;
         let mut total = 0;
         for (key, value) in &self.build_args {
@@ -222,6 +233,7 @@ mod tests {
             egress_ca: vec![],
             secrets: vec![],
             keep_failed: false,
+            upstreams: vec![],
         }
     }
 
@@ -277,6 +289,11 @@ mod tests {
         assert_eq!(check(variable(MAX_SECRET_VARIABLE)), None);
         assert_eq!(check(variable(MAX_SECRET_VARIABLE + 1)), Some("secret's variable"));
 
+        let upstreams = |n, length| BuildJob { upstreams: vec!["u".repeat(length); n], ..build() };
+        assert_eq!(check(upstreams(MAX_UPSTREAMS, MAX_UPSTREAM)), None);
+        assert_eq!(check(upstreams(MAX_UPSTREAMS + 1, 1)), Some("upstreams count"));
+        assert_eq!(check(upstreams(1, MAX_UPSTREAM + 1)), Some("upstream"));
+
         let args = |n| BuildJob { build_args: vec![("k".into(), "v".into()); n], ..build() };
         assert_eq!(check(args(MAX_BUILD_ARGS)), None);
         assert_eq!(check(args(MAX_BUILD_ARGS + 1)), Some("build_args count"));
@@ -302,6 +319,7 @@ mod tests {
             variable: Some("v".repeat(MAX_SECRET_VARIABLE)),
         };
         largest.secrets = vec![secret; MAX_SECRETS];
+        largest.upstreams = vec!["u".repeat(MAX_UPSTREAM); MAX_UPSTREAMS];
         largest.target = Some("t".repeat(MAX_JOB_TEXT));
         largest.build_args = vec![("k".repeat(1024), String::new()); MAX_BUILD_ARGS];
         let largest = job(largest);

@@ -57,11 +57,4 @@ pub mod port {
 }
 
 /// Names that both sides agree on.
-pub mod name {
-    /// The registry's host name inside a build; leads to the host's gateway.
-    pub const REGISTRY: &str = "registry.kiln";
-    /// The repository that a build pushes its result to. It exists only for that build.
-    pub const STAGING_REPOSITORY: &str = "staging/image";
-    /// The tag that a build pushes its result under.
-    pub const STAGING_TAG: &str = "result";
-}
+pub mod name;

@@ -94,9 +94,19 @@ fn job() -> impl Strategy<Value = Job> {
         any::<Option<String>>(),
         secrets,
         any::<bool>(),
+        proptest::collection::vec(any::<String>(), 0..4),
     )
         .prop_map(
-            |(dockerfile, target, build_args, network, base_digest, secrets, keep_failed)| {
+            |(
+                dockerfile,
+                target,
+                build_args,
+                network,
+                base_digest,
+                secrets,
+                keep_failed,
+                upstreams,
+            )| {
                 BuildJob {
                     dockerfile,
                     target,
@@ -106,6 +116,7 @@ fn job() -> impl Strategy<Value = Job> {
                     egress_ca: vec![],
                     secrets,
                     keep_failed,
+                    upstreams,
                 }
             },
         );

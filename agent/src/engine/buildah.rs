@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::files::{Files, GATEWAY};
 use super::output::LastLines;
-use super::parse::{self, Cause};
+use super::parse::{self, Cause, Words};
 use super::process::Process;
 use super::{Engine, Work, command, failure};
 use crate::events::{Report, Reporter};
@@ -217,6 +217,7 @@ impl Run<'_> {
 
     async fn build(&self, files: &Files, work: &Work, server: Server) -> Ended<()> {
         let buildah = self.buildah;
+        files.lead_to(&work.upstreams).map_err(could_not("name the registries to the engine"))?;
         let begun = Instant::now();
         let engine = buildah
             .spawn(files, &command::build(buildah, files, work))
@@ -238,7 +239,7 @@ impl Run<'_> {
         };
         let status = status.map_err(could_not("wait for the build engine"))?;
         if !status.success() {
-            return Err(Box::new(self.build_failure(status, &steps)));
+            return Err(Box::new(self.build_failure(status, &steps, &work.upstreams)));
         }
         match self.last.passed_over() {
             Some(instruction) => {
@@ -260,8 +261,14 @@ impl Run<'_> {
         pending().await
     }
 
-    fn build_failure(&self, status: ExitStatus, steps: &[StepRecord]) -> Failure {
-        failure::of_build(status, steps, self.oom_kills(), &self.last.stderr(), self.last.text())
+    fn build_failure(
+        &self,
+        status: ExitStatus,
+        steps: &[StepRecord],
+        upstreams: &[String],
+    ) -> Failure {
+        let words = Words { stderr: &self.last.stderr(), upstreams };
+        failure::of_build(status, steps, self.oom_kills(), words, self.last.text())
     }
 
     /// Of the engine's own processes, since the VM's start.
@@ -397,6 +404,7 @@ mod tests {
                 build_args: vec![("TOKEN".into(), "hunter2".into())],
                 network: StepNetwork::None,
                 processes: 9,
+                upstreams: vec![],
                 secrets: vec![],
                 keep_failed: false,
             }

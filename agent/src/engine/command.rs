@@ -124,6 +124,7 @@ mod tests {
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],
             network: StepNetwork::Proxy,
             processes: 512,
+            upstreams: vec![],
             secrets: vec![Secret {
                 id: SecretId::new("npm.token").unwrap(),
                 file: "/s/values/npm.token".into(),

@@ -5,7 +5,7 @@ use std::process::ExitStatus;
 
 use kiln_protocol::event::{Failure, FailureKind, MAX_REPORT_TEXT, cut_text};
 
-use super::parse::{self, Cause, DISK_FULL};
+use super::parse::{self, Cause, DISK_FULL, Words};
 use crate::runtime::{StepRecord, Usage};
 
 /// With less than this free, a step that failed most likely failed for want of space: the last
@@ -18,7 +18,7 @@ pub fn of_build(
     status: ExitStatus,
     steps: &[StepRecord],
     oom_kills: u32,
-    stderr: &[String],
+    words: Words<'_>,
     detail: String,
 ) -> Failure {
     // The engine stops at the first step that fails, so it is the last one.
@@ -26,9 +26,9 @@ pub fn of_build(
         return of_step(step, detail);
     }
     let cause = (oom_kills > 0)
-        .then(|| parse::out_of_memory(stderr))
+        .then(|| parse::out_of_memory(words.stderr))
         .or_else(|| engine_killed(status))
-        .or_else(|| parse::build_failure(stderr))
+        .or_else(|| parse::build_failure(words))
         .unwrap_or_else(|| without_words(status));
     failure(cause, detail)
 }
@@ -137,7 +137,13 @@ mod tests {
 
     #[test]
     fn the_step_that_failed_is_named() {
-        let failure = of_build(exited(7), &[step()], 0, &["Error: whatever".into()], "tail".into());
+        let failure = of_build(
+            exited(7),
+            &[step()],
+            0,
+            Words { stderr: &["Error: whatever".into()], upstreams: &[] },
+            "tail".into(),
+        );
         assert_eq!(failure.kind, FailureKind::StepFailed);
         assert_eq!(failure.message, "step 2 failed with exit code 7: RUN make");
         assert_eq!((failure.step, failure.exit_code), (Some(2), Some(7)));
@@ -147,7 +153,7 @@ mod tests {
     #[test]
     fn the_steps_last_lines_are_the_detail() {
         let printed = StepRecord { tail: "cc: no such file\nmake: *** [all]".into(), ..step() };
-        let failure = of_build(exited(7), &[printed], 0, &[], "STEP 1/9".into());
+        let failure = of_build(exited(7), &[printed], 0, Words::default(), "STEP 1/9".into());
         assert_eq!(failure.detail.as_deref(), Some("cc: no such file\nmake: *** [all]"));
     }
 
@@ -156,7 +162,7 @@ mod tests {
         let kind = |change: fn(&mut StepRecord)| {
             let mut step = step();
             change(&mut step);
-            of_build(exited(1), &[step], 1, &[], String::new()).kind
+            of_build(exited(1), &[step], 1, Words::default(), String::new()).kind
         };
         assert_eq!(kind(|step| step.usage.oom_kills = 1), FailureKind::OutOfMemory);
         assert_eq!(kind(|step| step.usage.forks_refused = 1), FailureKind::ProcessLimit);
@@ -170,13 +176,15 @@ mod tests {
         let mut done = step();
         done.exit_code = 0;
         done.usage.oom_kills = 1;
-        let lost = of_build(exited(125), &[done.clone()], 0, &[], String::new());
+        let lost = of_build(exited(125), &[done.clone()], 0, Words::default(), String::new());
         assert_eq!((lost.kind, lost.step), (FailureKind::EngineCrashed, None));
-        let killed = of_build(ExitStatus::from_raw(9), &[done.clone()], 0, &[], String::new());
+        let killed =
+            of_build(ExitStatus::from_raw(9), &[done.clone()], 0, Words::default(), String::new());
         assert_eq!(killed.message, "the build engine was killed by signal 9");
-        let starved = of_build(ExitStatus::from_raw(9), &[done], 1, &[], String::new());
+        let starved =
+            of_build(ExitStatus::from_raw(9), &[done], 1, Words::default(), String::new());
         assert_eq!((starved.kind, starved.step), (FailureKind::OutOfMemory, None));
-        let crashed = of_build(ExitStatus::from_raw(11), &[], 0, &[], String::new());
+        let crashed = of_build(ExitStatus::from_raw(11), &[], 0, Words::default(), String::new());
         assert_eq!(crashed.message, "the build engine was killed by signal 11");
     }
 
@@ -188,7 +196,7 @@ mod tests {
             last_words: "executable file `nosuch` not found".into(),
             ..step()
         };
-        let failure = of_build(exited(1), &[not_started], 0, &[], String::new());
+        let failure = of_build(exited(1), &[not_started], 0, Words::default(), String::new());
         assert_eq!(
             failure.message,
             "step 2 could not be started: RUN make: executable file `nosuch` not found"
@@ -201,7 +209,7 @@ mod tests {
         let mut long = step();
         long.name = "n".repeat(MAX_REPORT_TEXT);
         let detail = format!("{}\nend", "é".repeat(MAX_REPORT_TEXT));
-        let failure = of_build(exited(1), &[long], 0, &[], detail);
+        let failure = of_build(exited(1), &[long], 0, Words::default(), detail);
         assert_eq!(failure.detail.as_deref(), Some("end"));
         assert_eq!(Outcome::Failed(failure).check(), Ok(()));
     }

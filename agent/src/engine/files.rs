@@ -1,5 +1,6 @@
 //! The configuration files that Kiln gives to buildah, so that none of the builder image's count.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,13 +9,6 @@ use kiln_protocol::name;
 
 /// Where the gateway's registry is reached in the VM's own network namespace.
 pub const GATEWAY: &str = "127.0.0.1:5000";
-
-/// Registries that the gateway forwards to, under its reserved `upstream` namespace. The first one
-/// is also where names without a registry lead, as Docker's users expect.
-const UPSTREAMS: [&str; 1] = ["docker.io"];
-
-/// The registries that names of images lead to.
-pub const REACHABLE: [&str; 2] = [name::REGISTRY, UPSTREAMS[0]];
 
 /// Where the files are.
 #[derive(Clone, Debug)]
@@ -31,10 +25,15 @@ impl Files {
     /// Writes them; the directory is made.
     pub fn write(&self, storage: &Path, run_root: &Path) -> io::Result<()> {
         fs::create_dir_all(&self.directory)?;
-        fs::write(self.registries(), registries())?;
+        self.lead_to(&[])?;
         fs::write(self.policy(), POLICY)?;
         fs::write(self.storage(), storage_conf(storage, run_root))?;
         fs::write(self.containers(), CONTAINERS)
+    }
+
+    /// Writes which registries names of images lead to, by way of the gateway.
+    pub fn lead_to(&self, upstreams: &[String]) -> io::Result<()> {
+        fs::write(self.registries(), registries(upstreams))
     }
 
     /// `registries.conf`
@@ -77,12 +76,17 @@ fn storage_conf(storage: &Path, run_root: &Path) -> String {
 
 /// Only pulls follow a `location`. A push goes to the host that its destination names.
 ///
+/// One entry for each registry, for the engine tells the gateway nothing of whom it asks but the path: a wildcard's
+/// location (`*.example`) would lose the name. What has no entry would be dialled itself, and this VM has no network.
+/// No name of a Dockerfile comes in here; [`name::upstream_repository`] lets nothing through that could be more than
+/// a name.
+///
 /// buildah reads `/etc/containers/registries.conf.d` besides, whatever it is told: the builder image
 /// has no list of aliases there, or short names would lead to other registries.
-fn registries() -> String {
+fn registries(upstreams: &[String]) -> String {
     let mut text = format!(
         "unqualified-search-registries = [\"{}\"]\nshort-name-mode = \"permissive\"\n",
-        UPSTREAMS[0]
+        name::DEFAULT_UPSTREAM
     );
     let mut lead = |prefix: &str, location: &str| {
         text.push_str(&format!(
@@ -90,8 +94,13 @@ fn registries() -> String {
         ));
     };
     lead(name::REGISTRY, GATEWAY);
-    for upstream in UPSTREAMS {
-        lead(upstream, &format!("{GATEWAY}/upstream/{upstream}"));
+    // That one always: the gateway says that it has none.
+    let upstreams = upstreams.iter().map(String::as_str);
+    let upstreams: BTreeSet<_> = upstreams.chain([name::DEFAULT_UPSTREAM]).collect();
+    for upstream in upstreams {
+        if let Some(repository) = name::upstream_repository(upstream) {
+            lead(upstream, &format!("{GATEWAY}/{repository}"));
+        }
     }
     text
 }
@@ -112,5 +121,12 @@ mod tests {
         let all = [files.registries(), files.policy(), files.storage(), files.containers()]
             .map(|path| fs::read_to_string(path).unwrap());
         insta::assert_snapshot!(all.join("---\n"));
+    }
+
+    #[test]
+    fn every_upstream_has_its_place_at_the_gateway_and_nothing_else_does() {
+        let upstreams =
+            ["quay.io", "registry.example:5000", "docker.io", "a\"]\nblocked", "registry", ""];
+        insta::assert_snapshot!(registries(&upstreams.map(str::to_owned)));
     }
 }

@@ -44,6 +44,8 @@ pub struct Work {
     pub network: StepNetwork,
     /// The most processes of one step.
     pub processes: u32,
+    /// The other registries that the gateway leads to.
+    pub upstreams: Vec<String>,
     /// What steps may mount, or have as a variable.
     pub secrets: Vec<Secret>,
 }
@@ -60,6 +62,7 @@ impl std::fmt::Debug for Work {
             .field("build_args", &format_args!("{} of them", self.build_args.len()))
             .field("network", &self.network)
             .field("processes", &self.processes)
+            .field("upstreams", &self.upstreams)
             .field("secrets", &self.secrets)
             .finish()
     }
@@ -92,6 +95,7 @@ mod tests {
             build_args: vec![("KEY".into(), "hunter2".into())],
             network: StepNetwork::None,
             processes: 1,
+            upstreams: vec![],
             secrets: vec![],
             keep_failed: false,
         };

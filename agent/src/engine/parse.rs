@@ -3,6 +3,7 @@
 //! What a step prints does not come here: it has pipes of its own.
 
 use kiln_protocol::event::FailureKind;
+use kiln_protocol::name;
 
 /// A cause and its words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +20,18 @@ impl Cause {
     }
 }
 
+/// What a failed build is judged by.
+#[derive(Clone, Copy, Default)]
+pub struct Words<'a> {
+    /// The engine's last lines on stderr.
+    pub stderr: &'a [String],
+    /// The registries that the gateway leads to.
+    pub upstreams: &'a [String],
+}
+
 /// The cause of a failed `buildah build`, by its last lines on stderr.
-pub fn build_failure(stderr: &[String]) -> Option<Cause> {
+pub fn build_failure(words: Words<'_>) -> Option<Cause> {
+    let Words { stderr, upstreams } = words;
     if let Some(cause) = crash(stderr).or_else(|| disk_full(stderr)) {
         return Some(cause);
     }
@@ -43,7 +54,7 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
         let target = rest.split('"').next().unwrap_or(rest);
         return invalid(&format!("the Dockerfile has no stage \"{target}\""));
     }
-    if let Some(cause) = pull_failure(error) {
+    if let Some(cause) = pull_failure(error, upstreams) {
         return Some(cause);
     }
     if let Some((instruction, problem)) = unresolved(error) {
@@ -54,6 +65,13 @@ pub fn build_failure(stderr: &[String]) -> Option<Cause> {
             let id = rest.split('"').next().unwrap_or(rest);
             let message = format!("{instruction}: the build has no secret \"{id}\"");
             return Some(Cause::new(FailureKind::SecretMissing, message));
+        }
+        // `from=IMAGE,target=/x from=IMAGE: no stage or image found with that name`, of a mount.
+        if let Some((mount, problem)) = problem.rsplit_once(": ")
+            && problem.starts_with(NO_STAGE)
+            && let Some((_, image)) = mount.rsplit_once(" from=")
+        {
+            return Some(pull(image, problem, upstreams));
         }
         if let Some((_, unknown)) = problem.split_once("Unknown instruction: ") {
             return invalid(&format!("unknown instruction {}", unknown.trim()));
@@ -123,7 +141,8 @@ fn at_step(error: &str) -> Option<(&str, &str)> {
     rest.split_once("\": ")
 }
 
-fn pull_failure(error: &str) -> Option<Cause> {
+fn pull_failure(error: &str, upstreams: &[String]) -> Option<Cause> {
+    let pull = |image: &str, problem: &str| pull(image, problem, upstreams);
     let creating = error.strip_prefix("creating build container: ");
     if let Some(problem) = creating
         && let Some(rest) = problem.strip_prefix("parsing reference \"")
@@ -152,16 +171,24 @@ fn pull_failure(error: &str) -> Option<Cause> {
     Some(Cause::new(FailureKind::PullFailed, message))
 }
 
-fn pull(image: &str, problem: &str) -> Cause {
+/// What the engine says of a name in `from=` that it can do nothing with: it keeps to itself why.
+const NO_STAGE: &str = "no stage or image found";
+
+fn pull(image: &str, problem: &str, upstreams: &[String]) -> Cause {
     let image = image.trim_matches('"');
-    let registry = image.split_once('/').map(|(first, _)| first);
+    let first = image.split_once('/').map(|(first, _)| first);
     // Docker's rule for what is a registry and not the first part of a name.
-    let elsewhere = registry.filter(|first| first.contains(['.', ':']) || *first == "localhost");
-    let problem = match elsewhere {
-        Some(registry) if !super::files::REACHABLE.contains(&registry) => {
-            "images come from registry.kiln and docker.io only"
-        }
-        _ => problem,
+    let given = first.filter(|first| first.contains(['.', ':']) || *first == "localhost");
+    let registry = given.unwrap_or(name::DEFAULT_UPSTREAM);
+    let known = registry == name::REGISTRY || upstreams.iter().any(|known| known == registry);
+    let unknown = format!(
+        "{registry} is not an upstream of this host: ask the operator for --upstream {registry}"
+    );
+    let problem = match given {
+        _ if known => problem.to_owned(),
+        // It may have been meant as a stage.
+        None if problem.starts_with(NO_STAGE) => format!("{problem}, and {unknown}"),
+        _ => unknown,
     };
     Cause::new(FailureKind::PullFailed, format!("the image {image} could not be pulled: {problem}"))
 }
@@ -211,15 +238,19 @@ mod tests {
         text.lines().map(str::to_owned).collect()
     }
 
+    fn failure(stderr: &[String], upstreams: &[String]) -> Option<Cause> {
+        build_failure(Words { stderr, upstreams })
+    }
+
     fn build(text: &str) -> (FailureKind, String) {
-        let cause = build_failure(&lines(text)).unwrap();
+        let cause = failure(&lines(text), &[]).unwrap();
         (cause.kind, cause.message)
     }
 
     /// Every text was printed by buildah 1.39.3 of Debian trixie.
     #[test]
     fn what_the_engine_does_not_resolve_is_the_dockerfiles() {
-        let cause = |line: &str| build_failure(&[line.to_owned()]).unwrap();
+        let cause = |line: &str| failure(&[line.to_owned()], &[]).unwrap();
         assert_eq!(cause("Error: building: no stages to build").kind, DockerfileInvalid);
         let unresolved = "Error: resolving step {Value:env Next:0xc0 Children:[] Heredocs:[] \
              Attributes:map[] Original:ENV g=${e-x} Flags:[] StartLine:3 EndLine:3}: Missing ':'";
@@ -234,19 +265,50 @@ mod tests {
     fn images_of_other_registries_are_named() {
         let line = "Error: creating build container: initializing source docker://quay.io/a/b:1: pinging \
              container registry quay.io: Get \"https://quay.io/v2/\": dial tcp: lookup quay.io";
-        let found = build_failure(&[line.to_owned()]).unwrap();
+        let found = failure(&[line.to_owned()], &["docker.io".into()]).unwrap();
         assert_eq!(found.kind, PullFailed);
         assert_eq!(
             found.message,
-            "the image quay.io/a/b:1 could not be pulled: images come from registry.kiln and docker.io only"
+            "the image quay.io/a/b:1 could not be pulled: quay.io is not an upstream of this host: \
+             ask the operator for --upstream quay.io"
         );
+        let found = failure(&[line.to_owned()], &["quay.io".into()]).unwrap();
+        assert!(found.message.contains("pulled: pinging container registry"), "{found:?}");
+    }
+
+    #[test]
+    fn a_name_without_a_registry_is_one_of_docker_io() {
+        let short =
+            "Error: creating build container: unable to copy from source docker://a/b:1: refused";
+        let stage = "Error: COPY --from=made: no stage or image found with that name";
+        let without =
+            |line: &str| failure(&[line.to_owned()], &["quay.io".into()]).unwrap().message;
+        let asks =
+            "docker.io is not an upstream of this host: ask the operator for --upstream docker.io";
+        assert_eq!(without(short), format!("the image a/b:1 could not be pulled: {asks}"));
+        assert_eq!(
+            without(stage),
+            format!(
+                "the image made could not be pulled: no stage or image found with that name, and {asks}"
+            )
+        );
+        let with = |line: &str| failure(&[line.to_owned()], &["docker.io".into()]).unwrap().message;
+        assert_eq!(with(short), "the image a/b:1 could not be pulled: refused");
+        let mount = "Error: building at STEP \"RUN --mount=from=a.b/c:1,target=/o true\": from=a.b/c:1,target=/o from=a.b/c:1: \
+             no stage or image found with that name";
+        let found = failure(&[mount.to_owned()], &[]).unwrap();
+        let asks = "a.b is not an upstream of this host: ask the operator for --upstream a.b";
+        let message = format!("the image a.b/c:1 could not be pulled: {asks}");
+        assert_eq!((found.kind, found.message), (PullFailed, message));
+        let stages = "the image made could not be pulled: no stage or image found with that name";
+        assert_eq!(with(stage), stages);
     }
 
     #[test]
     fn a_secret_that_is_not_there_is_named() {
         let line = "Error: building at STEP \"RUN --mount=type=secret,id=token,required=true cat x\": resolving \
              mountpoints for container \"e26f\": secret required but no secret with id \"token\" found";
-        let found = build_failure(&[line.to_owned()]).unwrap();
+        let found = failure(&[line.to_owned()], &[]).unwrap();
         assert_eq!(found.kind, FailureKind::SecretMissing);
         assert_eq!(
             found.message,
@@ -303,17 +365,17 @@ mod tests {
                 "Trying to pull 127.0.0.1:1/base/debian:trixie...\n\
                  Error: creating build container: initializing source docker://127.0.0.1:1/base/debian:trixie: pinging container registry 127.0.0.1:1: Get \"http://127.0.0.1:1/v2/\": dial tcp 127.0.0.1:1: connect: network is unreachable",
                 PullFailed,
-                "the image 127.0.0.1:1/base/debian:trixie could not be pulled: images come from registry.kiln and docker.io only",
+                "the image 127.0.0.1:1/base/debian:trixie could not be pulled: 127.0.0.1:1 is not an upstream of this host: ask the operator for --upstream 127.0.0.1:1",
             ),
             (
                 r#"Error: creating build container: short-name "nosuchimage" did not resolve to an alias and no unqualified-search registries are defined in "/etc/containers/registries.conf""#,
                 PullFailed,
-                r#"the image nosuchimage could not be pulled: did not resolve to an alias and no unqualified-search registries are defined in "/etc/containers/registries.conf""#,
+                "the image nosuchimage could not be pulled: docker.io is not an upstream of this host: ask the operator for --upstream docker.io",
             ),
             (
                 "Error: COPY --from=nostage: no stage or image found with that name",
                 PullFailed,
-                "the image nostage could not be pulled: no stage or image found with that name",
+                "the image nostage could not be pulled: no stage or image found with that name, and docker.io is not an upstream of this host: ask the operator for --upstream docker.io",
             ),
             (
                 "Error: building at STEP \"RUN nosuch\": while running runtime: exit status 1",
@@ -390,7 +452,7 @@ mod tests {
 
     #[test]
     fn silence_has_no_cause() {
-        assert_eq!(build_failure(&[]), None);
-        assert_eq!(build_failure(&lines("Trying to pull x...")), None);
+        assert_eq!(failure(&[], &[]), None);
+        assert_eq!(failure(&lines("Trying to pull x..."), &[]), None);
     }
 }

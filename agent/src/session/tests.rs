@@ -190,6 +190,7 @@ fn job() -> Job {
             egress_ca: vec![],
             secrets: vec![],
             keep_failed: false,
+            upstreams: vec![],
         }),
         limits: Limits {
             timeout_ms: 600_000,

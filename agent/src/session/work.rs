@@ -77,6 +77,7 @@ pub async fn build<E: Engine>(
         egress_ca,
         secrets,
         keep_failed,
+        upstreams,
         dockerfile: _,
         target: _,
         base_digest: _,
@@ -102,6 +103,7 @@ pub async fn build<E: Engine>(
         certificates,
         network,
         processes,
+        upstreams,
         secrets: secrets.list().to_vec(),
     };
     let mut outcome = engine.run(work, reporter, cancel).await;

@@ -44,6 +44,7 @@ fn defaults_need_nothing() {
     assert_eq!(config.instance_disks_bytes, 100 << 30);
     assert_eq!((config.max_kept, config.keep_sessions_days), (4, 90));
     assert_eq!(config.max_queue_seconds, 3600);
+    assert_eq!((config.upstream, config.upstream_cache_bytes), (vec![], 20 << 30));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
     assert_eq!(config.log_format, LogFormat::Text);
@@ -79,6 +80,8 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         egress_permit = ["10.0.0.0/8", "fd00::/8"]
         registry = "https://registry.example"
         registry_config = "/c.json"
+        upstream = ["docker.io=https://mirror.example", {host = "quay.io", tenants = ["a"]}]
+        upstream_cache_gb = 3
         log_limit_mb = 1
         max_source_mb = 2
         max_timeout_seconds = 3
@@ -104,6 +107,9 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.egress_permit, ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     assert_eq!(config.registry_config.as_deref(), Some(Path::new("/c.json")));
     assert_eq!(config.instance_disks_bytes, 9 << 30);
+    assert_eq!(config.upstream_cache_bytes, 3 << 30);
+    let hosts: Vec<_> = config.upstream.iter().map(|spec| spec.host.as_str()).collect();
+    assert_eq!(hosts, ["docker.io", "quay.io"]);
     assert_eq!((config.max_kept, config.keep_sessions_days), (11, 0));
     assert!(config.metrics_open);
     assert_eq!(config.log_format, LogFormat::Json);
@@ -187,6 +193,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-queued", "0"], "--max-queued"),
         (["--max-queue-seconds", "0"], "2592000"),
         (["--max-uploads", "0"], "--max-uploads"),
+        (["--upstream-cache-gb", "1048577"], "1048576"),
         (["--builder", ""], "--builder"),
         (["--registry", "ftp://x"], "http(s)"),
         (["--registry", "https://user:hunter2@x"], "--registry-config"),
@@ -226,6 +233,14 @@ fn lists_come_repeated_or_with_commas() {
     let other = resolve(&["--egress-permit", "10.0.0.0/8,::1"]).unwrap();
     assert_eq!(one.egress_permit, other.egress_permit);
     assert_eq!(one.egress_permit.len(), 2);
+    let one = resolve(&["--upstream", "docker.io=https://m.example", "--upstream", "quay.io"]);
+    let other = resolve(&["--upstream", "docker.io=https://m.example,quay.io"]);
+    assert_eq!(one.unwrap().upstream, other.unwrap().upstream);
+    let twice = resolve(&["--upstream", "quay.io,quay.io=https://m.example"]).unwrap_err();
+    assert!(twice.contains("quay.io") && twice.contains("once"), "{twice}");
+    let many = |n: usize| (0..n).map(|n| format!("r{n}.example")).collect::<Vec<_>>().join(",");
+    assert!(resolve(&["--upstream", &many(MAX_UPSTREAMS)]).is_ok());
+    assert!(resolve(&["--upstream", &many(MAX_UPSTREAMS + 1)]).unwrap_err().contains("at most"));
 }
 
 #[test]

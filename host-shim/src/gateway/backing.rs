@@ -98,6 +98,9 @@ pub enum BackingError {
     /// Its token service does not work as the distribution spec says.
     #[error("its token service failed: {0}")]
     Token(String),
+    /// Its token service refuses.
+    #[error("its token service answered {0}")]
+    TokenRefused(http::StatusCode),
     /// It sends an upload to where Kiln cannot follow.
     #[error("it sends the upload to a place outside of its distribution API")]
     Location,
@@ -106,7 +109,14 @@ pub enum BackingError {
 impl BackingError {
     /// Whether the same request may go well a little later.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Send { .. } | Self::Deadline { .. } | Self::Body(_) | Self::Token(_))
+        matches!(
+            self,
+            Self::Send { .. }
+                | Self::Deadline { .. }
+                | Self::Body(_)
+                | Self::Token(_)
+                | Self::TokenRefused(_)
+        )
     }
 }
 
@@ -215,7 +225,7 @@ pub(super) fn socket_path(dir: &OwnedFd, name: &str) -> std::path::PathBuf {
     format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).into()
 }
 
-fn builder() -> reqwest::ClientBuilder {
+pub(super) fn builder() -> reqwest::ClientBuilder {
     if rustls::crypto::CryptoProvider::get_default().is_none() {
         // `main` has done so; without it reqwest panics, in tests of this module for example. The
         // error means that another thread was faster.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use tokio::time::Instant;
 use url::Url;
@@ -38,6 +38,20 @@ struct State {
     tokens: HashMap<String, (HeaderValue, Instant)>,
 }
 
+/// What goes with a request, as far as it is known.
+pub(super) enum Wanted {
+    /// The registry has not said yet.
+    Unknown,
+    /// Nothing, or what Kiln does not have.
+    Nothing,
+    Header(HeaderValue),
+    /// A token of this service, which nobody has judged yet.
+    Exchange {
+        realm: String,
+        service: Option<String>,
+    },
+}
+
 /// What the registry asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Challenge {
@@ -56,15 +70,20 @@ impl Credential {
     /// Reads the login for a registry from a file in Docker's format. A file that does not name the
     /// registry means an anonymous login, as with Docker itself.
     pub fn load(base: &Url, config: Option<&Path>) -> Result<Self, BackingError> {
-        let Some(path) = config else { return Ok(Self::new(None)) };
-        let bad = |why: String| BackingError::Config { path: path.display().to_string(), why };
-        let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
         let host = base.host_str().unwrap_or_default();
         let server = match base.port() {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
         };
-        match docker_credential::get_credential_from_reader(file, &server) {
+        Self::load_for(&server, config)
+    }
+
+    /// The same by the name that the file has for the registry.
+    pub fn load_for(server: &str, config: Option<&Path>) -> Result<Self, BackingError> {
+        let Some(path) = config else { return Ok(Self::new(None)) };
+        let bad = |why: String| BackingError::Config { path: path.display().to_string(), why };
+        let file = std::fs::File::open(path).map_err(|e| bad(e.to_string()))?;
+        match docker_credential::get_credential_from_reader(file, server) {
             Ok(DockerCredential::UsernamePassword(user, password)) => {
                 Ok(Self::new(Some((user, password))))
             }
@@ -87,35 +106,43 @@ impl Credential {
         base: &Url,
         scopes: &[String],
     ) -> Result<Option<HeaderValue>, BackingError> {
-        let known = self.lock().challenge.clone();
-        let challenge = if let Some(challenge) = known {
-            challenge
-        } else {
+        if self.lock().challenge.is_none() {
             let challenge = ask(client, base).await?;
-            self.lock().challenge = Some(challenge.clone());
-            challenge
-        };
-        match challenge {
-            Challenge::Nothing => Ok(None),
-            Challenge::Basic => Ok(self.basic()),
-            Challenge::Bearer { realm, service } => {
-                let key = scopes.join(" ");
-                let kept = self.lock().tokens.get(&key).cloned();
-                if let Some((value, until)) = kept
-                    && until > Instant::now()
-                {
-                    return Ok(Some(value));
-                }
+            self.lock().challenge = Some(challenge);
+        }
+        match self.wanted(scopes) {
+            Wanted::Unknown | Wanted::Nothing => Ok(None),
+            Wanted::Header(value) => Ok(Some(value)),
+            Wanted::Exchange { realm, service } => {
                 let realm = trusted_realm(base, &realm)?;
-                let (value, until) = self.exchange(client, realm, service, scopes).await?;
-                let mut state = self.lock();
-                if state.tokens.len() >= MAX_TOKENS {
-                    state.tokens.clear();
-                }
-                state.tokens.insert(key, (value.clone(), until));
-                Ok(Some(value))
+                self.exchange(client, realm, service, scopes).await.map(Some)
             }
         }
+    }
+
+    /// What the registry wants with a request of these scopes, by what it said last.
+    pub fn wanted(&self, scopes: &[String]) -> Wanted {
+        let state = self.lock();
+        match &state.challenge {
+            None => Wanted::Unknown,
+            Some(Challenge::Nothing) => Wanted::Nothing,
+            Some(Challenge::Basic) => self.basic().map_or(Wanted::Nothing, Wanted::Header),
+            Some(Challenge::Bearer { realm, service }) => {
+                match state.tokens.get(&scopes.join(" ")) {
+                    Some((value, until)) if *until > Instant::now() => {
+                        Wanted::Header(value.clone())
+                    }
+                    _ => Wanted::Exchange { realm: realm.clone(), service: service.clone() },
+                }
+            }
+        }
+    }
+
+    /// Takes what the registry wants from a refusal of it.
+    pub fn learn(&self, headers: &HeaderMap) -> Result<(), BackingError> {
+        let challenge = challenge_of(headers)?;
+        self.lock().challenge = Some(challenge);
+        Ok(())
     }
 
     /// Drops what was refused: the token, and what is known about the registry's wishes.
@@ -125,13 +152,14 @@ impl Credential {
         state.tokens.remove(&scopes.join(" "));
     }
 
-    async fn exchange(
+    /// Gets a token of a service that may have the login, and keeps it.
+    pub async fn exchange(
         &self,
         client: &reqwest::Client,
         mut realm: Url,
         service: Option<String>,
         scopes: &[String],
-    ) -> Result<(HeaderValue, Instant), BackingError> {
+    ) -> Result<HeaderValue, BackingError> {
         {
             let mut query = realm.query_pairs_mut();
             query.extend_pairs(service.iter().map(|service| ("service", service)));
@@ -145,7 +173,7 @@ impl Credential {
         let response = response.map_err(|e| BackingError::Token(e.without_url().to_string()))?;
         let status = response.status();
         if status != StatusCode::OK {
-            return Err(BackingError::Token(format!("it answered {status}")));
+            return Err(BackingError::TokenRefused(status));
         }
         let bytes = relay::collect(response, MAX_TOKEN_ANSWER).await?;
         let bad = || BackingError::Token("it answered no token".into());
@@ -156,7 +184,12 @@ impl Credential {
         let lasts = Duration::from_secs(answer.expires_in.unwrap_or(DEFAULT_TOKEN_SECONDS));
         // A year bounds what a wrong answer could overflow.
         let lasts = lasts.min(Duration::from_hours(24 * 365)).saturating_sub(TOKEN_MARGIN);
-        Ok((value, Instant::now() + lasts))
+        let mut state = self.lock();
+        if state.tokens.len() >= MAX_TOKENS {
+            state.tokens.clear();
+        }
+        state.tokens.insert(scopes.join(" "), (value.clone(), Instant::now() + lasts));
+        Ok(value)
     }
 
     fn basic(&self) -> Option<HeaderValue> {
@@ -189,7 +222,11 @@ async fn ask(client: &reqwest::Client, base: &Url) -> Result<Challenge, BackingE
     if response.status() != StatusCode::UNAUTHORIZED {
         return Ok(Challenge::Nothing);
     }
-    let challenges = response.headers().get_all(header::WWW_AUTHENTICATE);
+    challenge_of(response.headers())
+}
+
+fn challenge_of(headers: &HeaderMap) -> Result<Challenge, BackingError> {
+    let challenges = headers.get_all(header::WWW_AUTHENTICATE);
     let known = challenges.iter().filter_map(|v| parse_challenge(v.to_str().ok()?));
     known
         .max_by_key(|c| matches!(c, Challenge::Bearer { .. }))

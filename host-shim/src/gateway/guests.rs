@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! GET  base/*, <its tenant>/*   ─▶ pull: streamed from the backing registry, with the host's credential
+//! GET  upstream/<registry>/*    ─▶ upstream: from the cache, or another registry, with the host's credential
 //! any  staging/image            ─▶ push: this build's staging area, once it pushes
 //! ```
 //! Who is asking is known from the socket that the connection came in on: nothing inside it says
@@ -11,6 +12,7 @@
 mod pull;
 mod push;
 mod room;
+mod upstream;
 
 use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
@@ -31,9 +33,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::backing::Backing;
 use super::error::Refusal;
-use super::path::{Name, Reference, Route};
+use super::path::{Name, Route};
 use super::relay;
 use super::rights::Space;
+use super::upstream::Upstreams;
 use crate::build::{BuildId, Pulled, Tenant};
 use crate::staging::{Digest, Staging};
 
@@ -55,6 +58,7 @@ pub struct GuestContext {
     tenant: Tenant,
     staging: Arc<Staging>,
     backing: Backing,
+    upstreams: Upstreams,
     pushing: watch::Sender<bool>,
     manifests: room::ManifestRoom,
     seen: Mutex<Seen>,
@@ -72,7 +76,7 @@ struct Seen {
 /// A blob that some manifest that the build pulled consists of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PulledBlob {
-    /// The repository that the build may pull it from.
+    /// The repository that the build may pull it from, as the gateway has it.
     pub repository: Name,
     /// Its size as the manifest says.
     pub size: u64,
@@ -80,12 +84,19 @@ pub struct PulledBlob {
 
 impl GuestContext {
     /// For a build that has pulled nothing and may not push yet.
-    pub fn new(build: BuildId, tenant: Tenant, staging: Arc<Staging>, backing: Backing) -> Self {
+    pub fn new(
+        build: BuildId,
+        tenant: Tenant,
+        staging: Arc<Staging>,
+        backing: Backing,
+        upstreams: Upstreams,
+    ) -> Self {
         Self {
             build,
             tenant,
             staging,
             backing,
+            upstreams,
             pushing: watch::Sender::new(false),
             manifests: room::ManifestRoom::new(),
             seen: Mutex::default(),
@@ -100,6 +111,11 @@ impl GuestContext {
     /// Where pushes go.
     pub fn staging(&self) -> &Arc<Staging> {
         &self.staging
+    }
+
+    /// The other registries.
+    pub fn upstreams(&self) -> &Upstreams {
+        &self.upstreams
     }
 
     /// Opens the staging area for pushes, or closes it.
@@ -146,9 +162,6 @@ impl GuestContext {
         match Space::of(name) {
             Space::Base => Ok(()),
             Space::Named(first) if first == self.tenant.as_str() => Ok(()),
-            Space::Upstream => unknown(format!(
-                "{REGISTRY}/{name}: this server has no upstream registries; use an image of {REGISTRY}/base/"
-            )),
             _ => unknown(format!(
                 "{REGISTRY}/{name}: a build may pull from {REGISTRY}/base/ and {REGISTRY}/{}/",
                 self.tenant
@@ -156,18 +169,15 @@ impl GuestContext {
         }
     }
 
-    /// Writes down what was pulled. Refused when that is too much.
+    /// Writes down what was pulled: `at` is the image's name, `name` the repository's at the gateway. Refused when that
+    /// is too much.
     fn record_pull(
         &self,
+        at: String,
         name: &Name,
-        reference: &Reference,
         digest: Digest,
         manifest: &[u8],
     ) -> Result<(), Refusal> {
-        let at = match reference {
-            Reference::Tag(tag) => format!("{REGISTRY}/{name}:{tag}"),
-            Reference::Digest(digest) => format!("{REGISTRY}/{name}@{digest}"),
-        };
         let mut seen = self.seen();
         let pulled = (at, digest);
         if seen.pulled.len() >= MAX_PULLED && !seen.pulled.contains(&pulled) {

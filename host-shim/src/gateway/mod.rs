@@ -1,7 +1,7 @@
 //! The registry gateway: between guests, clients, and the real registry behind Kiln.
 //!
 //! ```text
-//! a VM ──vsock──▶ guests ──▶ pulls: backing            pushes: staging
+//! a VM ──vsock──▶ guests ──▶ pulls: backing, upstream  pushes: staging
 //! client ──/v2──▶ clients ─▶ rights by token ─▶ backing
 //!                               backing ──▶ managed (docker-registry on a Unix socket), or external
 //! ```
@@ -22,6 +22,7 @@ pub mod request;
 pub mod rights;
 pub mod token;
 mod token_endpoint;
+pub mod upstream;
 
 pub use backing::{Backing, BackingError};
 pub use clients::{GatewayState, router};
@@ -29,3 +30,4 @@ pub use guests::{GuestContext, serve};
 pub use managed::{Managed, ManagedError};
 pub use rights::{Authorizer, Caller};
 pub use token::TokenKeys;
+pub use upstream::Upstreams;

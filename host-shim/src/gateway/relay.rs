@@ -45,7 +45,7 @@ const RESPONSE_HEADERS: [HeaderName; 12] = [
 ];
 
 /// Every type of manifest that there is.
-const ANY_MANIFEST: HeaderValue = HeaderValue::from_static(
+pub(super) const ANY_MANIFEST: HeaderValue = HeaderValue::from_static(
     "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.docker.distribution.manifest.v2+json",

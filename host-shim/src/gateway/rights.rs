@@ -6,7 +6,7 @@
 //! | `base/*` | everybody with a token | administrators | administrators |
 //! | `<tenant>/*` | the tenant, its readers too | the tenant | the tenant |
 //! | `builds/<id>` | the tenant of the build, its readers too | nobody: builds push it | administrators |
-//! | `upstream/*` | nobody yet | nobody | nobody |
+//! | `upstream/*` | nobody: builds do, by [`super::upstream`] | nobody | nobody |
 //! | others | administrators | administrators | administrators |
 //!
 //! Administrators may pull and delete whatever others may, and push whatever somebody may.

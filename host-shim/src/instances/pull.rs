@@ -22,7 +22,7 @@ use crate::publish::{MANIFEST_TYPES, blobs_of, parse_manifest};
 use crate::staging::{Digest, MAX_MANIFEST_BYTES};
 
 /// The media types of lists of manifests.
-const INDEX_TYPES: [&str; 2] = [
+pub(crate) const INDEX_TYPES: [&str; 2] = [
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 ];
@@ -144,17 +144,7 @@ pub async fn resolve(backing: &Backing, image: &Image) -> Result<Resolved, PullE
     let not_runnable = |why: String| PullError::NotRunnable { image: image.to_string(), why };
     let (mut media_type, mut manifest) = manifest(backing, &image.name, &image.reference).await?;
     if INDEX_TYPES.contains(&media_type.as_str()) {
-        let index: Index =
-            serde_json::from_slice(&manifest).map_err(|error| not_runnable(error.to_string()))?;
-        let fits = |listed: &&Listed| {
-            let platform = listed.platform.as_ref();
-            MANIFEST_TYPES.contains(&listed.media_type.as_str())
-                && platform.is_some_and(|p| p.os == OS && p.architecture == ARCHITECTURE)
-        };
-        let listed = index.manifests.iter().find(fits);
-        let listed =
-            listed.ok_or_else(|| not_runnable(format!("it is not for {OS}/{ARCHITECTURE}")))?;
-        let reference = Reference::Digest(listed.digest);
+        let reference = Reference::Digest(listed(&manifest).map_err(not_runnable)?);
         (media_type, manifest) = self::manifest(backing, &image.name, &reference).await?;
     }
     let parsed =
@@ -183,6 +173,18 @@ pub async fn resolve(backing: &Backing, image: &Image) -> Result<Resolved, PullE
         manifest,
         blobs,
     })
+}
+
+/// The manifest for this platform in a list of them.
+pub(crate) fn listed(index: &[u8]) -> Result<Digest, String> {
+    let index: Index = serde_json::from_slice(index).map_err(|error| error.to_string())?;
+    let fits = |listed: &&Listed| {
+        let platform = listed.platform.as_ref();
+        MANIFEST_TYPES.contains(&listed.media_type.as_str())
+            && platform.is_some_and(|p| p.os == OS && p.architecture == ARCHITECTURE)
+    };
+    let listed = index.manifests.iter().find(fits);
+    listed.map(|listed| listed.digest).ok_or_else(|| format!("it is not for {OS}/{ARCHITECTURE}"))
 }
 
 /// A manifest with its media type; a digest that named it holds.

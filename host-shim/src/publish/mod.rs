@@ -10,9 +10,12 @@
 mod check;
 mod push;
 
+use std::sync::Arc;
+
 use crate::build::FailureKind;
 use crate::causes::chain;
 use crate::gateway::BackingError;
+use crate::gateway::upstream::UpstreamError;
 use crate::staging::{Digest, StagingError};
 
 pub use self::check::{Checked, CheckedBlob, check};
@@ -70,6 +73,17 @@ pub enum PublishError {
         #[source]
         source: BackingError,
     },
+    /// A base's layer could not be had.
+    #[error("{digest}, part of the image's base, could not be had from {place}")]
+    Upstream {
+        /// Of the layer.
+        digest: Digest,
+        /// The repository, as the build named it.
+        place: String,
+        /// Why.
+        #[source]
+        source: Arc<UpstreamError>,
+    },
     /// The registry refused.
     #[error("the registry answered {status} when asked to {operation}: {message}")]
     Refused {
@@ -107,6 +121,7 @@ impl PublishError {
     fn is_transient(&self) -> bool {
         match self {
             Self::Backing { source, .. } => source.is_transient(),
+            Self::Upstream { source, .. } => source.is_transient(),
             // 401: the token ran out during a long upload; the next try gets a new one.
             Self::Refused { status, .. } => {
                 status.is_server_error() || matches!(status.as_u16(), 401 | 408 | 429)

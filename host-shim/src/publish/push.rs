@@ -11,6 +11,7 @@ use super::{Checked, CheckedBlob, PublishError};
 use crate::gateway::backing::{Backing, BackingError, Target};
 use crate::gateway::path::{Name, Reference, Route, is_tag};
 use crate::gateway::relay;
+use crate::gateway::upstream::{Place, Upstreams};
 use crate::staging::Digest;
 
 /// Tries of one request that fails for a reason that may pass. With the pauses between them they
@@ -31,12 +32,13 @@ const SHOWN_REFUSAL: usize = 300;
 pub async fn push(
     checked: &Checked,
     backing: &Backing,
+    upstreams: &Upstreams,
     repository: &str,
     tag: &str,
 ) -> Result<(), PublishError> {
     let name = Name::parse(repository).filter(|_| is_tag(tag));
     let name = name.ok_or_else(|| PublishError::BadName(format!("{repository}:{tag}")))?;
-    let to = Destination { checked, backing, name: &name };
+    let to = Destination { checked, backing, upstreams, name: &name };
     futures_util::stream::iter(checked.blobs.clone())
         .map(|blob| async move { retry(|| to.blob(&blob)).await })
         .buffer_unordered(PARALLEL)
@@ -66,6 +68,7 @@ pub async fn is_published(
 struct Destination<'a> {
     checked: &'a Checked,
     backing: &'a Backing,
+    upstreams: &'a Upstreams,
     name: &'a Name,
 }
 
@@ -94,6 +97,15 @@ impl Destination<'_> {
                     PublishError::Io { operation: "read", path: path.display().to_string(), source }
                 })?;
                 request.stream(ReaderStream::with_capacity(file, CHUNK), Some(blob.size))
+            } else if let Some(place) = self.elsewhere(blob) {
+                let digest = blob.digest;
+                let from = self.upstreams.blob(&place, digest).await;
+                let from = from.map_err(|source| PublishError::Upstream {
+                    digest,
+                    place: place.image(),
+                    source,
+                })?;
+                request.stream(from.body, Some(blob.size))
             } else {
                 request.stream(self.copy(blob).await?, Some(blob.size))
             };
@@ -105,7 +117,9 @@ impl Destination<'_> {
     async fn begin(&self, blob: &CheckedBlob) -> Result<Option<Target>, PublishError> {
         let operation = || format!("start an upload of {}", blob.digest);
         let mut target = Target { route: Route::Uploads(self.name.clone()), query: vec![] };
-        if let Some(source) = &blob.source {
+        if let Some(source) = &blob.source
+            && self.elsewhere(blob).is_none()
+        {
             target = target.with("mount", &blob.digest).with("from", source);
         }
         let answer = self.backing.request_to(Method::POST, target).send().await;
@@ -118,6 +132,11 @@ impl Destination<'_> {
             }
             _ => Err(refused(operation(), answer).await),
         }
+    }
+
+    /// Where a blob was pulled from, if that was another registry.
+    fn elsewhere(&self, blob: &CheckedBlob) -> Option<Place> {
+        self.upstreams.find(&Name::parse(blob.source.as_deref()?)?).ok()
     }
 
     /// The content of a blob that the registry has in another repository but does not mount.

@@ -5,6 +5,8 @@
 //! The image's list of layers is the guest's. One that lies in it is no image that anything can run: whoever unpacks
 //! a layer compares.
 
+use std::sync::Arc;
+
 use kiln_protocol::name::REGISTRY;
 use oci_spec::image::ImageManifest;
 use serde::Deserialize;
@@ -14,8 +16,10 @@ use crate::build::Pulled;
 use crate::gateway::Backing;
 use crate::gateway::guests::GuestContext;
 use crate::gateway::path::{Name, Reference};
-use crate::instances::pull::{self, PullError, RootFs};
+use crate::gateway::upstream::{Place, UpstreamError, Upstreams};
+use crate::instances::pull::{self, INDEX_TYPES, PullError, RootFs};
 use crate::instances::reference::Image;
+use crate::publish::parse_manifest;
 use crate::staging::{Digest, StagingError};
 
 /// Largest config that is read.
@@ -27,6 +31,12 @@ pub(super) enum BaseError {
     /// The base cannot be read.
     #[error("the base cannot be looked at")]
     Base(#[from] PullError),
+    /// The same, where it is of another registry.
+    #[error("the base cannot be looked at")]
+    Upstream(#[from] Arc<UpstreamError>),
+    /// It is no image.
+    #[error("the base is no image: {0}")]
+    NoImage(String),
     /// What the guest pushed cannot be read.
     #[error("the pushed image cannot be looked at")]
     Staging(#[from] StagingError),
@@ -50,20 +60,59 @@ pub(super) async fn is_built_on(
     pin: &str,
     digest: &str,
 ) -> Result<bool, BaseError> {
-    let Some(base) = image(pulled, pin) else { return Ok(false) };
-    let base = pull::resolve(backing, &base).await?.diff_ids;
+    let base = match image(context.upstreams(), pulled, pin) {
+        Some(Base::Own(image)) => pull::resolve(backing, &image).await?.diff_ids,
+        Some(Base::Elsewhere(place, digest)) => {
+            layers_elsewhere(context.upstreams(), &place, digest).await?
+        }
+        None => return Ok(false),
+    };
     let Some(own) = staged_layers(context, digest).await? else { return Ok(false) };
     Ok(own.starts_with(&base))
 }
 
+/// Where a base is.
+enum Base {
+    Own(Image),
+    Elsewhere(Place, Digest),
+}
+
 /// The image that was pulled with this digest.
-fn image(pulled: &[Pulled], pin: &str) -> Option<Image> {
+fn image(upstreams: &Upstreams, pulled: &[Pulled], pin: &str) -> Option<Base> {
     let found = pulled.iter().find(|pulled| pulled.digest == pin)?;
-    let path = found.reference.strip_prefix(REGISTRY)?.strip_prefix('/')?;
+    let (registry, path) = found.reference.split_once('/')?;
     let name =
         path.split_once('@').or_else(|| path.rsplit_once(':')).map_or(path, |(name, _)| name);
     let digest = Digest::parse(pin).ok()?;
-    Some(Image { name: Name::parse(name)?, reference: Reference::Digest(digest) })
+    if registry != REGISTRY {
+        return Some(Base::Elsewhere(upstreams.named(&format!("{registry}/{name}"))?, digest));
+    }
+    Some(Base::Own(Image { name: Name::parse(name)?, reference: Reference::Digest(digest) }))
+}
+
+/// The layers of another registry's image, unpacked. The build has just pulled it, so most of the time nothing is
+/// fetched.
+async fn layers_elsewhere(
+    upstreams: &Upstreams,
+    place: &Place,
+    digest: Digest,
+) -> Result<Vec<String>, BaseError> {
+    let manifest = |digest| async move {
+        let manifest = upstreams.manifest(place, &Reference::Digest(digest)).await;
+        manifest.map_err(Arc::new)
+    };
+    let no_image = |error: &dyn std::fmt::Display| BaseError::NoImage(error.to_string());
+    let mut found = manifest(digest).await?;
+    if INDEX_TYPES.contains(&found.media_type.as_str()) {
+        let listed = pull::listed(&found.bytes).map_err(BaseError::NoImage)?;
+        found = manifest(listed).await?;
+    }
+    let parsed = parse_manifest(&found.media_type, &found.bytes).map_err(|e| no_image(&e))?;
+    let config = Digest::parse(parsed.config().digest().as_ref()).map_err(|e| no_image(&e))?;
+    let limit = usize::try_from(MAX_CONFIG_BYTES).unwrap_or(usize::MAX);
+    let bytes = upstreams.small_blob(place, config, limit).await?;
+    let config: Config = serde_json::from_slice(&bytes).map_err(|e| no_image(&e))?;
+    Ok(config.rootfs.diff_ids)
 }
 
 async fn staged_layers(
@@ -87,8 +136,6 @@ async fn staged_layers(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::sync::Arc;
-
     use http::header;
     use serde_json::json;
 
@@ -104,10 +151,30 @@ mod tests {
             (&*format!("registry.kiln/dev/app@{digest}"), "dev/app"),
         ] {
             let pulled = [Pulled { reference: reference.into(), digest: digest.clone() }];
-            let found = image(&pulled, &digest).unwrap();
+            let found = image(&upstreams(), &pulled, &digest);
+            let Some(Base::Own(found)) = found else { panic!("{reference}") };
             assert_eq!(found.to_string(), format!("{name}@{digest}"));
-            assert!(image(&pulled, &Digest::of(b"other").to_string()).is_none());
+            assert!(image(&upstreams(), &pulled, &Digest::of(b"other").to_string()).is_none());
         }
+        for (reference, name) in [
+            ("docker.io/library/debian:trixie", "docker.io/library/debian"),
+            ("r.example:5000/a/b:1", "r.example:5000/a/b"),
+            (&*format!("r.example:5000/a@{digest}"), "r.example:5000/a"),
+        ] {
+            let pulled = [Pulled { reference: reference.into(), digest: digest.clone() }];
+            let found = image(&upstreams(), &pulled, &digest);
+            let Some(Base::Elsewhere(place, _)) = found else { panic!("{reference}") };
+            assert_eq!(place.image(), name);
+            assert!(image(&Upstreams::none(), &pulled, &digest).is_none());
+        }
+    }
+
+    fn upstreams() -> Upstreams {
+        let specs = ["docker.io", "r.example:5000"].map(|spec| spec.parse().unwrap()).to_vec();
+        let settings = crate::gateway::upstream::Settings { specs, ..Default::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().to_owned();
+        Upstreams::open(&crate::gateway::upstream::Settings { dir, ..settings }).unwrap()
     }
 
     const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -157,6 +224,7 @@ mod tests {
             Tenant::new("t").unwrap(),
             Arc::clone(&staging),
             backing.clone(),
+            Upstreams::none(),
         );
         let reference = "registry.kiln/base/x:1".to_owned();
         let pulled = [Pulled { reference, digest: pin.clone() }];

@@ -240,6 +240,7 @@ impl Driver {
             self.build.tenant.clone(),
             staging,
             self.workshop.backing.clone(),
+            self.workshop.upstreams.clone(),
         ));
         let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context), way_out).await;
         self.build.pulled = context.pulled();
@@ -431,7 +432,8 @@ impl Driver {
         self.entry.settle();
         tracing::info!(digest, "publishing");
         let (repository, tag) = (self.build.repository(), self.build.tag().to_owned());
-        match publish::push(&checked, &self.workshop.backing, &repository, &tag).await {
+        let Workshop { backing, upstreams, .. } = &*self.workshop;
+        match publish::push(&checked, backing, upstreams, &repository, &tag).await {
             Ok(()) => Ok(None),
             Err(error) => Ok(Some(Next::Fail(publish_failure(&error)))),
         }

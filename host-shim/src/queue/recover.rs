@@ -59,6 +59,7 @@ async fn republish(workshop: &Workshop, build: &Build, digest: &str) -> Result<(
         return published.map_err(|e| publish_failure(&e))?.then_some(()).ok_or_else(lost);
     };
     // Also where the digest is there: the tag may not be. What is there is not sent again.
-    let pushed = publish::push(&checked, &workshop.backing, &repository, build.tag()).await;
+    let Workshop { backing, upstreams, .. } = workshop;
+    let pushed = publish::push(&checked, backing, upstreams, &repository, build.tag()).await;
     pushed.map_err(|e| publish_failure(&e))
 }

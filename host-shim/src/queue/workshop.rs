@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::Egress;
 use crate::build::Build;
 use crate::events::EventLog;
-use crate::gateway::Backing;
+use crate::gateway::{Backing, Upstreams};
 use crate::kept::Kept;
 use crate::secrets::Vault;
 use crate::store::Store;
@@ -24,6 +24,8 @@ pub struct Workshop {
     pub kept: Kept,
     /// The registry behind the gateway.
     pub backing: Backing,
+    /// The other registries that builds pull from.
+    pub upstreams: Upstreams,
     /// Opens secrets.
     pub vault: Arc<Vault>,
     /// One directory for each build: its source and its staging.

@@ -19,9 +19,9 @@ use sha2::{Digest, Sha256};
 use super::ready::{Facilities, ROOM};
 use crate::build::{BuildId, Tenant};
 use crate::config::{ConfigError, ServeConfig};
-use crate::gateway::Backing;
 use crate::gateway::managed::Managed;
 use crate::gateway::rights::{Authorizer, Caller};
+use crate::gateway::{Backing, Upstreams, upstream};
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
@@ -154,6 +154,20 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
         .context("cannot start the registry")?;
     let backing = managed.backing().clone();
     Ok((Some(managed), backing))
+}
+
+/// The other registries that builds pull from.
+pub(super) fn upstreams(config: &ServeConfig) -> anyhow::Result<Upstreams> {
+    let settings = upstream::Settings {
+        specs: config.upstream.clone(),
+        logins: config.registry_config.clone(),
+        guard: upstream::Guard {
+            permitted: config.egress_permit.iter().map(|cidr| cidr.0).collect(),
+        },
+        dir: config.data_dir.join("upstream-cache"),
+        cache_bytes: config.upstream_cache_bytes,
+    };
+    Upstreams::open(&settings).context("cannot prepare for upstreams")
 }
 
 pub(super) fn egress(config: &ServeConfig) -> anyhow::Result<Egress> {

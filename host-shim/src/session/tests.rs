@@ -89,6 +89,7 @@ fn host_that(source: usize, keep_failed: bool) -> Host {
         egress_ca: vec![],
         secrets: vec![],
         keep_failed,
+        upstreams: vec![],
     };
     let limits = Limits {
         timeout_ms: 1000,

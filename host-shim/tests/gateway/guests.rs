@@ -102,6 +102,9 @@ async fn a_build_sees_base_and_its_tenants_repositories_only() {
         (format!("/v2/b/lib/blobs/{layer}"), 404),
         ("/v2/builds/b1/manifests/latest".into(), 404),
         ("/v2/upstream/docker.io/x/manifests/latest".into(), 404),
+        ("/v2/upstream/x/manifests/latest".into(), 404),
+        ("/v2/upstream/127.0.0.1__1/x/manifests/latest".into(), 404),
+        ("/v2/upstream/docker.io/x/tags/list".into(), 405),
         ("/v2/base/missing/manifests/latest".into(), 404),
         ("/v2/base/debian/manifests/missing".into(), 404),
         ("/v2/staging/image/manifests/result".into(), 404),
@@ -122,8 +125,11 @@ async fn a_build_sees_base_and_its_tenants_repositories_only() {
         let answer = send(at, method.clone(), path).await;
         assert_eq!(code_of(answer).await, (403, "DENIED".into()), "{method} {path}");
     }
-    let upstream = send(at, Method::GET, "/v2/upstream/x/manifests/latest").await;
-    assert!(upstream.text().await.unwrap().contains("no upstream registries"));
+    let upstream = send(at, Method::GET, "/v2/upstream/docker.io/x/manifests/latest").await;
+    let said = upstream.text().await.unwrap();
+    let asks =
+        "docker.io is not an upstream of this host: ask the operator for --upstream docker.io";
+    assert!(said.contains(asks), "{said}");
 }
 
 #[tokio::test]

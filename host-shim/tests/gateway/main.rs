@@ -6,3 +6,4 @@ mod guests;
 mod managed;
 mod publish;
 mod support;
+mod upstream;

@@ -3,14 +3,14 @@
 use bytes::Bytes;
 use futures_util::stream;
 use kiln::build::FailureKind;
-use kiln::gateway::{Backing, GuestContext};
+use kiln::gateway::{Backing, GuestContext, Upstreams};
 use kiln::publish::{Checked, PublishError, check, is_published, push};
 use kiln::staging::Digest;
 
 use crate::support::{A, ADMIN, Image, OCI_MANIFEST, World, http, ok};
 
 /// Pushes an image into the staging area, but for the parts whose content is left out.
-async fn stage(ctx: &GuestContext, image: &Image, without: &[&[u8]]) {
+pub async fn stage(ctx: &GuestContext, image: &Image, without: &[&[u8]]) {
     for blob in image.blobs().filter(|blob| !without.contains(&blob.as_slice())) {
         let id = ctx.staging().begin_upload().await.unwrap();
         let body = stream::iter([Ok::<_, std::io::Error>(Bytes::copy_from_slice(blob))]);
@@ -29,11 +29,11 @@ async fn a_checked_image_is_published_and_may_be_again() {
     let checked = check(&ctx, &image.digest().to_string()).await.unwrap();
     let backing = world.registry.backing();
     assert!(!is_published(backing, "a/app", image.digest()).await.unwrap());
-    push(&checked, backing, "a/app", "v1").await.unwrap();
+    push(&checked, backing, &Upstreams::none(), "a/app", "v1").await.unwrap();
     assert!(is_published(backing, "a/app", image.digest()).await.unwrap());
     assert_eq!(ok(&world.inspect(A, "a/app:v1").await), image.digest().to_string());
-    push(&checked, backing, "a/app", "v1").await.unwrap();
-    push(&checked, backing, "builds/of-a", "latest").await.unwrap();
+    push(&checked, backing, &Upstreams::none(), "a/app", "v1").await.unwrap();
+    push(&checked, backing, &Upstreams::none(), "builds/of-a", "latest").await.unwrap();
     assert_eq!(ok(&world.inspect(A, "builds/of-a:latest").await), image.digest().to_string());
 }
 
@@ -49,7 +49,7 @@ async fn a_base_layer_is_mounted_and_never_uploaded() {
     let checked = check(&ctx, &image.digest().to_string()).await.unwrap();
     let layer = checked.blobs.iter().find(|b| b.digest == Digest::of(&image.layers[0])).unwrap();
     assert_eq!((layer.staged, layer.source.as_deref()), (false, Some("base/debian")));
-    push(&checked, world.registry.backing(), "a/app", "v1").await.unwrap();
+    push(&checked, world.registry.backing(), &Upstreams::none(), "a/app", "v1").await.unwrap();
     assert_eq!(ok(&world.inspect(A, "a/app:v1").await), image.digest().to_string());
 }
 
@@ -65,7 +65,7 @@ async fn what_was_checked_survives_the_host() {
     drop(ctx);
     let loaded = Checked::load(&dir).await.unwrap().unwrap();
     assert_eq!(loaded, checked);
-    push(&loaded, world.registry.backing(), "a/app", "v1").await.unwrap();
+    push(&loaded, world.registry.backing(), &Upstreams::none(), "a/app", "v1").await.unwrap();
     assert!(is_published(world.registry.backing(), "a/app", image.digest()).await.unwrap());
 }
 
@@ -103,12 +103,18 @@ async fn a_changed_blob_is_not_published() {
     let checked = check(&ctx, &image.digest().to_string()).await.unwrap();
     let path = ctx.staging().blob_path(&Digest::of(&image.layers[0]));
     std::fs::write(&path, vec![0; image.layers[0].len()]).unwrap();
-    let refused = push(&checked, world.registry.backing(), "a/app", "v1").await.unwrap_err();
+    let refused = push(&checked, world.registry.backing(), &Upstreams::none(), "a/app", "v1")
+        .await
+        .unwrap_err();
     assert!(matches!(refused, PublishError::Refused { .. }), "{refused:?}");
     assert!(!is_published(world.registry.backing(), "a/app", image.digest()).await.unwrap());
-    let bad = push(&checked, world.registry.backing(), "a/App", "v1").await.unwrap_err();
+    let bad = push(&checked, world.registry.backing(), &Upstreams::none(), "a/App", "v1")
+        .await
+        .unwrap_err();
     assert!(matches!(bad, PublishError::BadName(_)));
-    let bad = push(&checked, world.registry.backing(), "a/app", "-").await.unwrap_err();
+    let bad = push(&checked, world.registry.backing(), &Upstreams::none(), "a/app", "-")
+        .await
+        .unwrap_err();
     assert!(matches!(bad, PublishError::BadName(_)));
 }
 
@@ -123,7 +129,7 @@ async fn a_restart_of_the_registry_is_survived() {
     let pid = pid.split_whitespace().next().unwrap().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
         .unwrap();
-    push(&checked, world.registry.backing(), "a/app", "v1").await.unwrap();
+    push(&checked, world.registry.backing(), &Upstreams::none(), "a/app", "v1").await.unwrap();
     assert!(is_published(world.registry.backing(), "a/app", image.digest()).await.unwrap());
 }
 
@@ -142,9 +148,9 @@ async fn an_external_registry_with_tokens_works_alike() {
     let url = format!("http://{}", world.gateway);
     let external = Backing::external(&url, Some(&config)).unwrap();
     assert!(!is_published(&external, "a/app", image.digest()).await.unwrap());
-    push(&checked, &external, "a/app", "v1").await.unwrap();
+    push(&checked, &external, &Upstreams::none(), "a/app", "v1").await.unwrap();
     assert!(is_published(&external, "a/app", image.digest()).await.unwrap());
     let anonymous = Backing::external(&url, None).unwrap();
-    let refused = push(&checked, &anonymous, "a/app", "v2").await.unwrap_err();
+    let refused = push(&checked, &anonymous, &Upstreams::none(), "a/app", "v2").await.unwrap_err();
     assert_eq!(refused.failure_kind(), FailureKind::PushFailed);
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kiln::build::{BuildId, Tenant};
 use kiln::gateway::{
-    Authorizer, Caller, GatewayState, GuestContext, Managed, TokenKeys, router, serve,
+    Authorizer, Caller, GatewayState, GuestContext, Managed, TokenKeys, Upstreams, router, serve,
 };
 use kiln::staging::{Digest, Limits, Staging};
 use kiln::store::{Role, StoreError};
@@ -58,9 +58,19 @@ impl World {
 
     /// A guest of tenant `a`: its context, and a port that stands for its tunnel.
     pub async fn guest(&self) -> (Arc<GuestContext>, SocketAddr) {
-        let (build, tenant) = (BuildId::new("b1").unwrap(), Tenant::new("a").unwrap());
-        let backing = self.registry.backing().clone();
-        let ctx = Arc::new(GuestContext::new(build, tenant, self.staging(), backing));
+        self.guest_of("a", &Upstreams::none()).await
+    }
+
+    /// The same of a tenant that may pull from other registries.
+    pub async fn guest_of(
+        &self,
+        tenant: &str,
+        upstreams: &Upstreams,
+    ) -> (Arc<GuestContext>, SocketAddr) {
+        let (build, tenant) = (BuildId::new("b1").unwrap(), Tenant::new(tenant).unwrap());
+        let (backing, upstreams) = (self.registry.backing().clone(), upstreams.clone());
+        let ctx = GuestContext::new(build, tenant, self.staging(), backing, upstreams);
+        let ctx = Arc::new(ctx);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = ctx.clone();

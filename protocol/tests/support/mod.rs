@@ -164,6 +164,7 @@ fn job(dockerfile: Dockerfile, network: StepNetwork) -> HostToAgent {
             egress_ca: if inline { b"PEM".to_vec() } else { vec![] },
             secrets: inline.then(secrets).unwrap_or_default(),
             keep_failed: inline,
+            upstreams: if inline { vec!["docker.io".into(), "quay.io".into()] } else { vec![] },
         }),
         limits: limits(),
     }))

@@ -6,7 +6,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use kiln_protocol::name::{REGISTRY, STAGING_REPOSITORY};
 
-use super::GuestContext;
+use super::{GuestContext, upstream};
 use crate::gateway::backing::Target;
 use crate::gateway::error::Refusal;
 use crate::gateway::path::{Name, Reference, Route};
@@ -24,6 +24,9 @@ pub(super) async fn respond(
         )));
     }
     if let Some(name) = route.name() {
+        if upstream::is_elsewhere(name) {
+            return upstream::respond(ctx, parts, route).await;
+        }
         ctx.check_pull(name)?;
     }
     match route {
@@ -64,7 +67,11 @@ async fn manifest(
             format!("{REGISTRY}/{name}@{reference}: the registry served another manifest");
         return Err(Refusal::new(StatusCode::BAD_GATEWAY, "MANIFEST_INVALID", message));
     }
-    ctx.record_pull(&name, &reference, digest, &bytes)?;
+    let at = match &reference {
+        Reference::Tag(tag) => format!("{REGISTRY}/{name}:{tag}"),
+        Reference::Digest(digest) => format!("{REGISTRY}/{name}@{digest}"),
+    };
+    ctx.record_pull(at, &name, digest, &bytes)?;
     let mut to = Response::new(Body::from(place.hold(bytes)));
     if let Some(media_type) = media_type {
         to.headers_mut().insert(header::CONTENT_TYPE, media_type);
@@ -82,6 +89,9 @@ pub(super) async fn blob(
     name: Name,
     digest: Digest,
 ) -> Result<Response, Refusal> {
+    if upstream::is_elsewhere(&name) {
+        return upstream::blob(ctx, parts, &name, digest).await;
+    }
     let route = Route::Blob(name.clone(), digest);
     let request = ctx.backing.request(parts.method.clone(), route);
     let from = request.headers_of(&parts.headers, &[header::RANGE]).send().await?;

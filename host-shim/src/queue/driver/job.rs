@@ -34,6 +34,7 @@ pub(super) fn job(workshop: &Workshop, build: &Build) -> Job {
         egress_ca: workshop.egress.ca.clone(),
         secrets: request.secrets.clone(),
         keep_failed: request.keep_failed_seconds > 0 && workshop.kept.is_open(),
+        upstreams: workshop.upstreams.hosts(),
     };
     let limits = Limits {
         timeout_ms: u64::from(request.timeout_seconds) * 1000,
