@@ -9,6 +9,7 @@ use kiln::api::Scheduler;
 use kiln::build::{Build, BuildId, NetworkMode, Request, Status, Tenant};
 use kiln::events::{Batch, EventLog, payload};
 use kiln::gateway::Backing;
+use kiln::gateway::upstream::Upstreams;
 use kiln::kept::Kept;
 use kiln::queue::{Dispatcher, Egress, Scheduling, Workshop};
 use kiln::secrets::Vault;
@@ -79,6 +80,7 @@ impl House {
             kernel_digest: "sha256:11".into(),
             log_limit: 1 << 20,
             egress: Egress { permitted: vec![], ca: vec![] },
+            upstreams: Upstreams::none(),
         });
         let scheduling = Scheduling::new(store.clone());
         let (stop, abandon) = (CancellationToken::new(), CancellationToken::new());
