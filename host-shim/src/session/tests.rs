@@ -301,8 +301,8 @@ async fn strangers_are_refused_while_the_session_goes_on() {
     assert!(matches!(host.session.await.unwrap().0, End::Outcome(_)));
 }
 
-fn resume(token: [u8; TOKEN_LEN]) -> Option<Resume> {
-    Some(Resume { token, acknowledged: 0 })
+fn resume(token: [u8; TOKEN_LEN]) -> Resume {
+    Resume { token, acknowledged: 0 }
 }
 
 #[tokio::test]
@@ -311,18 +311,18 @@ async fn an_old_token_does_not_resume_once_the_new_one_has_arrived() {
     let (mut agent, first) = Agent::welcomed(&host).await;
     agent.take_source().await;
     drop(agent);
-    let (mut agent, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+    let (mut agent, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
     let HelloReply::Welcome(second) = reply else { panic!("{reply:?}") };
     // Both at one time: whoever has the old token and was in the line when the agent was heard comes too late.
     agent.say(log(1, b"x")).await;
-    let (_, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+    let (_, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
     assert!(matches!(reply, HelloReply::Reject(r) if r.reason == RejectReason::Resume));
     agent.acknowledged(1).await;
     drop(agent);
     // Nor when the connection has broken since: the agent has its own.
-    let (_, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+    let (_, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
     assert!(matches!(reply, HelloReply::Reject(r) if r.reason == RejectReason::Resume));
-    let (mut agent, reply) = Agent::hello(&host, resume(second.resume_token)).await;
+    let (mut agent, reply) = Agent::hello(&host, Some(resume(second.resume_token))).await;
     let HelloReply::Welcome(third) = reply else { panic!("{reply:?}") };
     assert_eq!(third.acknowledged, 1);
     agent.say(built()).await;
@@ -340,30 +340,30 @@ async fn a_welcome_that_was_lost_does_not_spend_the_token() {
     }
     agent.acknowledged(3).await;
     drop(agent);
-    let mut lost = vec![];
+    let mut unread = vec![];
     for read in [false, true, false] {
         let mut agent = Agent::dial(&host).await;
-        frame::write(&mut agent.writer, &hello(resume(first.resume_token))).await.unwrap();
+        frame::write(&mut agent.writer, &hello(Some(resume(first.resume_token)))).await.unwrap();
         if read {
             let HelloReply::Welcome(welcome) = agent.reader.read().await.unwrap() else {
                 panic!("refused")
             };
             assert_eq!(welcome.acknowledged, 3);
-            lost.push(welcome.resume_token);
+            unread.push(welcome.resume_token);
         }
     }
-    let (agent, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+    let (agent, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
     let HelloReply::Welcome(last) = reply else { panic!("{reply:?}") };
     // What is stored stays stored, whatever the agent says that it knows.
     assert_eq!(last.acknowledged, 3);
-    assert!(!lost.contains(&last.resume_token));
+    assert!(!unread.contains(&last.resume_token));
     drop(agent);
     // Nobody ever read these, but one who listens in: they are not the newest, and were shown by nobody.
-    for token in lost {
-        let (_, reply) = Agent::hello(&host, resume(token)).await;
+    for token in unread {
+        let (_, reply) = Agent::hello(&host, Some(resume(token))).await;
         assert!(matches!(reply, HelloReply::Reject(r) if r.reason == RejectReason::Resume));
     }
-    let (mut agent, reply) = Agent::hello(&host, resume(last.resume_token)).await;
+    let (mut agent, reply) = Agent::hello(&host, Some(resume(last.resume_token))).await;
     assert!(matches!(reply, HelloReply::Welcome(_)), "{reply:?}");
     for seq in 1..=4 {
         agent.say(log(seq, b"x")).await;
@@ -378,18 +378,17 @@ async fn a_welcome_that_was_lost_does_not_spend_the_token() {
 /// An agent that has nothing to say does not prove that it was welcomed. One that was not has given up by then.
 #[tokio::test(start_paused = true)]
 async fn a_token_that_was_answered_is_not_good_for_ever() {
-    for (waits, good) in
-        [(RESUME_DEADLINE - Duration::from_millis(1), true), (RESUME_DEADLINE, false)]
-    {
+    let in_time = RESUME_DEADLINE.saturating_sub(Duration::from_millis(1));
+    for (waits, good) in [(in_time, true), (RESUME_DEADLINE, false)] {
         let host = host(10);
         let (mut agent, first) = Agent::welcomed(&host).await;
         agent.take_source().await;
         agent.say(log(1, b"x")).await;
         agent.acknowledged(1).await;
-        let (_agent, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+        let (_agent, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
         assert!(matches!(reply, HelloReply::Welcome(_)), "{reply:?}");
         tokio::time::sleep(waits).await;
-        let (_other, reply) = Agent::hello(&host, resume(first.resume_token)).await;
+        let (_other, reply) = Agent::hello(&host, Some(resume(first.resume_token))).await;
         assert_eq!(matches!(reply, HelloReply::Welcome(_)), good, "{waits:?}: {reply:?}");
     }
 }
