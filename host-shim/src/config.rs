@@ -88,7 +88,7 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_REGISTRY_CONFIG", value_name = "FILE")]
     pub registry_config: Option<PathBuf>,
 
-    /// Other registry that builds may pull from, such as docker.io=https://mirror.example; may be repeated
+    /// Other registry that builds may pull from, by its name and where it really is; may be repeated
     #[arg(long, env = "KILN_UPSTREAM", value_name = "HOST[=URL]", value_delimiter = ',')]
     pub upstream: Option<Vec<Spec>>,
     /// What is kept of upstreams, in GiB; 0 for nothing [default: 20]

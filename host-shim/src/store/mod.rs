@@ -244,7 +244,7 @@ pub trait Store: Send + Sync + 'static {
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
     /// How many builds are not finished.
     async fn unfinished(&self) -> Result<Unfinished, StoreError>;
-    /// Takes the build that is next, fair between tenants ([`line`]), by one conditional `UPDATE … RETURNING`,
+    /// Takes the build that is next, fair between tenants ([`mod@line`]), by one conditional `UPDATE … RETURNING`,
     /// and appends events to it in the same transaction.
     async fn claim(
         &self,

@@ -526,6 +526,11 @@ mod tests {
                 let by = |plan: &String| plan.split_whitespace().any(|word| word == *index);
                 assert!(plan.iter().any(by), "{index}, {statement}: {plan:#?}");
             }
+            // Of all that a tenant ever had only the last is looked at.
+            let last = |plan: &&String| plan.contains("_turns") && !plan.starts_with("SEARCH t ");
+            let others: Vec<_> = plan.iter().filter(last).collect();
+            let of_claim = |plan: &&String| plan.starts_with("SEARCH l ");
+            assert!(others.iter().all(of_claim), "{statement}: {plan:#?}");
             let whole = |plan: &String| {
                 let words: Vec<_> = plan.split_whitespace().collect();
                 // The tenants that wait are rows of the statement's own.
