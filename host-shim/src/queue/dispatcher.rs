@@ -79,7 +79,7 @@ impl Scheduler for Scheduling {
 }
 
 impl Dispatcher {
-    /// A queue that runs as many builds at one time as there is room for VMs, and in which none waits longer than that.
+    /// A queue that runs as many builds at one time as there is room for VMs, and in which none waits for longer than `longest`.
     pub fn new(
         workshop: Arc<Workshop>,
         scheduling: Scheduling,
