@@ -26,6 +26,8 @@ pub use crate::vmm::Accel;
 
 /// What hypeman's clients call by default.
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 4973);
+/// The most memory that a setting can name, in MiB.
+const MOST_MEMORY_MB: u32 = 4 * 1024 * 1024;
 /// Largest configuration file: a hundred times what every setting together needs.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -63,6 +65,9 @@ pub struct ServeArgs {
     /// VMs at one time [default: one for each processor]
     #[arg(long, env = "KILN_MAX_VMS", value_name = "N")]
     pub max_vms: Option<u32>,
+    /// Memory of all VMs together [default: the host's, less an eighth and 512 MiB]
+    #[arg(long, env = "KILN_MAX_VM_MEMORY_MB", value_name = "MB")]
+    pub max_vm_memory_mb: Option<u32>,
     /// How VMs run: auto finds out whether KVM works here [default: auto]
     #[arg(long, env = "KILN_ACCEL", value_name = "MODE")]
     pub accel: Option<Accel>,
@@ -192,6 +197,8 @@ pub struct ServeConfig {
     pub builder: String,
     /// At one time.
     pub max_vms: u32,
+    /// Of all VMs together.
+    pub max_vm_memory_mb: u32,
     /// How VMs run.
     pub accel: Accel,
     /// Without KVM and the whole jail, no start.
@@ -310,6 +317,7 @@ impl ServeArgs {
             run_dir: self.run_dir.or(file.run_dir),
             builder: self.builder.or(file.builder),
             max_vms: self.max_vms.or(file.max_vms),
+            max_vm_memory_mb: self.max_vm_memory_mb.or(file.max_vm_memory_mb),
             accel: self.accel.or(file.accel),
             require_isolation: self.require_isolation.or(file.require_isolation),
             network_default: self.network_default.or(file.network_default),
@@ -377,6 +385,12 @@ impl ServeArgs {
             ));
         }
         let defaults = Limits::default();
+        let max_vm_memory_mb = number(
+            "max-vm-memory-mb",
+            self.max_vm_memory_mb,
+            host.vm_memory_mb(),
+            256..=MOST_MEMORY_MB,
+        )?;
         let mb = |n: u32| u64::from(n) * 1024 * 1024;
         let max_source = number("max-source-mb", self.max_source_mb, 4096, 1..=1024 * 1024)?;
         Ok(ServeConfig {
@@ -385,6 +399,7 @@ impl ServeArgs {
             tls: tls(self.tls_cert, self.tls_key)?,
             builder,
             max_vms: number("max-vms", self.max_vms, host.cpus(), 1..=1024)?,
+            max_vm_memory_mb,
             accel,
             require_isolation,
             egress_permit: self.egress_permit.unwrap_or_default(),
@@ -427,8 +442,10 @@ impl ServeArgs {
                     "max-memory-mb",
                     self.max_memory_mb,
                     defaults.max_memory_mb,
-                    256..=4 * 1024 * 1024,
-                )?,
+                    256..=MOST_MEMORY_MB,
+                )?
+                // More could never start.
+                .min(max_vm_memory_mb),
                 max_cpus: number("max-cpus", self.max_cpus, defaults.max_cpus, 1..=255)?,
                 max_disk_gb: number(
                     "max-disk-gb",

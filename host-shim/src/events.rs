@@ -91,7 +91,18 @@ impl EventLog {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Option<Claimed>, StoreError> {
-        let claimed = self.inner.store.claim(owner, now, events).await;
+        self.claim_within(owner, now, events, u32::MAX).await
+    }
+
+    /// [`Store::claim_within`], then wakes.
+    pub async fn claim_within(
+        &self,
+        owner: &str,
+        now: Millis,
+        events: &[NewEvent],
+        most_mb: u32,
+    ) -> Result<Option<Claimed>, StoreError> {
+        let claimed = self.inner.store.claim_within(owner, now, events, most_mb).await;
         self.inner.metrics.tried(&claimed);
         let claimed = claimed?;
         if let Some(claimed) = &claimed {

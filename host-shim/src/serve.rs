@@ -34,7 +34,7 @@ use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
-use crate::queue::{Dispatcher, Scheduling, Workshop, recover};
+use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, recover};
 use crate::token::Uses;
 use crate::traces::Traces;
 use crate::traces::otlp::{BadVariable, Sender};
@@ -119,11 +119,13 @@ async fn serve(
     let builds_dir = config.data_dir.join("builds");
     let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
+    let capacity = Capacity::new(config.max_vm_memory_mb, config.data_dir.clone());
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
         events: events.clone(),
         vmm,
         kept: kept.clone(),
+        capacity: capacity.clone(),
         backing: backing.clone(),
         upstreams: parts::upstreams(&config)?,
         vault: Arc::clone(&vault),
@@ -143,7 +145,7 @@ async fn serve(
     let room = Arc::new(Semaphore::new(max_vms));
     let abandon = CancellationToken::new();
     let quota = Quota::new(config.instance_disks_bytes);
-    let places = Places::new(Arc::clone(&room), max_vms);
+    let places = Places::new(Arc::clone(&room), max_vms, capacity);
     let machines = Machines::new(Arc::clone(&workshop), places, quota.clone(), abandon.clone());
     let instances_dir = config.data_dir.join("instances");
     let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir, quota);
@@ -205,7 +207,7 @@ async fn serve(
         signals::on_hang_up(move || reload(&tls), stop.clone())
             .context("cannot listen for SIGHUP")?;
     }
-    tracing::info!(%address, scheme, max_vms = config.max_vms, data = %config.data_dir.display(), "kiln serves");
+    tracing::info!(%address, scheme, max_vms = config.max_vms, max_vm_memory_mb = config.max_vm_memory_mb, data = %config.data_dir.display(), "kiln serves");
     if let Some(notify) = notify {
         // Nobody may be listening any more.
         let _ = writeln!(std::fs::File::from(notify), "ready {address}");

@@ -15,8 +15,8 @@ use kiln::exec::{self, How, Session, Subject, Who};
 use kiln::instances::instance::{self, End, Instance, InstanceId, State};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Role, SessionFilter, Store,
-    StoreError, TokenRecord,
+    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Next, Role, SessionFilter,
+    Store, StoreError, TokenRecord,
 };
 use serde_json::json;
 
@@ -252,6 +252,36 @@ async fn tenants_take_turns_however_much_one_has_queued() {
     for expected in ["new", "much-004"] {
         assert_eq!(claim(&*store).await.build.id.as_str(), expected);
     }
+}
+
+#[tokio::test]
+async fn a_claim_within_a_memory_takes_the_next_whose_oldest_build_fits() {
+    let place = Place::new();
+    let store = place.open().await;
+    let sized = async |name: &str, owner: &str, at: i64, memory_mb: u32| {
+        let mut one = build(name, owner, at);
+        one.request.memory_mb = memory_mb;
+        put(&*store, &one).await;
+    };
+    assert_eq!(store.next_queued().await.unwrap(), None);
+    sized("large", "a", 1, 4096).await;
+    sized("behind", "a", 2, 256).await;
+    sized("middle", "b", 3, 1024).await;
+    sized("small", "c", 4, 512).await;
+    let within = async |most| {
+        let claimed = store.claim_within("me", 50, &[], most).await.unwrap();
+        claimed.map(|claimed| claimed.build.id.to_string())
+    };
+    let next = || async { store.next_queued().await.unwrap().unwrap() };
+    assert_eq!(next().await, Next { id: id("large"), memory_mb: 4096 });
+    assert_eq!(within(511).await, None);
+    assert_eq!(within(1023).await.as_deref(), Some("small"));
+    assert_eq!(within(1024).await.as_deref(), Some("middle"));
+    // Its tenant's next waits behind it.
+    assert_eq!(within(4095).await, None);
+    assert_eq!(next().await.id, id("large"));
+    assert_eq!(within(4096).await.as_deref(), Some("large"));
+    assert_eq!(next().await, Next { id: id("behind"), memory_mb: 256 });
 }
 
 /// A small generator, so that a failure names a seed that repeats it.

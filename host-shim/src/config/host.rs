@@ -4,10 +4,13 @@ use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{ConfigError, path};
+use super::{ConfigError, MOST_MEMORY_MB, path};
 
 /// Where programs are besides `PATH`: a service's `PATH` often lacks them.
 const USUAL: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
+
+/// Left for the host itself, in MiB, besides an eighth for what VMs cost beyond their own memory.
+const RESERVE_MB: u64 = 512;
 
 /// The host as far as defaults need it.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +27,8 @@ pub struct Host {
     pub path: Option<OsString>,
     /// Processors that this process may use.
     pub cpus: usize,
+    /// Its memory, in MiB; `None` when it is not known.
+    pub memory_mb: Option<u64>,
 }
 
 impl Host {
@@ -38,11 +43,19 @@ impl Host {
             runtime_dir: dir("XDG_RUNTIME_DIR"),
             path: std::env::var_os("PATH"),
             cpus: std::thread::available_parallelism().map_or(1, Into::into),
+            memory_mb: crate::kept::total_mb(),
         }
     }
 
     pub(super) fn cpus(&self) -> u32 {
         u32::try_from(self.cpus).unwrap_or(1).clamp(1, 1024)
+    }
+
+    /// What VMs may have of its memory: all but an eighth and [`RESERVE_MB`].
+    pub(super) fn vm_memory_mb(&self) -> u32 {
+        let Some(memory_mb) = self.memory_mb else { return MOST_MEMORY_MB };
+        let left = memory_mb.saturating_sub(memory_mb / 8 + RESERVE_MB);
+        u32::try_from(left).unwrap_or(MOST_MEMORY_MB).clamp(256, MOST_MEMORY_MB)
     }
 
     pub(super) fn data_dir(&self) -> Option<PathBuf> {

@@ -52,6 +52,21 @@ fn defaults_need_nothing() {
 }
 
 #[test]
+fn nobody_may_ask_for_more_memory_than_vms_have() {
+    let of = |memory_mb, args: &[&str]| {
+        let config = parse(args).resolve_on(&Host { memory_mb, ..host() }).unwrap();
+        (config.max_vm_memory_mb, config.limits.max_memory_mb)
+    };
+    assert_eq!(of(Some(16_384), &[]), (13_824, 13_824));
+    assert_eq!(of(Some(16_384), &["--max-memory-mb", "4096"]), (13_824, 4096));
+    assert_eq!(of(Some(16_384), &["--max-vm-memory-mb", "1000"]), (1000, 1000));
+    assert_eq!(of(Some(100_000), &[]), (86_988, 65_536));
+    // A host with next to nothing, and one that does not say.
+    assert_eq!(of(Some(600), &[]), (256, 256));
+    assert_eq!(of(None, &[]), (MOST_MEMORY_MB, 65_536));
+}
+
+#[test]
 fn a_user_has_directories_of_its_own() {
     let user = Host { root: false, home: Some("/home/u".into()), ..host() };
     let at = |host: &Host| parse(&[]).resolve_on(host).map(|c| (c.data_dir, c.run_dir));
@@ -74,6 +89,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         run_dir = "/r"
         builder = "/b"
         max_vms = 7
+        max_vm_memory_mb = 2000
         accel = "kvm"
         require_isolation = true
         network_default = "none"
@@ -115,7 +131,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.log_format, LogFormat::Json);
     let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
     assert_eq!(config.tls, Some(tls));
-    assert_eq!(config.max_queue_seconds, 12);
+    assert_eq!((config.max_queue_seconds, config.max_vm_memory_mb), (12, 2000));
     assert_eq!(
         config.limits,
         Limits {
@@ -183,6 +199,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-vms", "0"], "--max-vms is 0; it must be a number from 1 to 1024"),
         (["--max-vms", "1025"], "1024"),
         (["--keep-sessions-days", "36501"], "36500"),
+        (["--max-vm-memory-mb", "255"], "4194304"),
         (["--log-limit-mb", "0"], "--log-limit-mb"),
         (["--log-limit-mb", "65537"], "65536"),
         (["--max-source-mb", "1048577"], "1048576"),

@@ -146,7 +146,7 @@ impl Runner for Machines {
     #[tracing::instrument(name = "instance", skip_all, fields(id = %owner.instance().id, tenant = %owner.instance().tenant))]
     async fn run(&self, owner: &mut Owner, work: Work) -> End {
         let cancel = owner.cancel().clone();
-        let place = self.places.place(&owner.instance().tenant);
+        let place = self.places.place(&owner.instance().tenant, owner.instance().memory_mb);
         let Some(Some(_place)) = cancel.run_until_cancelled(place).await else {
             return never_ran();
         };

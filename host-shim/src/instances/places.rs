@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::build::Tenant;
+use crate::queue::{Capacity, Memory};
 
 /// The places for instances' VMs.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Places {
     own: Arc<Semaphore>,
     /// Of one tenant's instances.
     share: usize,
+    /// The host's memory, builds included.
+    capacity: Capacity,
     /// Of tenants that have a place or wait for one.
     of_tenants: Mutex<HashMap<Tenant, Weak<Semaphore>>>,
 }
@@ -26,23 +29,25 @@ pub struct Places {
 #[derive(Debug)]
 pub struct Place {
     _taken: [OwnedSemaphorePermit; 3],
+    _memory: Memory,
 }
 
 impl Places {
     /// Shares `room`, of which there are `max_vms` places, with builds.
-    pub fn new(room: Arc<Semaphore>, max_vms: usize) -> Self {
+    pub fn new(room: Arc<Semaphore>, max_vms: usize, capacity: Capacity) -> Self {
         let places = max_vms.saturating_sub(1).max(1);
         let own = Arc::new(Semaphore::new(places));
-        Self { room, own, share: (places / 2).max(1), of_tenants: Mutex::default() }
+        Self { room, own, share: (places / 2).max(1), capacity, of_tenants: Mutex::default() }
     }
 
-    /// Waits for a place; `None` when there will be none. Dropping the future gives up the wait.
-    pub async fn place(&self, tenant: &Tenant) -> Option<Place> {
+    /// Waits for a place and so much memory, in MiB; `None` when there will be none. Dropping the future gives up the wait.
+    pub async fn place(&self, tenant: &Tenant, memory_mb: u32) -> Option<Place> {
         // First what is the tenant's own: who waits for that stands in nobody else's way.
         let of_tenant = self.of(tenant).acquire_owned().await.ok()?;
         let own = Arc::clone(&self.own).acquire_owned().await.ok()?;
         let room = Arc::clone(&self.room).acquire_owned().await.ok()?;
-        Some(Place { _taken: [of_tenant, own, room] })
+        let memory = self.capacity.memory(memory_mb).await;
+        Some(Place { _taken: [of_tenant, own, room], _memory: memory })
     }
 
     fn of(&self, tenant: &Tenant) -> Arc<Semaphore> {
@@ -66,7 +71,7 @@ mod tests {
     use super::*;
 
     fn places(max_vms: usize) -> Places {
-        Places::new(Arc::new(Semaphore::new(max_vms)), max_vms)
+        Places::new(Arc::new(Semaphore::new(max_vms)), max_vms, Capacity::new(9, "/".into()))
     }
 
     fn tenant(name: &str) -> Tenant {
@@ -75,7 +80,7 @@ mod tests {
 
     /// As many as can be had without a wait.
     fn all_of(places: &Places, name: &str) -> Vec<Place> {
-        std::iter::from_fn(|| places.place(&tenant(name)).now_or_never().flatten()).collect()
+        std::iter::from_fn(|| places.place(&tenant(name), 1).now_or_never().flatten()).collect()
     }
 
     /// Rows are VMs of the host, and places of one tenant, of another, and of a third.
@@ -98,7 +103,7 @@ mod tests {
         let waiting: Vec<_> = (0..5)
             .map(|_| {
                 let places = Arc::clone(&places);
-                tokio::spawn(async move { places.place(&tenant("a")).await.unwrap() })
+                tokio::spawn(async move { places.place(&tenant("a"), 1).await.unwrap() })
             })
             .collect();
         tokio::task::yield_now().await;
@@ -117,7 +122,7 @@ mod tests {
     fn a_wait_that_is_given_up_takes_nothing() {
         let places = places(3);
         let held = all_of(&places, "a");
-        assert!(places.place(&tenant("a")).now_or_never().is_none());
+        assert!(places.place(&tenant("a"), 1).now_or_never().is_none());
         drop(held);
         assert_eq!(all_of(&places, "a").len(), 1);
     }

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::room::Memory;
+pub(crate) use self::room::total_mb;
 pub use self::stay::Machine;
 use self::stay::{Ask, Stay};
 use crate::build::{BuildId, Millis, Tenant};
@@ -120,10 +121,11 @@ impl Kept {
         self.inner.most > 0
     }
 
-    /// Lets VMs go, the oldest first, until the host has memory for another one, or there are none left.
-    pub async fn make_room(&self, memory_mb: u32) -> Starting {
+    /// Lets VMs go, the oldest first, until the host has memory for another one and those that stay have no more than so much, or there
+    /// are none left.
+    pub async fn make_room(&self, memory_mb: u32, beside_mb: u64) -> Starting {
         loop {
-            let first = match self.reserve(memory_mb, room::free_mb) {
+            let first = match self.reserve(memory_mb, beside_mb, room::free_mb) {
                 Ok(starting) => return starting,
                 Err(first) => first,
             };
@@ -135,13 +137,15 @@ impl Kept {
     fn reserve(
         &self,
         memory_mb: u32,
+        beside_mb: u64,
         free_mb: impl FnOnce() -> Option<u64>,
     ) -> Result<Starting, BuildId> {
         let mut house = self.lock();
         let taken = house.vms.iter().map(|vm| Memory::of(vm.lease.memory_mb, vm.qemu));
-        if !room::has_room_for(memory_mb, free_mb(), taken, house.starting_mb)
-            && let Some(first) = room::first_to_go(house.vms.iter().map(|vm| &vm.lease))
-        {
+        let kept_mb: u64 = house.vms.iter().map(|vm| u64::from(vm.lease.memory_mb)).sum();
+        let fits = kept_mb <= beside_mb
+            && room::has_room_for(memory_mb, free_mb(), taken, house.starting_mb);
+        if !fits && let Some(first) = room::first_to_go(house.vms.iter().map(|vm| &vm.lease)) {
             return Err(first.clone());
         }
         house.starting_mb += u64::from(memory_mb);

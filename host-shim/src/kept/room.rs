@@ -34,6 +34,11 @@ pub(super) fn free_mb() -> Option<u64> {
     mib(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
 }
 
+/// The host's memory, in MiB. `None` when it cannot be asked.
+pub(crate) fn total_mb() -> Option<u64> {
+    mib(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
 /// Whether there is room for a VM of so much memory, where this much is free: every kept VM may come to use all of its
 /// own, and so may those that are being started. A host that cannot be asked is taken to have it.
 pub(super) fn has_room_for(

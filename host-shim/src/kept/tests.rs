@@ -94,17 +94,29 @@ async fn memory_is_given_to_one_that_starts_and_not_to_two() {
     let _newer = keep(&kept, "new", 600).await;
     // Theirs, which nobody has touched, the host's own, and room for one more.
     let free = || Some(2 * 1000 + 512 + 700);
-    let first = kept.reserve(700, free).unwrap();
-    assert_eq!(kept.reserve(700, free).err(), Some(BuildId::new("old").unwrap()));
+    let first = kept.reserve(700, u64::MAX, free).unwrap();
+    assert_eq!(kept.reserve(700, u64::MAX, free).err(), Some(BuildId::new("old").unwrap()));
     drop(first);
-    let again = kept.reserve(700, free).unwrap();
-    assert_eq!(kept.reserve(1, free).err(), Some(BuildId::new("old").unwrap()));
+    let again = kept.reserve(700, u64::MAX, free).unwrap();
+    assert_eq!(kept.reserve(1, u64::MAX, free).err(), Some(BuildId::new("old").unwrap()));
     assert!(kept.release(&BuildId::new("old").unwrap()).await);
-    let _beside = kept.reserve(1000, free).unwrap();
+    let _beside = kept.reserve(1000, u64::MAX, free).unwrap();
     assert!(kept.release(&BuildId::new("new").unwrap()).await);
     // With nobody to go, whoever starts is not kept from it.
-    let _all_the_same = kept.reserve(100_000, free).unwrap();
+    let _all_the_same = kept.reserve(100_000, u64::MAX, free).unwrap();
     drop(again);
+}
+
+#[tokio::test]
+async fn those_that_stay_have_what_builds_and_instances_leave() {
+    let kept = Kept::new(4);
+    let _seen = keep(&kept, "old", 600).await;
+    let _newer = keep(&kept, "new", 600).await;
+    let free = || Some(1 << 20);
+    drop(kept.reserve(1, 2000, free).unwrap());
+    assert_eq!(kept.reserve(1, 1999, free).err(), Some(BuildId::new("old").unwrap()));
+    assert!(kept.release(&BuildId::new("old").unwrap()).await);
+    drop(kept.reserve(1, 1999, free).unwrap());
 }
 
 #[tokio::test(start_paused = true)]

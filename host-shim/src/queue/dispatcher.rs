@@ -8,6 +8,8 @@ use tokio::sync::{Mutex, Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::admission::{self, Passing, Verdict};
+use super::capacity::Memory;
 use super::driver::Driver;
 use super::expiry;
 use super::live::Live;
@@ -16,7 +18,7 @@ use crate::api::{CancelOutcome, Scheduler};
 use crate::build::{BuildId, Status};
 use crate::events::payload;
 use crate::exec::Entrance;
-use crate::store::Store;
+use crate::store::{Claimed, Store, StoreError};
 
 /// How often the queue is looked at without being woken: only for a wake-up that was lost.
 const FALLBACK: Duration = Duration::from_secs(30);
@@ -29,6 +31,15 @@ pub struct Dispatcher {
     owner: String,
     /// How long a build may wait.
     longest: Duration,
+    passing: Passing,
+}
+
+/// What came of a look at the queue.
+enum Looked {
+    /// This one is to be driven.
+    Claimed(Box<Claimed>, Memory),
+    /// Nobody waits, or nobody fits.
+    Nothing,
 }
 
 /// The queue's face to the API.
@@ -87,11 +98,11 @@ impl Dispatcher {
         owner: String,
         longest: Duration,
     ) -> Self {
-        Self { workshop, scheduling, room, owner, longest }
+        Self { workshop, scheduling, room, owner, longest, passing: Passing::default() }
     }
 
     /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.
-    pub async fn run(self, stop: CancellationToken, abandon: CancellationToken) {
+    pub async fn run(mut self, stop: CancellationToken, abandon: CancellationToken) {
         let drivers = TaskTracker::new();
         // Before the first claim: what waited for too long while no server ran is not started any more.
         if let Err(error) = expiry::pass(&self.workshop, self.longest).await {
@@ -99,6 +110,8 @@ impl Dispatcher {
             tracing::error!(error, "cannot end builds that wait for too long");
         }
         drivers.spawn(expiry::run(Arc::clone(&self.workshop), self.longest, stop.clone()));
+        let scheduling = self.scheduling.clone();
+        let mut freed = self.workshop.capacity.freed();
         loop {
             let permit = tokio::select! {
                 biased;
@@ -106,18 +119,19 @@ impl Dispatcher {
                 permit = Arc::clone(&self.room).acquire_owned() => permit,
             };
             let Ok(permit) = permit else { break };
-            // Listen before asking, so that a build that is queued in between is not missed.
-            let woken = self.scheduling.wake.notified();
-            let claiming = self.scheduling.claiming.lock().await;
-            let now = crate::clock::now();
-            let told = payload::of_host(now, payload::status(Status::Building, None));
-            let claimed = match self.workshop.events.claim(&self.owner, now, &[told]).await {
-                Ok(Some(claimed)) => claimed,
-                Ok(None) => {
+            // Listen before asking, so that a build that is queued in between is not missed, nor memory that is given back.
+            let woken = scheduling.wake.notified();
+            freed.mark_unchanged();
+            let claiming = scheduling.claiming.lock().await;
+            let (claimed, memory) = match self.look().await {
+                Ok(Looked::Claimed(claimed, memory)) => (*claimed, memory),
+                Ok(Looked::Nothing) => {
                     drop((claiming, permit));
                     tokio::select! {
                         () = stop.cancelled() => break,
                         () = woken => {}
+                        // Its sender is the workshop's.
+                        _ = freed.changed() => {}
                         () = tokio::time::sleep(FALLBACK) => {}
                     }
                     continue;
@@ -132,13 +146,37 @@ impl Dispatcher {
                     continue;
                 }
             };
-            let entry = self.scheduling.live.enter(&claimed.build.id);
+            let entry = scheduling.live.enter(&claimed.build.id);
             drop(claiming);
             let workshop = Arc::clone(&self.workshop);
-            let driver = Driver::new(workshop, claimed, entry, permit, abandon.clone());
+            let place = (permit, memory);
+            let driver = Driver::new(workshop, claimed, entry, place, abandon.clone());
             drivers.spawn(driver.run());
         }
         drivers.close();
         drivers.wait().await;
+    }
+
+    /// Claims whoever may start now: who is next in the line, or who may pass it.
+    async fn look(&mut self) -> Result<Looked, StoreError> {
+        let Some(next) = self.workshop.store.next_queued().await? else {
+            return Ok(Looked::Nothing);
+        };
+        let room = self.workshop.capacity.room();
+        let verdict = admission::judge(next.memory_mb, &room);
+        if verdict != Verdict::Fits && !self.passing.knows(&next.id) {
+            tracing::warn!(id = %next.id, memory_mb = next.memory_mb, ?verdict, ?room, "the next build waits for room");
+        }
+        let Some(most_mb) = self.passing.most_mb(&next.id, verdict, &room) else {
+            return Ok(Looked::Nothing);
+        };
+        let free = self.workshop.capacity.claiming(most_mb);
+        let now = crate::clock::now();
+        let told = [payload::of_host(now, payload::status(Status::Building, None))];
+        let claimed = self.workshop.events.claim_within(&self.owner, now, &told, free.mb()).await?;
+        let Some(claimed) = claimed else { return Ok(Looked::Nothing) };
+        self.passing.started(&claimed.build.id);
+        let memory = free.keep(claimed.build.request.memory_mb);
+        Ok(Looked::Claimed(Box::new(claimed), memory))
     }
 }

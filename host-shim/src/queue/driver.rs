@@ -23,6 +23,7 @@ use self::egress::WayOut;
 use self::job::job;
 use self::retry::Tries;
 use super::base;
+use super::capacity::Memory;
 use super::egress_log::AllSeen;
 use super::leaks::{self, Searched};
 use super::live::Entry;
@@ -71,8 +72,11 @@ pub struct Driver {
     /// The server ends: builds that are not being published are given up.
     abandon: CancellationToken,
     /// Given back at the end, and as soon as there is nothing left to do but to store it.
-    place: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
 }
+
+/// What a build takes of the host's room, until this is dropped.
+pub type Place = (OwnedSemaphorePermit, Memory);
 
 /// What is left of a VM's work once the VM is gone.
 struct Worked {
@@ -90,7 +94,7 @@ impl Driver {
         workshop: Arc<Workshop>,
         claimed: Claimed,
         entry: Entry,
-        place: OwnedSemaphorePermit,
+        place: Place,
         abandon: CancellationToken,
     ) -> Self {
         let Claimed { build, fence } = claimed;

@@ -8,7 +8,9 @@
 //! **Invariant**: only a build's driver changes it once it is claimed; everybody else asks the
 //! driver through [`live::Live`].
 
+mod admission;
 mod base;
+mod capacity;
 mod dispatcher;
 mod driver;
 mod egress_log;
@@ -22,6 +24,7 @@ mod workshop;
 
 pub use recover::recover;
 
+pub use capacity::{Capacity, Memory};
 pub use dispatcher::{Dispatcher, Scheduling};
 pub use driver::{Driver, Egress};
 pub use live::Live;

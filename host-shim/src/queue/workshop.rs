@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::capacity::Capacity;
 use super::driver::Egress;
 use crate::build::Build;
 use crate::events::EventLog;
@@ -22,6 +23,8 @@ pub struct Workshop {
     pub vmm: Vmm,
     /// Takes those of builds that failed.
     pub kept: Kept,
+    /// The host's memory and disk for VMs.
+    pub capacity: Capacity,
     /// The registry behind the gateway.
     pub backing: Backing,
     /// The other registries that builds pull from.
@@ -44,7 +47,7 @@ impl Workshop {
     /// Starts a VM. Kept ones give way where its memory would not be there.
     pub async fn start(&self, spec: VmSpec) -> Result<Vm, VmmError> {
         // Until it is started: nobody else counts on it meanwhile.
-        let _starting = self.kept.make_room(spec.memory_mb).await;
+        let _starting = self.kept.make_room(spec.memory_mb, self.capacity.beside_mb()).await;
         self.vmm.start(spec).await
     }
 

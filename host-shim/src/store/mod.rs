@@ -32,6 +32,15 @@ pub struct Claimed {
     pub fence: Fence,
 }
 
+/// A build that is next in the line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Which.
+    pub id: BuildId,
+    /// What it wants, in MiB.
+    pub memory_mb: u32,
+}
+
 /// Which builds to list.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
@@ -244,14 +253,26 @@ pub trait Store: Send + Sync + 'static {
     async fn queued_count(&self, tenant: &Tenant) -> Result<u32, StoreError>;
     /// How many builds are not finished.
     async fn unfinished(&self) -> Result<Unfinished, StoreError>;
-    /// Takes the build that is next, fair between tenants ([`mod@line`]), by one conditional `UPDATE … RETURNING`,
-    /// and appends events to it in the same transaction.
+    /// The build that is next in the line ([`mod@line`]).
+    async fn next_queued(&self) -> Result<Option<Next>, StoreError>;
+    /// Takes the build that is next in the line of those tenants whose oldest build wants no more memory than that, in
+    /// MiB, by one conditional `UPDATE … RETURNING`, and appends events to it in the same transaction.
+    async fn claim_within(
+        &self,
+        owner: &str,
+        now: Millis,
+        events: &[NewEvent],
+        most_mb: u32,
+    ) -> Result<Option<Claimed>, StoreError>;
+    /// The same, whatever memory it wants.
     async fn claim(
         &self,
         owner: &str,
         now: Millis,
         events: &[NewEvent],
-    ) -> Result<Option<Claimed>, StoreError>;
+    ) -> Result<Option<Claimed>, StoreError> {
+        self.claim_within(owner, now, events, u32::MAX).await
+    }
     /// Changes a claimed build and appends events, in one transaction. Refused when the fence is old.
     async fn change(
         &self,

@@ -29,7 +29,7 @@ use sqlx::sqlite::{
 use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
+    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Next, SecretRecord, SessionFilter, Store,
     StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
@@ -129,6 +129,7 @@ fn migrator() -> Migrator {
         ("reached", include_str!("../../migrations/sqlite/0007_reached.sql")),
         ("turns", include_str!("../../migrations/sqlite/0008_turns.sql")),
         ("token use", include_str!("../../migrations/sqlite/0009_token_use.sql")),
+        ("memory", include_str!("../../migrations/sqlite/0010_memory.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -223,14 +224,20 @@ impl Store for SqliteStore {
         unfinished::count(&self.readers).await
     }
 
-    async fn claim(
+    async fn next_queued(&self) -> Result<Option<Next>, StoreError> {
+        line::next(&self.readers).await
+    }
+
+    async fn claim_within(
         &self,
         owner: &str,
         now: Millis,
         events: &[NewEvent],
+        most_mb: u32,
     ) -> Result<Option<Claimed>, StoreError> {
         let mut tx = self.write("claim a build").await?;
-        let Some(claimed) = claims::claim(&mut tx, owner, now).await? else { return Ok(None) };
+        let claimed = claims::claim(&mut tx, owner, now, most_mb).await?;
+        let Some(claimed) = claimed else { return Ok(None) };
         events::append(&mut tx, &claimed.build.id, claimed.build.attempt, events).await?;
         tx.commit().await.map_err(failed("claim a build"))?;
         Ok(Some(claimed))
@@ -511,6 +518,7 @@ mod tests {
                     "builds_turns_of_tenant",
                 ][..],
             ),
+            (line::NEXT, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
             (line::LINE, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
             (claims::RECLAIM, &["builds_claimed"]),
             (builds::QUEUED_COUNT, &["builds_queued_of_tenant"]),

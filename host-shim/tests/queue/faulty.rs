@@ -10,7 +10,7 @@ use kiln::instances::instance::{self, Instance, InstanceId};
 use kiln::secrets::Sealed;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, SecretRecord, SessionFilter, Store,
+    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Next, SecretRecord, SessionFilter, Store,
     StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use kiln_protocol::secret::SecretId;
@@ -133,7 +133,8 @@ store! {
     builds(filter: &Filter) -> Vec<Build>;
     queue_position(id: &BuildId) -> Option<u32>;
     queued_count(tenant: &Tenant) -> u32;
-    claim(owner: &str, now: Millis, events: &[NewEvent]) -> Option<Claimed>;
+    next_queued() -> Option<Next>;
+    claim_within(owner: &str, now: Millis, events: &[NewEvent], most_mb: u32) -> Option<Claimed>;
     cancel_queued(id: &BuildId, now: Millis, events: &[NewEvent]) -> Build;
     expire_queued(before: Millis, at_most: u32, failure: &Failure, now: Millis, events: &[NewEvent]) -> Vec<BuildId>;
     reclaim(owner: &str) -> Vec<Claimed>;

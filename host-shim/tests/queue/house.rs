@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln::api::Scheduler;
+use kiln::api::{CancelOutcome, Scheduler};
 use kiln::build::{Build, BuildId, NetworkMode, Request, Status, Tenant};
 use kiln::events::{Batch, EventLog, payload};
 use kiln::gateway::Backing;
 use kiln::gateway::upstream::Upstreams;
 use kiln::kept::Kept;
-use kiln::queue::{Dispatcher, Egress, Scheduling, Workshop};
+use kiln::queue::{Capacity, Dispatcher, Egress, Scheduling, Workshop};
 use kiln::secrets::Vault;
 use kiln::store::Store;
 use kiln::store::sqlite::SqliteStore;
@@ -25,6 +25,9 @@ use super::guest::{Agent, programs};
 
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// For all VMs.
+pub const MEMORY_MB: u32 = 1024;
 
 pub struct House {
     dir: tempfile::TempDir,
@@ -72,6 +75,7 @@ impl House {
             events,
             vmm: Vmm::new(config).await.unwrap(),
             kept: Kept::new(0),
+            capacity: Capacity::new(MEMORY_MB, dir.path().into()),
             // Nobody is there.
             backing: Backing::external("http://127.0.0.1:1", None).unwrap(),
             vault: Arc::new(Vault::new(&[1; 32]).unwrap()),
@@ -113,15 +117,36 @@ impl House {
 
     /// The same, at that time.
     pub async fn submitted(&self, name: &str, tenant: &str, source: usize, now: i64) -> BuildId {
+        self.insert(name, tenant, source, now, request()).await
+    }
+
+    /// One that wants so much memory.
+    pub async fn sized(&self, name: &str, tenant: &str, memory_mb: u32) -> BuildId {
+        let request = Request { memory_mb, ..request() };
+        self.insert(name, tenant, 10, kiln::clock::now(), request).await
+    }
+
+    async fn insert(
+        &self,
+        name: &str,
+        tenant: &str,
+        source: usize,
+        now: i64,
+        request: Request,
+    ) -> BuildId {
         let id = BuildId::new(name).unwrap();
         let dir = self.workshop.builds_dir.join(name);
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("source"), vec![0; source]).unwrap();
-        let build = Build::queued(id.clone(), Tenant::new(tenant).unwrap(), request(), now);
+        let build = Build::queued(id.clone(), Tenant::new(tenant).unwrap(), request, now);
         let told = payload::of_host(now, payload::status(Status::Queued, None));
         self.store.insert_build(&build, &[told], None, &[]).await.unwrap();
         self.scheduling.wake();
         id
+    }
+
+    pub async fn cancel(&self, id: &BuildId) -> CancelOutcome {
+        self.scheduling.cancel(id).await
     }
 
     pub async fn build(&self, id: &BuildId) -> Build {

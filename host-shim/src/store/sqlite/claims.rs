@@ -18,10 +18,12 @@ pub(super) async fn claim(
     db: &mut SqliteConnection,
     owner: &str,
     now: Millis,
+    most_mb: u32,
 ) -> Result<Option<Claimed>, StoreError> {
     let row = sqlx::query(CLAIM)
         .bind(owner)
         .bind(now)
+        .bind(i64::from(most_mb))
         .fetch_optional(db)
         .await
         .map_err(failed("claim a build"))?;

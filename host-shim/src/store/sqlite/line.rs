@@ -5,8 +5,8 @@ use sqlx::{Row, SqlitePool};
 use super::builds::parsed;
 use super::failed;
 use crate::build::{BuildId, Tenant};
-use crate::store::StoreError;
 use crate::store::line::{Waiting, position};
+use crate::store::{Next, StoreError};
 
 /// The tenants that wait, found one after the other by the index, however many builds each has. The last row is NULL.
 macro_rules! waiting {
@@ -43,27 +43,50 @@ macro_rules! oldest {
     };
 }
 
-/// Claims the next build: [`crate::build::Change::Claim`] as one statement.
+/// Of a tenant that waits: what its oldest build wants, in MiB.
+macro_rules! wants {
+    () => {
+        "(SELECT h.memory_mb FROM builds AS h
+          WHERE h.status = 'queued' AND h.tenant = w.tenant ORDER BY h.created_at, h.id LIMIT 1)"
+    };
+}
+
+/// The oldest build of the tenant that is next, of those that wait for whom this holds.
+macro_rules! next {
+    ($columns:literal, $holds:expr) => {
+        concat!(
+            waiting!(),
+            "SELECT ",
+            $columns,
+            " FROM builds AS b
+             WHERE b.status = 'queued' AND b.tenant = (
+                 SELECT w.tenant FROM waiting AS w WHERE w.tenant IS NOT NULL",
+            $holds,
+            " ORDER BY ",
+            active!(),
+            ", ",
+            turn!(),
+            ", ",
+            oldest!(),
+            ", w.tenant LIMIT 1)
+             ORDER BY b.created_at, b.id LIMIT 1"
+        )
+    };
+}
+
+/// Claims the next build whose memory is no more than this: [`crate::build::Change::Claim`] as one statement.
 pub(super) const CLAIM: &str = concat!(
     "UPDATE builds
      SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
          started_at = COALESCE(started_at, $2),
          turn = (SELECT MAX(l.turn) + 1 FROM builds AS l)
      WHERE status = 'queued' AND id = (",
-    waiting!(),
-    "SELECT b.id FROM builds AS b
-     WHERE b.status = 'queued' AND b.tenant = (
-         SELECT w.tenant FROM waiting AS w WHERE w.tenant IS NOT NULL
-         ORDER BY ",
-    active!(),
-    ", ",
-    turn!(),
-    ", ",
-    oldest!(),
-    ", w.tenant LIMIT 1)
-     ORDER BY b.created_at, b.id LIMIT 1)
-     RETURNING *"
+    next!("b.id", concat!(" AND ", wants!(), " <= $3")),
+    ") RETURNING *"
 );
+
+/// The next build.
+pub(super) const NEXT: &str = next!("b.id, b.memory_mb", "");
 
 /// Each tenant that waits, while this build does; and how many of its own tenant are before it.
 pub(super) const LINE: &str = concat!(
@@ -107,4 +130,13 @@ pub(super) async fn queue_position(
         own = Some((parsed(row, "own", Tenant::new)?, count("ahead")?));
     }
     Ok(own.and_then(|(tenant, ahead)| position(&waiting, &tenant, ahead)))
+}
+
+/// The build that is next.
+pub(super) async fn next(db: &SqlitePool) -> Result<Option<Next>, StoreError> {
+    let row = sqlx::query(NEXT).fetch_optional(db).await.map_err(failed("read the queue"))?;
+    let Some(row) = row else { return Ok(None) };
+    let memory: i64 = row.try_get("memory_mb").map_err(failed("read the queue"))?;
+    let memory_mb = u32::try_from(memory).unwrap_or(u32::MAX);
+    Ok(Some(Next { id: parsed(&row, "id", BuildId::new)?, memory_mb }))
 }
