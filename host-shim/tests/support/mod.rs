@@ -402,8 +402,11 @@ fn clear_close_on_exec(fd: &impl std::os::fd::AsFd) {
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
 }
 
+/// The one that cargo has built for the tests, or that of `KILN_TEST_PROGRAM`: scripts/test has VMs served by the program
+/// that users run.
 fn kiln() -> PathBuf {
-    env!("CARGO_BIN_EXE_kiln").into()
+    std::env::var_os("KILN_TEST_PROGRAM")
+        .map_or_else(|| env!("CARGO_BIN_EXE_kiln").into(), PathBuf::from)
 }
 
 /// A program that scripts/test has built.
