@@ -2,61 +2,39 @@
 //! the end. Whatever happens, the VM is gone before the build is final: also when a part of the driver panics,
 //! and when the end cannot be stored at once.
 
+mod attend;
 mod egress;
 mod job;
+mod record;
 mod retry;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::FutureExt;
-use kiln_protocol::hello::TOKEN_LEN;
-use kiln_protocol::preamble::Channel;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
+use self::attend::Attended;
 pub use self::egress::Egress;
-use self::egress::WayOut;
-use self::job::job;
-use self::retry::Tries;
 use super::base;
 use super::capacity::Memory;
-use super::egress_log::AllSeen;
 use super::leaks::{self, Searched};
 use super::live::Entry;
 use super::outcome::{self, Next};
-use super::sink::BuildSink;
 use super::workshop::Workshop;
-use crate::build::{Build, Change, Failure, FailureKind, Refused};
+use crate::build::{Build, Change, Failure, FailureKind};
 use crate::events::payload;
-use crate::exec::Doorway;
-use crate::gateway::guests::{self, GuestContext};
-use crate::kept::Guest;
+use crate::gateway::guests::GuestContext;
 use crate::publish;
 use crate::secrets::Masker;
-use crate::session::{self, End};
 use crate::staging::{self, Staging};
-use crate::store::{Claimed, Fence, NewEvent, StoreError};
-use crate::tunnel;
-use crate::vmm::{Vm, VmSpec};
-
-/// How long a VM may take to say Hello, and then to begin its job. Generous: under software emulation on
-/// a busy host a boot takes up to 12 s, and a VM that dies is noticed at once anyway.
-const BOOT_DEADLINE: Duration = Duration::from_secs(45);
+use crate::store::{Claimed, Fence, StoreError};
+use crate::vmm::VmSpec;
 
 /// How many VMs are booted for a build before it fails for want of one. Under software emulation
 /// and load a boot can hang: once in sixty on the worst day that was seen, never in 150 on another.
 const BOOTS: u32 = 2;
-
-/// How much later than the guest's own deadline the host's is, so that the guest's report, with
-/// the step that ran, arrives.
-const DEADLINE_MARGIN: Duration = Duration::from_secs(15);
-
-/// How long a session may take to read what a VM that ended had still sent.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Layers and configs that one build may stage. An image has at most some hundred.
 const MAX_STAGED_BLOBS: usize = 1024;
@@ -246,7 +224,8 @@ impl Driver {
             self.workshop.backing.clone(),
             self.workshop.upstreams.clone(),
         ));
-        let (next, masker, hung) = self.attend(vm, source, Arc::clone(&context), way_out).await;
+        let Attended { next, masker, hung, .. } =
+            self.attend(vm, source, Arc::clone(&context), way_out).await;
         self.build.pulled = context.pulled();
         self.workshop.events.metrics().staged(context.staging().used_bytes());
         let next = match &self.build.request.base_image_digest {
@@ -278,131 +257,6 @@ impl Driver {
                 Next::Fail(Failure::new(FailureKind::Internal, message))
             }
         }
-    }
-
-    /// Serves a VM until its session ends, and destroys it. Tells besides whether it hung before it began.
-    async fn attend(
-        &mut self,
-        vm: Vm,
-        source: tokio::fs::File,
-        context: Arc<GuestContext>,
-        way_out: Option<WayOut>,
-    ) -> (Next, Masker, bool) {
-        let nonce: [u8; TOKEN_LEN] = crate::random::bytes();
-        let gone = CancellationToken::new();
-        // A failed step that is entered may go on to fetch what it needs.
-        let offline = CancellationToken::new();
-        // Neither outlives the VM, whatever becomes of this.
-        let (_registry, egress) = (gone.clone().drop_guard(), offline.clone().drop_guard());
-        let tunnels = TaskTracker::new();
-        {
-            let (context, stop) = (Arc::clone(&context), gone.clone());
-            tunnels.spawn(tunnel::accept(
-                Arc::clone(&vm.registry),
-                Channel::Registry,
-                nonce,
-                gone.clone(),
-                move |stream, _| guests::serve(stream, Arc::clone(&context), stop.clone()),
-            ));
-        }
-        let record = way_out.as_ref().map(|way_out| Arc::clone(&way_out.record));
-        if let Some(WayOut { context, record: _ }) = way_out {
-            let stop = offline.clone();
-            tokio::spawn(tunnel::accept(
-                Arc::clone(&vm.egress),
-                Channel::Egress,
-                nonce,
-                offline.clone(),
-                move |stream, preamble| {
-                    let by = preamble.step.map(|number| number.get().into());
-                    crate::egress::serve(stream, by, Arc::clone(&context), stop.clone())
-                },
-            ));
-        }
-        let started = vm.started().into();
-        let params = session::Params {
-            job: job(&self.workshop, &self.build),
-            started,
-            source: Some(source),
-            nonce,
-            boot_deadline: BOOT_DEADLINE,
-            cancel_grace: session::CANCEL_GRACE,
-        };
-        let doorway = Doorway::new(self.entry.door.clone(), vm.dialer(), nonce);
-        let mut sink =
-            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started, doorway)
-                .with_egress(record.clone());
-        let allowed = sink.timeout();
-        // A VM that hangs before it begins is told by then, however short the timeout is.
-        let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
-        let cancel = self.entry.cancel.clone();
-        let (mut ended, mut kept) = (false, false);
-        let next = {
-            let session = session::run(Arc::clone(&vm.control), &mut sink, params, cancel);
-            tokio::pin!(session);
-            tokio::select! {
-                biased;
-                () = self.abandon.cancelled() => Next::Fail(abandoned()),
-                end = &mut session => {
-                    kept = matches!(end, End::Kept(_));
-                    outcome::next(end)
-                }
-                exit = vm.exited() => {
-                    ended = true;
-                    // What the VM had sent before it ended is still in the sockets.
-                    match timeout(LAST_WORDS, &mut session).await {
-                        Ok(end @ (End::Outcome(_) | End::Cancelled(_))) => outcome::next(end),
-                        _ => Next::Fail(Failure::new(
-                            FailureKind::VmLost,
-                            format!("the VM was lost: {exit}. If it happens again, ask the host's operator"),
-                        )),
-                    }
-                }
-                () = tokio::time::sleep_until(deadline) => {
-                    let seconds = allowed.as_secs();
-                    Next::Fail(Failure::new(
-                        FailureKind::TimedOut,
-                        format!("the build ran longer than its timeout of {seconds} s, and its VM did not say where"),
-                    ))
-                }
-            }
-        };
-        let begun = sink.begun();
-        let mut masker = sink.into_masker();
-        masker.prepare().await;
-        let next = match next {
-            Next::Fail(failure) if failure.kind == FailureKind::VmLost => {
-                let console = vm.console_tail().await;
-                Next::Fail(match console {
-                    Some(tail) if failure.detail.is_none() => failure.with_detail(tail),
-                    _ => failure,
-                })
-            }
-            next => next,
-        };
-        let next = match next {
-            Next::Fail(failure) => Next::Fail(masked(failure, &masker)),
-            next => next,
-        };
-        gone.cancel();
-        tunnels.close();
-        tunnels.wait().await;
-        if !kept {
-            offline.cancel();
-        }
-        let seen = match record {
-            Some(record) => record.close().await,
-            None => AllSeen::default(),
-        };
-        let next = outcome::denied(next, &seen.wanted);
-        self.build.reached = seen.reached;
-        if kept {
-            let guest = self.lodger(nonce, Box::new(egress));
-            self.workshop.kept.keep(vm, guest).await;
-        } else if let Err(error) = vm.destroy().await {
-            tracing::error!(error = %crate::causes::chain(&error), "the VM was not removed completely");
-        }
-        (next, masker, !begun && !ended)
     }
 
     /// Checks what was staged, records its digest, and pushes it. `None` when it is published.
@@ -460,84 +314,17 @@ impl Driver {
         Ok(())
     }
 
-    /// Changes the state and tells it, in one transaction: tried until it is stored.
-    async fn change(&mut self, change: Change, first: &[NewEvent]) -> Result<(), StoreError> {
-        let mut tries = Tries::new(self.abandon.clone());
-        loop {
-            let now = crate::clock::now();
-            let next = self.build.apply(change.clone(), now)?;
-            let mut events = first.to_vec();
-            if next.status != self.build.status {
-                events.push(payload::of_host(now, payload::status(next.status, None)));
-            }
-            let id = &self.build.id;
-            let change = change.clone();
-            let error =
-                match self.workshop.events.change(id, self.fence, change, now, &events).await {
-                    Ok(build) => {
-                        self.build = build;
-                        return Ok(());
-                    }
-                    // The try before was stored, though its answer was not heard.
-                    Err(StoreError::Refused(refused))
-                        if tries.have_failed() && is_done(&refused, &next) =>
-                    {
-                        self.workshop.events.wake(id);
-                        self.build = next;
-                        return Ok(());
-                    }
-                    Err(error) => error,
-                };
-            self.place = None;
-            tries.after(error).await?;
-        }
-    }
-
-    /// Stores what is known of the build besides its state: tried until it is stored.
-    async fn annotate(&mut self) -> Result<(), StoreError> {
-        let mut tries = Tries::new(self.abandon.clone());
-        while let Err(error) = self.workshop.store.annotate(&self.build, self.fence).await {
-            self.place = None;
-            tries.after(error).await?;
-        }
-        Ok(())
-    }
-
     fn staging_limits(&self) -> staging::Limits {
         let max_bytes = u64::from(self.build.request.disk_gb) * GIB;
         staging::Limits { max_bytes, max_blobs: MAX_STAGED_BLOBS }
     }
 
-    /// How a VM with the step that failed is kept.
-    fn lodger(&self, nonce: [u8; TOKEN_LEN], with_it: Box<dyn Send + Sync>) -> Guest {
-        let request = &self.build.request;
-        Guest {
-            id: self.build.id.clone(),
-            tenant: self.build.tenant.clone(),
-            memory_mb: request.memory_mb,
-            seconds: request.keep_failed_seconds,
-            nonce,
-            with_it,
-        }
-    }
-}
-
-/// Whether a change was refused because the build is already what it would become.
-fn is_done(refused: &Refused, next: &Build) -> bool {
-    matches!(refused, Refused::Final(status) | Refused::From(status) if *status == next.status)
 }
 
 /// The failure of a build that the server's end gave up.
 fn abandoned() -> Failure {
     let message = "the host was shut down while the build ran; submit it again";
     Failure::new(FailureKind::HostRestarted, message)
-}
-
-/// A failure without the build's secrets: it may quote what a step printed, or the step itself.
-fn masked(failure: Failure, masker: &Masker) -> Failure {
-    let Failure { kind, message, step, exit_code, detail } = failure;
-    let detail = detail.map(|detail| masker.text(&detail));
-    Failure { kind, message: masker.text(&message), step, exit_code, detail }
 }
 
 /// The failure of a build whose image was not published.
