@@ -318,7 +318,6 @@ impl Driver {
         let max_bytes = u64::from(self.build.request.disk_gb) * GIB;
         staging::Limits { max_bytes, max_blobs: MAX_STAGED_BLOBS }
     }
-
 }
 
 /// The failure of a build that the server's end gave up.

@@ -278,6 +278,8 @@ mod tests {
         use tar::EntryType;
         const LENGTH: u64 = 32 << 20;
         let behind = [header(EntryType::Regular, "etc/npmrc", 512), vec![b'x'; 512]].concat();
+        // The program's own pages, and what every search needs, are there before anything is measured.
+        assert_eq!(leak(&archive(&[("npmrc", SECRET)])), at("npmrc"));
         for kind in [
             EntryType::GNULongName,
             EntryType::GNULongLink,
@@ -290,7 +292,8 @@ mod tests {
             let before = peak();
             let found = in_layer(&masker(), layer, &bounds(1 << 30)).unwrap().unwrap();
             assert_eq!(found.secret, "npm", "{kind:?}");
-            assert!(peak() - before < 12 << 20, "{kind:?}");
+            // The kernel's own count is not exact: it can even fall a little.
+            assert!(peak().saturating_sub(before) < LENGTH / 2, "{kind:?}");
             // A name that is too long is none; others are as the header has them.
             assert!(found.path.unwrap().len() <= "etc/npmrc".len(), "{kind:?}");
         }

@@ -8,7 +8,11 @@ use crate::store::{NewEvent, StoreError};
 
 impl Driver {
     /// Changes the state and tells it, in one transaction: tried until it is stored.
-    pub(super) async fn change(&mut self, change: Change, first: &[NewEvent]) -> Result<(), StoreError> {
+    pub(super) async fn change(
+        &mut self,
+        change: Change,
+        first: &[NewEvent],
+    ) -> Result<(), StoreError> {
         let mut tries = Tries::new(self.abandon.clone());
         loop {
             let now = crate::clock::now();
