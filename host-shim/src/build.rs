@@ -472,4 +472,4 @@ impl Build {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -15,8 +15,8 @@ use kiln::exec::{self, How, Session, Subject, Who};
 use kiln::instances::instance::{self, End, Instance, InstanceId, State};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, IdempotencyKey, MAX_PAGE_BYTES, NewEvent, Next, Role, SessionFilter,
-    Store, StoreError, TokenRecord,
+    Claimed, Fence, Filter, FinishedLog, IdempotencyKey, MAX_PAGE_BYTES, MAX_PIECE_BYTES, NewEvent,
+    Next, Piece, Role, SessionFilter, Store, StoreError, TokenRecord,
 };
 use serde_json::json;
 
@@ -570,6 +570,148 @@ async fn events_come_in_bounded_pages() {
         let page = store.events_after(&b1, after, 100).await.unwrap();
         assert_eq!(page.iter().map(|e| e.seq).collect::<Vec<_>>(), expected);
     }
+}
+
+/// Ends a queued build.
+async fn end(store: &dyn Store, name: &str, at: i64) {
+    store.cancel_queued(&id(name), at, &[status(Status::Cancelled)]).await.unwrap();
+}
+
+fn size(event: &NewEvent) -> usize {
+    event.payload.to_string().len()
+}
+
+fn bytes(events: &[NewEvent]) -> u64 {
+    events.iter().map(size).sum::<usize>() as u64
+}
+
+#[tokio::test]
+async fn logs_of_finished_builds_are_measured_and_go_in_pieces() {
+    let place = Place::new();
+    let store = place.open().await;
+    for name in ["c", "a", "b", "silent", "active"] {
+        put(&*store, &build(name, "acme", 1)).await;
+        if name != "silent" {
+            store.append_events(&id(name), &[event(1), of_agent(2)]).await.unwrap();
+            // Sent once more, and stored once.
+            store.append_events(&id(name), &[of_agent(2), of_agent(3)]).await.unwrap();
+        }
+    }
+    let step = NewEvent { payload: json!({"type": "step", "content": "log"}), ..event(0) };
+    let own = [event(4), step, event(5), status(Status::Cancelled)];
+    store.cancel_queued(&id("c"), 30, &own).await.unwrap();
+    for (name, at) in [("a", 20), ("b", 20), ("silent", 10)] {
+        end(&*store, name, at).await;
+    }
+    let three = bytes(&[event(1), event(2), event(3)]);
+    let five = three + bytes(&[event(4), event(5)]);
+    assert_eq!(store.log_bytes().await.unwrap(), 2 * three + five);
+    let logs = async |at_most| store.finished_logs(at_most).await.unwrap();
+    let log = |name, completed_at| FinishedLog { id: id(name), completed_at };
+    assert_eq!(logs(9).await, [log("a", 20), log("b", 20), log("c", 30)]);
+    assert_eq!(logs(1).await, [log("a", 20)]);
+
+    // c has 1 queued, 2 to 5 log, 6 step, 7 log, 8 cancelled.
+    let c = id("c");
+    let trim = async |after, at_most| store.trim_log(&c, after, at_most).await.unwrap();
+    let piece = |numbers: &[u64], next| {
+        let events: Vec<_> = numbers.iter().copied().map(event).collect();
+        Piece { events: events.len() as u64, bytes: bytes(&events), next }
+    };
+    assert_eq!(trim(0, 3).await, piece(&[1, 2], Some(3)));
+    assert_eq!(
+        store.log_bytes().await.unwrap(),
+        3 * three + bytes(&[event(4), event(5)]) - bytes(&[event(1), event(2)])
+    );
+    // A gap is not counted.
+    assert_eq!(trim(0, 2).await, piece(&[3], Some(4)));
+    assert_eq!(trim(4, 3).await, piece(&[4, 5], Some(7)));
+    assert_eq!(logs(9).await.len(), 3, "it is not known yet that it has gone");
+    drop(store);
+    let store = place.open().await;
+    assert_eq!(store.trim_log(&c, 7, 3).await.unwrap(), piece(&[], Some(8)));
+    assert_eq!(store.trim_log(&c, 8, 3).await.unwrap(), Piece::default());
+    assert_eq!(store.trim_log(&c, u64::MAX, 3).await.unwrap(), Piece::default());
+    assert_eq!(seqs(&*store, &c).await, [1, 6, 8]);
+    assert_eq!(store.finished_logs(9).await.unwrap(), [log("a", 20), log("b", 20)]);
+    assert_eq!(store.log_bytes().await.unwrap(), 2 * three);
+
+    let refused = store.trim_log(&id("active"), 0, 9).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+    let unknown = store.trim_log(&id("nobody"), 0, 9).await;
+    assert!(matches!(unknown, Err(StoreError::NotFound("build"))), "{unknown:?}");
+    assert_eq!(seqs(&*store, &id("active")).await, [1, 2, 3, 4]);
+    assert_eq!(seqs(&*store, &id("a")).await, [1, 2, 3, 4, 5]);
+}
+
+#[tokio::test]
+async fn a_piece_has_a_bound_in_bytes() {
+    let place = Place::new();
+    let store = place.open().await;
+    put(&*store, &build("b", "acme", 1)).await;
+    let most = usize::try_from(MAX_PIECE_BYTES).unwrap();
+    // By its whole payload.
+    let sized = |n: usize| {
+        let content = "x".repeat(n - size(&event(1)) + 1);
+        NewEvent { payload: json!({"type": "log", "content": content}), ..event(0) }
+    };
+    let first = size(&status(Status::Queued));
+    let all = [sized(most - first - 100), sized(100), sized(100), sized(most + 1), sized(100)];
+    assert_eq!(size(&all[1]), 100);
+    store.append_events(&id("b"), &all).await.unwrap();
+    end(&*store, "b", 2).await;
+    let (mut after, mut nexts) = (0, vec![]);
+    while let Some(next) = store.trim_log(&id("b"), after, 1000).await.unwrap().next {
+        nexts.push(next);
+        after = next;
+    }
+    assert_eq!(nexts, [3, 4, 5, 7]);
+    assert_eq!(seqs(&*store, &id("b")).await, [1, 7]);
+}
+
+#[tokio::test]
+async fn finished_builds_go_in_pieces_with_all_that_is_theirs() {
+    let place = Place::new();
+    let store = place.open().await;
+    let key = IdempotencyKey { key: "k".into(), digest: "d".into() };
+    let mut first = build("a", "acme", 1);
+    first.request.tags.insert("team".into(), "infra".into());
+    store.insert_build(&first, &[status(Status::Queued)], Some(&key), &[]).await.unwrap();
+    for (name, at) in [("b", 2), ("c", 3), ("active", 4)] {
+        put(&*store, &build(name, "acme", at)).await;
+    }
+    store.append_events(&id("a"), &[event(1), event(2), event(3)]).await.unwrap();
+    store.insert_session(&session("s1", Subject::Build(id("a")), "acme", 5)).await.unwrap();
+    for (name, at) in [("b", 30), ("a", 30), ("c", 20)] {
+        end(&*store, name, at).await;
+    }
+    let finished = async |before, at_most| store.finished_builds(before, at_most).await.unwrap();
+    assert!(finished(20, 9).await.is_empty());
+    assert_eq!(finished(21, 9).await, [id("c")]);
+    assert_eq!(finished(31, 9).await, [id("c"), id("a"), id("b")]);
+    assert_eq!(finished(31, 2).await, [id("c"), id("a")]);
+
+    let a = id("a");
+    assert!(!store.remove_build(&a, 2).await.unwrap());
+    assert_eq!(seqs(&*store, &a).await, [3, 4, 5], "the last to go is its end");
+    assert!(store.build(&a).await.unwrap().is_some());
+    assert!(!store.remove_build(&a, 3).await.unwrap());
+    assert!(store.remove_build(&a, 3).await.unwrap());
+    assert_eq!(store.build(&a).await.unwrap(), None);
+    let again = store.remove_build(&a, 3).await;
+    assert!(matches!(again, Err(StoreError::NotFound("build"))), "{again:?}");
+    let refused = store.remove_build(&id("active"), 9).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+    assert_eq!(finished(31, 9).await, [id("c"), id("b")]);
+    assert_eq!(store.log_bytes().await.unwrap(), 0);
+    assert_eq!(store.finished_logs(9).await.unwrap(), []);
+    // Its tags and its key are free, and its sessions are in the audit log.
+    assert_eq!(store.build_by_key(&tenant("acme"), "k").await.unwrap(), None);
+    store.insert_build(&first, &[status(Status::Queued)], Some(&key), &[]).await.unwrap();
+    assert_eq!(seqs(&*store, &a).await, [1]);
+    let all = SessionFilter { limit: 9, ..SessionFilter::default() };
+    assert_eq!(store.sessions(&all).await.unwrap().len(), 1);
+    while store.shrink().await.unwrap() {}
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-pub(super) fn request() -> Request {
+pub(crate) fn request() -> Request {
     Request {
         dockerfile: None,
         target: None,
@@ -27,7 +27,7 @@ pub(super) fn request() -> Request {
     }
 }
 
-fn queued() -> Build {
+pub(crate) fn queued() -> Build {
     Build::queued(BuildId::new("b1").unwrap(), Tenant::new("acme").unwrap(), request(), 10)
 }
 

@@ -4,7 +4,7 @@
 //! method that returns `Ok` for a write has made it durable.
 //!
 //! **Invariant**: an event that tells of a change is stored in the transaction of that change, and
-//! nothing is stored for a build once it is final: its last event is its final status.
+//! nothing is stored for a build once it is final: its last event is its final status. That one goes last of all.
 
 pub mod line;
 pub mod sqlite;
@@ -94,6 +94,9 @@ pub struct IdempotencyKey {
 /// Most payload bytes of one page of [`Store::events_after`]; a page has at least one event.
 pub const MAX_PAGE_BYTES: usize = 256 * 1024;
 
+/// Most payload bytes of events that are removed at one time; one that is larger goes alone.
+pub const MAX_PIECE_BYTES: i64 = 4 * 1024 * 1024;
+
 /// An event to store. Its payload is the API's JSON object without `timestamp`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
@@ -106,15 +109,42 @@ pub struct NewEvent {
     pub payload: serde_json::Value,
 }
 
+impl NewEvent {
+    /// Whether it is a line of the log, which does not stay for ever.
+    pub fn is_log(&self) -> bool {
+        self.payload["type"] == "log"
+    }
+}
+
 /// A stored event.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredEvent {
-    /// Counts from 1 in its build, without gaps.
+    /// Counts from 1 in its build, without gaps but those of [`Store::trim_log`].
     pub seq: u64,
     /// When it happened.
     pub at: Millis,
     /// `type` and what follows it.
     pub payload: serde_json::Value,
+}
+
+/// A finished build that has log events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FinishedLog {
+    /// The build.
+    pub id: BuildId,
+    /// When it ended.
+    pub completed_at: Millis,
+}
+
+/// What was removed of a log at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Piece {
+    /// So many events.
+    pub events: u64,
+    /// Of their payloads.
+    pub bytes: u64,
+    /// After which number to go on; `None` when there are no events after it, and the log has gone.
+    pub next: Option<u64>,
 }
 
 /// A tenant's secret, without its value.
@@ -316,6 +346,25 @@ pub trait Store: Send + Sync + 'static {
         after: u64,
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError>;
+
+    /// Payload bytes of the log events of all finished builds.
+    async fn log_bytes(&self) -> Result<u64, StoreError>;
+    /// Finished builds that have log events, those that ended first at most so many.
+    async fn finished_logs(&self, at_most: u32) -> Result<Vec<FinishedLog>, StoreError>;
+    /// Removes the log events among the next `at_most` events after a number, and among fewer where they are larger than
+    /// [`MAX_PIECE_BYTES`]. Other events stay, and all numbers. `Refused` unless the build is final.
+    async fn trim_log(&self, id: &BuildId, after: u64, at_most: u32) -> Result<Piece, StoreError>;
+    /// Builds that ended before then, those that ended first at most so many.
+    async fn finished_builds(
+        &self,
+        before: Millis,
+        at_most: u32,
+    ) -> Result<Vec<BuildId>, StoreError>;
+    /// Removes the oldest events of a build, so many as [`Self::trim_log`] looks at; where there are none any more the build, its tags and
+    /// its idempotency key. Whether it has gone. Its sessions stay. `Refused` unless it is final.
+    async fn remove_build(&self, id: &BuildId, at_most: u32) -> Result<bool, StoreError>;
+    /// Gives back to the file system some of what removed rows have left; whether there is more.
+    async fn shrink(&self) -> Result<bool, StoreError>;
 
     /// Stores a tenant's secret, in place of its older value. A new one makes them no more than `at_most`, which
     /// is looked at in the statement that stores it.

@@ -4,14 +4,15 @@
 //! writer. One writing connection, so that writers queue in the process and not in SQLite; another
 //! process (`kiln token create`) may still write between two of its transactions.
 //!
-//! One file per table: `builds` (with `claims`, which changes them, and `line`, who is next), `events`, `instances`,
-//! `secrets`, `sessions`, `tokens`.
+//! One file per table: `builds` (with `claims`, which changes them, and `line`, who is next), `events`, `build_logs` (in `retention`,
+//! with what goes in time), `instances`, `secrets`, `sessions`, `tokens`.
 
 mod builds;
 mod claims;
 mod events;
 mod instances;
 mod line;
+mod retention;
 mod secrets;
 mod sessions;
 mod tokens;
@@ -29,8 +30,8 @@ use sqlx::sqlite::{
 use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
 
 use super::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Next, SecretRecord, SessionFilter, Store,
-    StoreError, StoredEvent, TokenRecord, Unfinished,
+    Claimed, Fence, Filter, FinishedLog, IdempotencyKey, NewEvent, Next, Piece, SecretRecord,
+    SessionFilter, Store, StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Tenant};
 use crate::exec::{End, Session};
@@ -73,7 +74,7 @@ impl SqliteStore {
             .filename(&file)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
-            // Lets `kiln gc` give pages back without rewriting the file.
+            // Lets free pages go back to the file system without the file's being rewritten (`shrink`).
             .auto_vacuum(SqliteAutoVacuum::Incremental)
             .foreign_keys(true)
             .busy_timeout(BUSY)
@@ -130,6 +131,7 @@ fn migrator() -> Migrator {
         ("turns", include_str!("../../migrations/sqlite/0008_turns.sql")),
         ("token use", include_str!("../../migrations/sqlite/0009_token_use.sql")),
         ("memory", include_str!("../../migrations/sqlite/0010_memory.sql")),
+        ("retention", include_str!("../../migrations/sqlite/0011_retention.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -258,6 +260,7 @@ impl Store for SqliteStore {
         claims::save(&mut tx, &next, fence).await?;
         events::append(&mut tx, id, next.attempt, events).await?;
         secrets::forget_own(&mut tx, &next).await?;
+        retention::ended(&mut tx, &next).await?;
         tx.commit().await.map_err(failed("change a build"))?;
         Ok(next)
     }
@@ -292,6 +295,7 @@ impl Store for SqliteStore {
         claims::save(&mut tx, &next, fence).await?;
         events::append(&mut tx, id, next.attempt, events).await?;
         secrets::forget_own(&mut tx, &next).await?;
+        retention::ended(&mut tx, &next).await?;
         tx.commit().await.map_err(failed("cancel a build"))?;
         Ok(next)
     }
@@ -317,6 +321,7 @@ impl Store for SqliteStore {
             claims::save(&mut tx, &next, fence).await?;
             events::append(&mut tx, &id, next.attempt, events).await?;
             secrets::forget_own(&mut tx, &next).await?;
+            retention::ended(&mut tx, &next).await?;
             tx.commit().await.map_err(failed("end a queued build"))?;
             expired.push(id);
         }
@@ -348,6 +353,40 @@ impl Store for SqliteStore {
         limit: u32,
     ) -> Result<Vec<StoredEvent>, StoreError> {
         events::after(&self.readers, id, after, limit).await
+    }
+
+    async fn log_bytes(&self) -> Result<u64, StoreError> {
+        retention::log_bytes(&self.readers).await
+    }
+
+    async fn finished_logs(&self, at_most: u32) -> Result<Vec<FinishedLog>, StoreError> {
+        retention::finished_logs(&self.readers, at_most).await
+    }
+
+    async fn trim_log(&self, id: &BuildId, after: u64, at_most: u32) -> Result<Piece, StoreError> {
+        let mut tx = self.write("remove a log").await?;
+        let piece = retention::trim(&mut tx, id, after, at_most).await?;
+        tx.commit().await.map_err(failed("remove a log"))?;
+        Ok(piece)
+    }
+
+    async fn finished_builds(
+        &self,
+        before: Millis,
+        at_most: u32,
+    ) -> Result<Vec<BuildId>, StoreError> {
+        retention::finished_builds(&self.readers, before, at_most).await
+    }
+
+    async fn remove_build(&self, id: &BuildId, at_most: u32) -> Result<bool, StoreError> {
+        let mut tx = self.write("remove a build").await?;
+        let gone = retention::remove(&mut tx, id, at_most).await?;
+        tx.commit().await.map_err(failed("remove a build"))?;
+        Ok(gone)
+    }
+
+    async fn shrink(&self) -> Result<bool, StoreError> {
+        retention::shrink(&self.writer).await
     }
 
     async fn put_secret(
@@ -500,6 +539,64 @@ mod tests {
         assert_eq!(holds(), 0);
     }
 
+    fn lines(bytes: usize) -> NewEvent {
+        let payload = serde_json::json!({ "type": "log", "content": "x".repeat(bytes) });
+        NewEvent { at: 1, agent_seq: None, payload }
+    }
+
+    async fn finished(store: &SqliteStore, events: &[NewEvent]) -> BuildId {
+        let build = crate::build::tests::queued();
+        store.insert_build(&build, events, None, &[]).await.unwrap();
+        store.cancel_queued(&build.id, 5, &[]).await.unwrap();
+        build.id
+    }
+
+    #[tokio::test]
+    async fn the_file_shrinks_when_logs_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        let all: Vec<_> = std::iter::repeat_n(lines(16 * 1024), 640).collect();
+        let id = finished(&store, &all).await;
+        let size = async || {
+            let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
+            sqlx::query(truncate).execute(&store.writer).await.unwrap();
+            dir.path().join(FILE_NAME).metadata().unwrap().len()
+        };
+        let before = size().await;
+        assert!(before > 10 * 1024 * 1024, "{before}");
+        assert!(!store.shrink().await.unwrap(), "nothing is free");
+        let mut after = 0;
+        while let Some(next) = store.trim_log(&id, after, 1000).await.unwrap().next {
+            after = next;
+        }
+        assert!(store.shrink().await.unwrap(), "not all at one time");
+        while store.shrink().await.unwrap() {}
+        let after = size().await;
+        assert!(after < 1024 * 1024, "{after}");
+    }
+
+    #[tokio::test]
+    async fn logs_of_before_are_measured_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        let other = NewEvent { payload: serde_json::json!({ "type": "step" }), ..lines(0) };
+        let id = finished(&store, &[lines(100), other, lines(7)]).await;
+        let measured = store.log_bytes().await.unwrap();
+        assert_eq!(measured, lines(107).payload.to_string().len() as u64 * 2 - 107);
+        for undo in [
+            "DROP TABLE build_logs",
+            "DROP INDEX builds_finished",
+            "DELETE FROM _sqlx_migrations WHERE version = 11",
+        ] {
+            sqlx::query(undo).execute(&store.writer).await.unwrap();
+        }
+        store.close().await;
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        assert_eq!(store.log_bytes().await.unwrap(), measured);
+        let logs = store.finished_logs(9).await.unwrap();
+        assert_eq!(logs, [FinishedLog { id, completed_at: 5 }]);
+    }
+
     /// What is done all the time costs by what is active, not by all that ever was.
     #[tokio::test]
     async fn queue_and_audit_log_are_read_by_their_own_indexes() {
@@ -524,6 +621,9 @@ mod tests {
             (builds::QUEUED_COUNT, &["builds_queued_of_tenant"]),
             (builds::QUEUED_BEFORE, &["builds_queued"]),
             (sessions::FORGET, &["sessions_newest"]),
+            (retention::LOG_BYTES, &["build_logs_finished"]),
+            (retention::FINISHED_LOGS, &["build_logs_finished"]),
+            (retention::FINISHED_BUILDS, &["builds_finished"]),
             (unfinished::QUEUED, &["builds_queued"]),
             (unfinished::CLAIMED, &["builds_claimed"]),
         ] {

@@ -10,8 +10,8 @@ use kiln::instances::instance::{self, Instance, InstanceId};
 use kiln::secrets::Sealed;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, IdempotencyKey, NewEvent, Next, SecretRecord, SessionFilter, Store,
-    StoreError, StoredEvent, TokenRecord, Unfinished,
+    Claimed, Fence, Filter, FinishedLog, IdempotencyKey, NewEvent, Next, Piece, SecretRecord,
+    SessionFilter, Store, StoreError, StoredEvent, TokenRecord, Unfinished,
 };
 use kiln_protocol::secret::SecretId;
 use tokio::sync::watch;
@@ -139,6 +139,12 @@ store! {
     expire_queued(before: Millis, at_most: u32, failure: &Failure, now: Millis, events: &[NewEvent]) -> Vec<BuildId>;
     reclaim(owner: &str) -> Vec<Claimed>;
     events_after(id: &BuildId, after: u64, limit: u32) -> Vec<StoredEvent>;
+    log_bytes() -> u64;
+    finished_logs(at_most: u32) -> Vec<FinishedLog>;
+    trim_log(id: &BuildId, after: u64, at_most: u32) -> Piece;
+    finished_builds(before: Millis, at_most: u32) -> Vec<BuildId>;
+    remove_build(id: &BuildId, at_most: u32) -> bool;
+    shrink() -> bool;
     put_secret(tenant: &Tenant, id: &SecretId, sealed: &Sealed, now: Millis, at_most: u32) -> ();
     secret(tenant: &Tenant, id: &SecretId) -> Option<Sealed>;
     secrets(tenant: &Tenant) -> Vec<SecretRecord>;

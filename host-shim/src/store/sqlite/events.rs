@@ -1,9 +1,9 @@
-//! The table `events`: numbered from 1 in each build, without gaps.
+//! The table `events`: numbered from 1 in each build, without gaps until its log goes (`retention`).
 
 use futures_util::TryStreamExt;
 use sqlx::{Row, SqliteConnection, SqlitePool};
 
-use super::failed;
+use super::{failed, retention};
 use crate::build::BuildId;
 use crate::store::{MAX_PAGE_BYTES, NewEvent, StoreError, StoredEvent};
 
@@ -20,7 +20,10 @@ pub(super) async fn append(
             .fetch_one(&mut *db)
             .await
             .map_err(failed("number events"))?;
+    let mut log_bytes = 0;
     for event in events {
+        let payload = event.payload.to_string();
+        let size = payload.len();
         let agent_seq =
             event.agent_seq.map(i64::try_from).transpose().map_err(failed("number events"))?;
         let inserted = sqlx::query(
@@ -32,15 +35,17 @@ pub(super) async fn append(
         .bind(event.at)
         .bind(i64::from(attempt))
         .bind(agent_seq)
-        .bind(event.payload.to_string())
+        .bind(payload)
         .execute(&mut *db)
         .await
         .map_err(failed("store events"))?;
         // The number is free under the write lock, so a conflict is the agent's number.
         if inserted.rows_affected() == 1 {
             highest += 1;
+            log_bytes += if event.is_log() { size } else { 0 };
         }
     }
+    retention::grew(db, id, log_bytes).await?;
     u64::try_from(highest).map_err(failed("number events"))
 }
 
