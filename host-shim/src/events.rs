@@ -4,8 +4,10 @@
 //! reads from the store alone, at its own pace: a wake carries no event, only that there is one. A
 //! slow reader costs one page of events, and nobody waits for it.
 //!
-//! A build has a channel only while somebody follows it. See [`payload`] for what events say.
+//! A build has a channel only while somebody follows it. See [`payload`] for what events say, and `gaps` for those that
+//! are not kept any more.
 
+mod gaps;
 pub mod payload;
 
 use std::collections::HashMap;
@@ -203,7 +205,7 @@ impl Inner {
 /// What a follower has found.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Batch {
-    /// The next events, at least one.
+    /// The next events, at least one, and what is told of those that are gone.
     Events(Vec<StoredEvent>),
     /// Nothing for [`QUIET`].
     Quiet,
@@ -234,13 +236,13 @@ impl Follower {
             }
             let events = self.log.inner.store.events_after(&self.id, self.after, PAGE).await?;
             if let Some(last) = events.last() {
-                self.after = last.seq;
+                let before = std::mem::replace(&mut self.after, last.seq);
                 let ended =
                     |e: &StoredEvent| payload::status_of(&e.payload).is_some_and(Status::is_final);
                 if events.iter().any(ended) {
                     self.known_final = Some(true);
                 }
-                return Ok(Batch::Events(events));
+                return Ok(Batch::Events(gaps::told(before, events)));
             }
             let Some(wakes) = &mut self.wakes else {
                 return Ok(Batch::End);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::escape::escape;
 use super::flag_names::in_failure;
-use super::view::{EventView, duration};
+use super::view::{EventView, count, duration};
 
 /// Longest line that is put together from parts, in bytes; longer ones are broken.
 const MAX_LINE: usize = 1024 * 1024;
@@ -48,7 +48,10 @@ impl Lines {
                 vec![kiln(&format!("{who} was refused {host}"))]
             }
             EventView::Trimmed { from, to } => {
-                vec![kiln(&format!("events {from} to {to} are no longer kept"))]
+                // The rest of what is open is among them.
+                let mut lines = self.end(None);
+                lines.push(kiln(&trimmed(*from, *to)));
+                lines
             }
             EventView::Egress { .. } | EventView::Other => vec![],
         }
@@ -106,6 +109,15 @@ pub fn step_state(event: &EventView) -> Option<String> {
         }
         other => escape(other).into_owned(),
     })
+}
+
+/// That events are gone, and whose doing it is.
+fn trimmed(from: u64, to: u64) -> String {
+    let (number, s, were) = match to.saturating_sub(from).saturating_add(1) {
+        1 => ("1".to_owned(), "", "was"),
+        many => (count(many), "s", "were"),
+    };
+    format!("{number} event{s} {were} removed by the server's retention")
 }
 
 fn step_line(event: &EventView) -> String {
@@ -185,6 +197,21 @@ mod tests {
             "kiln | queued, number 3 in the queue",
             "kiln | step 2 was refused h",
             "kiln | a step was refused h",
+        ];
+        assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn what_is_gone_is_counted_and_leaves_no_line_open() {
+        let lines = all(&[
+            log("open", "stdout", Some(1), true),
+            EventView::Trimmed { from: 2, to: 1235 },
+            EventView::Trimmed { from: 7, to: 7 },
+        ]);
+        let expected = [
+            "#1 | open",
+            "kiln | 1,234 events were removed by the server's retention",
+            "kiln | 1 event was removed by the server's retention",
         ];
         assert_eq!(lines, expected);
     }

@@ -64,6 +64,11 @@ impl Printer {
     fn event(&mut self, received: &Received) -> Result<(), CliError> {
         let event = &received.event;
         let EventView::Log { content, content_b64, partial, .. } = event else {
+            if matches!(event, EventView::Trimmed { .. }) && self.inside_line {
+                // The rest of the line is not kept any more.
+                self.inside_line = false;
+                self.out(b"\n")?;
+            }
             return self.lines.event(event).iter().try_for_each(|line| error_line(line));
         };
         if !self.raw {

@@ -220,6 +220,19 @@ pub fn duration(ms: u64) -> String {
     }
 }
 
+/// A number for people: `1,234`.
+pub fn count(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::with_capacity(digits.len() * 4 / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
 /// A size for people: `17 B`, `1.5 KiB`, `12.3 MiB`.
 pub fn size(bytes: u64) -> String {
     let (mut whole, mut tenths, mut unit) = (bytes, 0, "B");
@@ -279,6 +292,8 @@ mod tests {
     fn durations_and_sizes_are_for_people() {
         let shown = [0, 59_990, 60_000, 185_000, 7_200_000, 277_200_000].map(duration);
         assert_eq!(shown, ["0.0s", "59.9s", "1m00s", "3m05s", "2h00m", "3d05h"]);
+        let shown = [0, 999, 1000, 123_456, 1_234_567].map(count);
+        assert_eq!(shown, ["0", "999", "1,000", "123,456", "1,234,567"]);
         let shown = [0, 1023, 1024, 1536, 12_900_000, u64::MAX].map(size);
         assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "12.3 MiB", "16777215.9 TiB"]);
     }

@@ -72,6 +72,11 @@ pub fn status_of(payload: &Value) -> Option<Status> {
     payload["status"].as_str().and_then(Status::from_name)
 }
 
+/// `trimmed`: the events with these numbers were there, and are not kept any more.
+pub fn trimmed(from: u64, to: u64) -> Value {
+    json!({ "type": "trimmed", "from": from, "to": to })
+}
+
 /// `step`: one RUN started or ended.
 pub fn step(step: &wire::Step) -> Value {
     let mut payload = json!({ "type": "step", "index": step.index, "name": step.name });

@@ -153,3 +153,95 @@ async fn nothing_is_stored_after_the_end() {
     let refused = b.log.append(&b.id, &[line(1)]).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
 }
+
+/// What a reader is told: the numbers of events, and those that it is told are gone.
+#[derive(Debug, PartialEq)]
+enum Told {
+    Event(u64),
+    Trimmed(std::ops::RangeInclusive<u64>),
+}
+
+async fn told(mut follower: Follower) -> Vec<Told> {
+    let mut told = vec![];
+    loop {
+        let Batch::Events(events) = follower.next().await.unwrap() else { return told };
+        for event in events {
+            told.push(match event.payload["from"].as_u64() {
+                None => Told::Event(event.seq),
+                Some(from) => {
+                    assert_eq!(event.payload, payload::trimmed(from, event.seq));
+                    Told::Trimmed(from..=event.seq)
+                }
+            });
+        }
+    }
+}
+
+fn step(n: u64) -> NewEvent {
+    payload::of_host(2, serde_json::json!({ "type": "step", "index": n, "name": "make" }))
+}
+
+async fn trim(b: &Bench) {
+    let mut after = 0;
+    while let Some(next) = b.store.trim_log(&b.id, after, 100).await.unwrap().next {
+        after = next;
+    }
+}
+
+#[tokio::test]
+async fn gaps_are_told_wherever_they_are_and_wherever_a_reader_begins() {
+    use Told::{Event, Trimmed};
+    let b = bench(LONG).await;
+    // 1 status, 2 to 4 log, 5 step, 6 log, 7 step, 8 status
+    let all = [line(2), line(3), line(4), step(5), line(6), step(7)];
+    b.log.append(&b.id, &all).await.unwrap();
+    b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
+    trim(&b).await;
+    let whole = || vec![Event(1), Trimmed(2..=4), Event(5), Trimmed(6..=6), Event(7), Event(8)];
+    for follow in [false, true] {
+        let from = async |after| told(b.log.read(&b.id, after, follow)).await;
+        assert_eq!(from(0).await, whole());
+        assert_eq!(from(1).await, whole()[1..]);
+        // Inside of a gap; behind it, as one goes on who was told of it.
+        let mut rest = whole().split_off(1);
+        rest[0] = Trimmed(3..=4);
+        assert_eq!(from(2).await, rest);
+        assert_eq!(from(4).await, whole()[2..]);
+        assert_eq!(from(6).await, whole()[4..]);
+        assert_eq!(from(8).await, []);
+        assert_eq!(from(99).await, []);
+        assert_eq!(from(u64::MAX).await, []);
+    }
+}
+
+#[tokio::test]
+async fn a_gap_over_pages_is_one_and_may_open_while_it_is_read() {
+    use Told::{Event, Trimmed};
+    let b = bench(LONG).await;
+    let lines = 3 * u64::from(PAGE);
+    let all: Vec<_> = (0..lines).map(line).collect();
+    b.log.append(&b.id, &all).await.unwrap();
+    b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
+    let mut half = b.log.read(&b.id, 0, true);
+    let Batch::Events(first) = half.next().await.unwrap() else { panic!("no events") };
+    assert_eq!(first.len(), PAGE as usize);
+    trim(&b).await;
+    let (from, last) = (u64::from(PAGE) + 1, lines + 2);
+    assert_eq!(told(half).await, [Trimmed(from..=last - 1), Event(last)]);
+    let whole = told(b.log.read(&b.id, 0, false)).await;
+    assert_eq!(whole, [Event(1), Trimmed(2..=last - 1), Event(last)]);
+}
+
+#[tokio::test]
+async fn a_log_that_began_with_lines_begins_with_a_gap() {
+    use Told::{Event, Trimmed};
+    let dir = tempfile::tempdir().unwrap();
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let build = crate::build::tests::queued();
+    store.insert_build(&build, &[line(1), line(2)], None, &[]).await.unwrap();
+    store.cancel_queued(&build.id, 3, &cancelled()).await.unwrap();
+    let b = Bench { _dir: dir, log: EventLog::new(store.clone()), store, id: build.id };
+    trim(&b).await;
+    assert_eq!(told(b.log.read(&b.id, 0, true)).await, [Trimmed(1..=2), Event(3)]);
+    assert_eq!(told(b.log.read(&b.id, 1, true)).await, [Trimmed(2..=2), Event(3)]);
+}
