@@ -29,6 +29,7 @@ pub mod random;
 pub mod secrets;
 pub mod serve;
 pub mod session;
+pub mod sources;
 pub mod staging;
 pub mod store;
 pub mod token;

@@ -35,6 +35,7 @@ use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
 use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, recover};
+use crate::sources::Sources;
 use crate::token::Uses;
 use crate::traces::Traces;
 use crate::traces::otlp::{BadVariable, Sender};
@@ -116,7 +117,7 @@ async fn serve(
     }
     let (registry, backing) = parts::registry(&config).await?;
     let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
-    let builds_dir = config.data_dir.join("builds");
+    let sources = Sources::new(config.data_dir.join("builds"));
     let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
     let capacity = Capacity::new(config.max_vm_memory_mb, config.data_dir.clone());
@@ -129,7 +130,7 @@ async fn serve(
         backing: backing.clone(),
         upstreams: parts::upstreams(&config)?,
         vault: Arc::clone(&vault),
-        builds_dir: builds_dir.clone(),
+        builds_dir: sources.root().to_owned(),
         builder_digest: bundle.digest.to_string(),
         kernel_digest: bundle.manifest.files.kernel.digest.to_string(),
         log_limit: config.log_limit_bytes,
@@ -137,9 +138,8 @@ async fn serve(
     });
     let owner = format!("{}-{}", std::process::id(), hex::encode(crate::random::bytes::<8>()));
     recover(&workshop, &owner).await.context("cannot end the builds of an earlier server")?;
-    api::sweep(&builds_dir, store.as_ref())
-        .await
-        .context("cannot remove sources that nobody owns")?;
+    let swept = sources.sweep(store.as_ref()).await;
+    swept.context("cannot remove sources that nobody owns")?;
 
     let max_vms = config.max_vms as usize;
     let room = Arc::new(Semaphore::new(max_vms));
@@ -166,7 +166,7 @@ async fn serve(
         store: Arc::clone(&store),
         events,
         scheduler: Arc::new(scheduling.clone()),
-        sources: builds_dir,
+        sources,
         limits: config.limits,
         public_host: public_host.clone(),
         ready: Arc::new(facilities),

@@ -71,8 +71,7 @@ async fn cancel_queued(api: &Api, id: &BuildId) -> Result<bool, ApiError> {
     match api.state.events.cancel_queued(id, now, &[event]).await {
         Ok(_) => {
             // Nobody else will: only claimed builds have a driver.
-            if let Err(error) = tokio::fs::remove_dir_all(api.state.sources.join(id.as_str())).await
-            {
+            if let Err(error) = tokio::fs::remove_dir_all(api.state.sources.of(id)).await {
                 tracing::warn!(%id, %error, "the source of a cancelled build cannot be removed");
             }
             Ok(true)

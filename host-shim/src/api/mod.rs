@@ -39,7 +39,6 @@ mod uploads;
 mod whole;
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -50,7 +49,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
 use self::rates::Rates;
-pub use self::source::{SOURCE_FILE, sweep};
+pub use self::source::SOURCE_FILE;
 use self::uploads::Uploads;
 use crate::build::{BuildId, Millis, NetworkMode, Tenant};
 use crate::events::EventLog;
@@ -59,6 +58,7 @@ use crate::gateway::Backing;
 use crate::instances::Instances;
 use crate::kept::Kept;
 use crate::secrets::Vault;
+use crate::sources::Sources;
 use crate::store::Store;
 use crate::token::Uses;
 
@@ -137,8 +137,8 @@ pub struct ApiState {
     pub events: EventLog,
     /// Who runs builds.
     pub scheduler: Arc<dyn Scheduler>,
-    /// Each build's directory is made in here: `<data>/builds`.
-    pub sources: PathBuf,
+    /// Where sources go.
+    pub sources: Sources,
     /// What a request may ask for.
     pub limits: Limits,
     /// `HOST:PORT` of the registry gateway as clients of this host reach it, for `image_ref`.

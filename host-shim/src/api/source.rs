@@ -1,13 +1,11 @@
 //! A source on its way to the disk: bounded, hashed, checked by its first bytes, durable.
 
-use std::path::{Path, PathBuf};
-
 use sha2::{Digest, Sha256};
-use tokio::fs::{DirBuilder, File, OpenOptions};
+use tokio::fs::{File, OpenOptions};
 use tokio::io::{AsyncWriteExt, BufWriter};
 
 use crate::build::BuildId;
-use crate::store::{Store, StoreError};
+use crate::sources::{Coming, Sources};
 
 /// The source's file in the directory of its build.
 pub const SOURCE_FILE: &str = "source";
@@ -18,7 +16,7 @@ const HEAD: usize = 512;
 
 /// A source being received. What is not [kept](Received::keep) is removed when it is dropped.
 pub(super) struct Upload {
-    dir: Dir,
+    dir: Coming,
     file: BufWriter<File>,
     hasher: Sha256,
     head: Vec<u8>,
@@ -28,7 +26,7 @@ pub(super) struct Upload {
 
 /// A source that is on the disk.
 pub(super) struct Received {
-    dir: Dir,
+    dir: Coming,
     /// `sha256:…` over every byte.
     pub(super) digest: String,
     /// Its length.
@@ -49,20 +47,17 @@ pub(super) enum SourceError {
 impl Upload {
     /// Begins one in a directory of its own.
     pub(super) async fn begin(
-        sources: &Path,
+        sources: &Sources,
         id: &BuildId,
         limit: u64,
     ) -> Result<Self, SourceError> {
-        let path = sources.join(id.as_str());
-        DirBuilder::new().recursive(true).mode(0o700).create(sources).await?;
-        DirBuilder::new().mode(0o700).create(&path).await?;
-        let dir = Dir { path, kept: false };
+        let dir = sources.begin(id).await?;
         let mut options = OpenOptions::new();
         let file = options
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(dir.path.join(SOURCE_FILE))
+            .open(dir.path().join(SOURCE_FILE))
             .await?;
         let file = BufWriter::with_capacity(BUFFER, file);
         Ok(Self {
@@ -101,8 +96,9 @@ impl Upload {
         }
         self.file.flush().await?;
         self.file.get_ref().sync_all().await?;
-        File::open(&self.dir.path).await?.sync_all().await?;
-        if let Some(sources) = self.dir.path.parent() {
+        let path = self.dir.path();
+        File::open(&path).await?.sync_all().await?;
+        if let Some(sources) = path.parent() {
             File::open(sources).await?.sync_all().await?;
         }
         let digest = format!("sha256:{}", hex::encode(self.hasher.finalize()));
@@ -112,23 +108,8 @@ impl Upload {
 
 impl Received {
     /// A build stands on it now: it stays.
-    pub(super) fn keep(mut self) {
-        self.dir.kept = true;
-    }
-}
-
-struct Dir {
-    path: PathBuf,
-    kept: bool,
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        if !self.kept
-            && let Err(error) = std::fs::remove_dir_all(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "a partial source cannot be removed");
-        }
+    pub(super) fn keep(self) {
+        self.dir.stay();
     }
 }
 
@@ -145,36 +126,10 @@ fn is_archive(head: &[u8]) -> bool {
         || (head.len() >= HEAD && (&head[257..262] == b"ustar" || head.iter().all(|b| *b == 0)))
 }
 
-/// Removes the directories that no build needs: uploads that a crash cut off, and what a build that has
-/// ended left. To be called before requests are taken. Returns how many there were.
-pub async fn sweep(sources: &Path, store: &dyn Store) -> Result<usize, StoreError> {
-    let io = |source: std::io::Error| StoreError::Database {
-        operation: "sweep partial sources",
-        source: source.into(),
-    };
-    let mut removed = 0;
-    let mut entries = match tokio::fs::read_dir(sources).await {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        Err(error) => return Err(io(error)),
-    };
-    while let Some(entry) = entries.next_entry().await.map_err(io)? {
-        let Some(id) = entry.file_name().to_str().and_then(|name| BuildId::new(name).ok()) else {
-            continue;
-        };
-        if store.build(&id).await?.is_none_or(|build| build.status.is_final()) {
-            tokio::fs::remove_dir_all(entry.path()).await.map_err(io)?;
-            removed += 1;
-        }
-    }
-    Ok(removed)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::sqlite::SqliteStore;
 
     fn tar_head() -> Vec<u8> {
         let mut head = vec![b'a'; HEAD];
@@ -202,7 +157,7 @@ mod tests {
     #[tokio::test]
     async fn a_source_is_hashed_bounded_and_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let sources = dir.path().join("builds");
+        let sources = Sources::new(dir.path().join("builds"));
         let tar = tar_head();
         let mut upload = Upload::begin(&sources, &id(), HEAD as u64).await.unwrap();
         for byte in &tar {
@@ -212,7 +167,7 @@ mod tests {
         assert_eq!(received.digest, format!("sha256:{}", hex::encode(Sha256::digest(&tar))));
         assert_eq!(received.bytes, 512);
         received.keep();
-        assert_eq!(std::fs::read(sources.join("b1/source")).unwrap(), tar);
+        assert_eq!(std::fs::read(sources.of(&id()).join("source")).unwrap(), tar);
         assert!(
             matches!(Upload::begin(&sources, &id(), 1).await, Err(SourceError::Io(_))),
             "not twice"
@@ -222,7 +177,8 @@ mod tests {
     #[tokio::test]
     async fn what_is_refused_or_dropped_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let begin = async || Upload::begin(dir.path(), &id(), 600).await;
+        let sources = Sources::new(dir.path().to_owned());
+        let begin = async || Upload::begin(&sources, &id(), 600).await;
         let mut upload = begin().await.unwrap();
         upload.write(&tar_head()).await.unwrap();
         upload.write(&[0; 88]).await.unwrap();
@@ -238,17 +194,5 @@ mod tests {
         upload.write(&[0x1f, 0x8b]).await.unwrap();
         drop(upload.finish().await.unwrap());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[tokio::test]
-    async fn a_sweep_takes_what_no_build_stands_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(dir.path()).await.unwrap();
-        let sources = dir.path().join("builds");
-        assert_eq!(sweep(&sources, &store).await.unwrap(), 0);
-        std::fs::create_dir_all(sources.join("b1")).unwrap();
-        std::fs::create_dir_all(sources.join("Not-An-Id")).unwrap();
-        assert_eq!(sweep(&sources, &store).await.unwrap(), 1);
-        assert!(sources.join("Not-An-Id").exists() && !sources.join("b1").exists());
     }
 }

@@ -18,6 +18,7 @@ use kiln::exec::{Door, Entrance, Sessions};
 use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::kept::Kept;
+use kiln::sources::Sources;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
 use reqwest::multipart::{Form, Part};
@@ -116,6 +117,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         checks: Mutex::new(vec![]),
     });
     let sources = dir.path().join("builds");
+    let of_builds = Sources::new(sources.clone());
     let runner = Arc::new(Puppet::default());
     let instances_dir = dir.path().join("instances");
     let quota = Quota::new(QUOTA);
@@ -131,7 +133,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         store: store.clone(),
         events: events.clone(),
         scheduler: scheduler.clone(),
-        sources: sources.clone(),
+        sources: of_builds,
         limits,
         public_host: HOST.into(),
         ready: scheduler.clone(),
