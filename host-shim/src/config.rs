@@ -22,6 +22,7 @@ pub use self::host::Host;
 use crate::api::Limits;
 use crate::build::NetworkMode;
 use crate::gateway::upstream::Spec;
+use crate::retention::Keep;
 pub use crate::vmm::Accel;
 
 /// What hypeman's clients call by default.
@@ -127,6 +128,15 @@ pub struct ServeArgs {
     /// Days that an ended session stays in the audit log; 0 for ever [default: 90]
     #[arg(long, env = "KILN_KEEP_SESSIONS_DAYS", value_name = "DAYS")]
     pub keep_sessions_days: Option<u32>,
+    /// Days that the log of a finished build stays; 0 for ever [default: 90]
+    #[arg(long, env = "KILN_KEEP_LOGS_DAYS", value_name = "DAYS")]
+    pub keep_logs_days: Option<u32>,
+    /// Logs of all finished builds, in GiB; the oldest go first; 0 without a bound [default: 20]
+    #[arg(long, env = "KILN_KEEP_LOGS_GB", value_name = "GB")]
+    pub keep_logs_gb: Option<u32>,
+    /// Days that a finished build stays, without its image; 0 for ever [default: 0]
+    #[arg(long, env = "KILN_KEEP_BUILDS_DAYS", value_name = "DAYS")]
+    pub keep_builds_days: Option<u32>,
     /// Queued builds of one tenant [default: 1000]
     #[arg(long, env = "KILN_MAX_QUEUED", value_name = "N")]
     pub max_queued: Option<u32>,
@@ -221,8 +231,8 @@ pub struct ServeConfig {
     pub instance_disks_bytes: u64,
     /// VMs of failed builds that are kept at one time.
     pub max_kept: usize,
-    /// Days that an ended session stays in the audit log; 0 for ever.
-    pub keep_sessions_days: u32,
+    /// For how long sessions, logs and builds stay.
+    pub keep: Keep,
     /// Of the log.
     pub log_format: LogFormat,
     /// Whether `/metrics` needs no token.
@@ -336,6 +346,9 @@ impl ServeArgs {
             instance_disks_gb: self.instance_disks_gb.or(file.instance_disks_gb),
             max_kept: self.max_kept.or(file.max_kept),
             keep_sessions_days: self.keep_sessions_days.or(file.keep_sessions_days),
+            keep_logs_days: self.keep_logs_days.or(file.keep_logs_days),
+            keep_logs_gb: self.keep_logs_gb.or(file.keep_logs_gb),
+            keep_builds_days: self.keep_builds_days.or(file.keep_builds_days),
             max_queued: self.max_queued.or(file.max_queued),
             max_queue_seconds: self.max_queue_seconds.or(file.max_queue_seconds),
             max_uploads: self.max_uploads.or(file.max_uploads),
@@ -414,12 +427,13 @@ impl ServeArgs {
                 * mb(number("upstream-cache-gb", self.upstream_cache_gb, 20, 0..=1024 * 1024)?),
             log_limit_bytes: mb(number("log-limit-mb", self.log_limit_mb, 256, 1..=64 * 1024)?),
             max_kept: number("max-kept", self.max_kept, 4, 0..=1024)? as usize,
-            keep_sessions_days: number(
-                "keep-sessions-days",
-                self.keep_sessions_days,
-                90,
-                0..=36500,
-            )?,
+            keep: Keep {
+                sessions_days: days("keep-sessions-days", self.keep_sessions_days, 90)?,
+                logs_days: days("keep-logs-days", self.keep_logs_days, 90)?,
+                logs_bytes: 1024
+                    * mb(number("keep-logs-gb", self.keep_logs_gb, 20, 0..=1024 * 1024)?),
+                builds_days: days("keep-builds-days", self.keep_builds_days, 0)?,
+            },
             max_queue_seconds: number(
                 "max-queue-seconds",
                 self.max_queue_seconds,
@@ -514,6 +528,11 @@ fn number(
         value,
         format!("a number from {} to {}", range.start(), range.end()),
     ))
+}
+
+/// How long something is kept: up to a hundred years, and 0.
+fn days(flag: &'static str, given: Option<u32>, default: u32) -> Result<u32, ConfigError> {
+    number(flag, given, default, 0..=36500)
 }
 
 /// Absolute, so that it means the same whatever the process does later.

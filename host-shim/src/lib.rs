@@ -7,6 +7,7 @@
 //!                                                   │  tunnel    ◀ egress   5004 ─▶ egress
 //!                                                   └─▶ publish ─▶ the registry
 //! client ─▶ api ─▶ instances ─▶ a task that owns one instance ─▶ vmm, session
+//! retention (once a day, POST /gc) ─▶ store: what is old goes
 //! client ⇄ api::exec ⇄ exec (a session, recorded) ⇄ a running VM's entrance, 5002
 //! ```
 
@@ -26,6 +27,7 @@ pub mod metrics;
 pub mod publish;
 pub mod queue;
 pub mod random;
+pub mod retention;
 pub mod secrets;
 pub mod serve;
 pub mod session;

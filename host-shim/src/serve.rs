@@ -26,7 +26,7 @@ pub use self::tls::{Tls, TlsError};
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
 use crate::events::{EventLog, QUIET};
-use crate::exec::{Sessions, forget};
+use crate::exec::Sessions;
 use crate::gateway::BackingError;
 use crate::gateway::clients::{self, GatewayState};
 use crate::gateway::token::TokenKeys;
@@ -35,6 +35,7 @@ use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
 use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, recover};
+use crate::retention::Retention;
 use crate::sources::Sources;
 use crate::token::Uses;
 use crate::traces::Traces;
@@ -162,6 +163,7 @@ async fn serve(
     let scheduling = Scheduling::new(Arc::clone(&store));
     let metrics = events.metrics().clone();
     let uses = Uses::default();
+    let retention = Retention::new(Arc::clone(&store), kept.clone(), sources.clone(), config.keep);
     let router = api::router(ApiState {
         store: Arc::clone(&store),
         events,
@@ -174,6 +176,7 @@ async fn serve(
         instances: instances.clone(),
         sessions: sessions.clone(),
         kept: kept.clone(),
+        retention: retention.clone(),
         backing: backing.clone(),
         vault,
         uses: uses.clone(),
@@ -193,10 +196,10 @@ async fn serve(
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());
-    let noting = uses.run(Arc::clone(&store), stop.clone());
-    let forgetting = forget::run(store, config.keep_sessions_days, stop.clone());
+    let noting = uses.run(store, stop.clone());
+    let collecting = retention.run(stop.clone());
     let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances, sessions, forgetting, noting);
+        tokio::join!(builds, instances, sessions, collecting, noting);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });

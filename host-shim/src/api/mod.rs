@@ -18,6 +18,7 @@ pub mod error;
 mod exec;
 mod fields;
 mod files;
+mod gc;
 mod get_build;
 mod health;
 pub mod instances;
@@ -57,6 +58,7 @@ use crate::exec::{Entrance, Sessions};
 use crate::gateway::Backing;
 use crate::instances::Instances;
 use crate::kept::Kept;
+use crate::retention::Retention;
 use crate::secrets::Vault;
 use crate::sources::Sources;
 use crate::store::Store;
@@ -97,6 +99,7 @@ fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(health::ready))
         .routes(routes!(openapi::openapi))
         .routes(routes!(metrics::metrics))
+        .routes(routes!(gc::collect_garbage))
         .routes(routes!(create_build::create_build).layer(unbounded()))
         .routes(routes!(list_builds::list_builds))
         .routes(routes!(get_build::get_build, cancel_build::cancel_build))
@@ -153,6 +156,8 @@ pub struct ApiState {
     pub sessions: Sessions,
     /// Failed builds that can still be entered.
     pub kept: Kept,
+    /// What removes what is old.
+    pub retention: Retention,
     /// Where images are.
     pub backing: Backing,
     /// Seals secrets.

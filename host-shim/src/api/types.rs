@@ -12,7 +12,36 @@ use super::openapi::schemas;
 use super::whole;
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Reached, Status, Usage};
 use crate::exec::{Session as StoredSession, Subject};
+use crate::retention;
 use crate::store::{Role, SecretRecord, TokenRecord};
+
+/// What a round of retention has removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Collected {
+    /// Log lines of finished builds, those of removed builds too.
+    pub log_events_removed: u64,
+    /// What they took in the store.
+    pub log_bytes_removed: u64,
+    /// Finished builds.
+    pub builds_removed: u64,
+    /// Sessions of the audit log.
+    pub sessions_removed: u64,
+    /// Directories of sources, and of what was staged, that no build needs.
+    pub sources_removed: u64,
+}
+
+impl Collected {
+    /// The shape of a round's end.
+    pub fn new(collected: &retention::Collected) -> Self {
+        Self {
+            log_events_removed: collected.log_events,
+            log_bytes_removed: collected.log_bytes,
+            builds_removed: collected.builds,
+            sessions_removed: collected.sessions,
+            sources_removed: collected.sources,
+        }
+    }
+}
 
 /// A build.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -26,6 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const CALL_TIMEOUT: Duration = Duration::from_mins(1);
 /// For a cancellation, which is answered once the VM has stopped.
 const CANCEL_TIMEOUT: Duration = Duration::from_mins(2);
+/// For a round of retention, which is answered once all is removed.
+const ROUND_TIMEOUT: Duration = Duration::from_hours(1);
 /// Most bytes of an answer: a page of 200 builds, each with its provenance.
 const MAX_ANSWER: usize = 32 * 1024 * 1024;
 /// Most bytes of an error's answer.
@@ -225,6 +227,11 @@ impl Client {
     pub async fn cancel(&self, id: &str) -> Result<(), CallError> {
         let request = self.request(Method::DELETE, &["builds", id]).timeout(CANCEL_TIMEOUT);
         self.send(request).await.map(drop)
+    }
+
+    /// Has the server remove what it is not to keep; returns once that is done.
+    pub async fn collect_garbage(&self) -> Result<Value, CallError> {
+        self.call(self.request(Method::POST, &["gc"]).timeout(ROUND_TIMEOUT)).await
     }
 
     /// Opens a build's stream of events. The caller sees to the time between two of them.

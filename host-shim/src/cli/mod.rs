@@ -26,6 +26,7 @@ pub mod exec;
 pub mod fields;
 pub mod flag_names;
 pub mod follow;
+pub mod gc;
 pub mod instances;
 pub mod interrupt;
 pub mod json_line;
@@ -66,6 +67,7 @@ pub enum ClientCommand {
     Kept(kept::KeptArgs),
     Secret(secret::SecretArgs),
     Token(token::TokenArgs),
+    Gc(gc::GcArgs),
 }
 
 /// What every client command takes.
@@ -120,6 +122,7 @@ impl ClientCommand {
             Self::Instances(args) => instances::run(client, patience, args).await,
             Self::Secret(args) => secret::run(client, args).await,
             Self::Sessions(args) => sessions::run(client, args).await,
+            Self::Gc(args) => gc::run(client, args).await,
             Self::Run(_) | Self::Exec(_) | Self::Token(_) => Ok(()),
         }
     }

@@ -13,7 +13,6 @@
 mod agent;
 pub mod bridge;
 pub mod entrance;
-pub mod forget;
 mod inward;
 pub mod record;
 mod revoked;

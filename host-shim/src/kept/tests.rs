@@ -158,3 +158,23 @@ async fn the_oldest_goes_for_one_that_comes_and_all_go_at_the_end() {
     assert!(second.is_removed() && kept.list(None).is_empty());
     assert!(keep(&kept, "late", 600).await.is_removed());
 }
+
+#[tokio::test]
+async fn a_build_stays_as_long_as_its_vm() {
+    use crate::retention::{Keep, Retention};
+    use crate::store::{Store as _, sqlite::SqliteStore};
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
+    let build = crate::build::tests::queued();
+    store.insert_build(&build, &[], None, &[]).await.unwrap();
+    store.cancel_queued(&build.id, 20, &[]).await.unwrap();
+    let kept = Kept::new(1);
+    let _seen = keep(&kept, build.id.as_str(), 600).await;
+    let sources = crate::sources::Sources::new(dir.path().join("builds"));
+    let keep = Keep { builds_days: 1, ..Keep::default() };
+    let retention = Retention::new(store.clone(), kept.clone(), sources, keep);
+    assert_eq!(retention.collect(clock::now()).await.unwrap().builds, 0);
+    assert!(kept.release(&build.id).await);
+    assert_eq!(retention.collect(clock::now()).await.unwrap().builds, 1);
+    assert_eq!(store.build(&build.id).await.unwrap(), None);
+}

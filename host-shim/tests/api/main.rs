@@ -16,6 +16,7 @@ mod events;
 mod exec;
 mod exec_cli;
 mod files;
+mod gc;
 mod instances;
 mod kept;
 mod limits;

@@ -18,6 +18,7 @@ use kiln::exec::{Door, Entrance, Sessions};
 use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::kept::Kept;
+use kiln::retention::{Keep, Retention};
 use kiln::sources::Sources;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
@@ -27,6 +28,9 @@ use serde_json::Value;
 
 /// Of disks and logs of all instances.
 pub const QUOTA: u64 = 64 * 1024;
+
+/// For how long finished things stay.
+pub const KEEP: Keep = Keep { sessions_days: 30, logs_days: 10, logs_bytes: 0, builds_days: 20 };
 
 pub const HOST: &str = "kiln.example:4973";
 
@@ -133,7 +137,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         store: store.clone(),
         events: events.clone(),
         scheduler: scheduler.clone(),
-        sources: of_builds,
+        sources: of_builds.clone(),
         limits,
         public_host: HOST.into(),
         ready: scheduler.clone(),
@@ -141,6 +145,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         instances: instances.clone(),
         sessions: sessions.clone(),
         kept: kept.clone(),
+        retention: Retention::new(store.clone(), kept.clone(), of_builds, KEEP),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),
         uses: uses.clone(),

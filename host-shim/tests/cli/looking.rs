@@ -82,6 +82,47 @@ async fn logs_that_follow_come_as_they_are_printed_and_end_with_the_build() {
 }
 
 #[tokio::test]
+async fn logs_tell_what_is_not_kept_any_more() {
+    let gone = |from: u64, to: u64| json!({"type": "trimmed", "from": from, "to": to});
+    let streams = [
+        "id: 1\nevent: log\ndata: {\"type\":\"log\",\"content\":\"half\",\"stream\":\"stdout\",\"partial\":true}\n\n"
+            .to_owned(),
+        format!("id: 1235\nevent: trimmed\ndata: {}\n\n", gone(2, 1235)),
+        sse(1236, &[log("last"), status("failed")]),
+    ];
+    let streams = [(streams.concat(), None)].into();
+    let server = Server::start(Script { streams, ..Script::default() }).await;
+    let output = output(kiln(&server, &["logs", "b1"])).await;
+    let said = ["kiln | 1,234 events were removed by the server's retention\nkiln | failed\n"];
+    ended(&output, 0, "half\nlast\n", &said);
+}
+
+#[tokio::test]
+async fn a_trimmed_range_is_gone_on_after() {
+    let gone = json!({"type": "trimmed", "from": 1, "to": 8});
+    let first = format!("retry: 100\nid: 8\nevent: trimmed\ndata: {gone}\n\n");
+    let again = first.clone() + &sse(9, &[log("one"), status("ready")]);
+    let streams = [(first, Some(Ending::Abort)), (again, Some(Ending::Close))].into();
+    let server = Server::start(Script { streams, ..Script::default() }).await;
+    let output = output(kiln(&server, &["logs", "-f", "b1"])).await;
+    ended(&output, 0, "one\n", &["8 events were removed"]);
+    assert_eq!(stderr(&output).matches("removed").count(), 1, "{}", stderr(&output));
+    assert_eq!(server.script().connections[1].0.as_deref(), Some("8"));
+}
+
+#[tokio::test]
+async fn gc_says_what_was_removed_or_why_nothing_was() {
+    let server = Server::start(Script::default()).await;
+    let text = "removed 1,234 log lines (2.0 KiB), 1 build\n";
+    ended(&output(kiln(&server, &["gc"])).await, 0, text, &[]);
+    let json = output(kiln(&server, &["gc", "--format", "json"])).await;
+    let answer: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((&answer["log_events_removed"], &answer["x"]), (&json!(1234), &json!(1)));
+    server.script().refuse_post = Some(problem(StatusCode::FORBIDDEN, "only an administrator may"));
+    ended(&output(kiln(&server, &["gc"])).await, 3, "", &["kiln: only an administrator may"]);
+}
+
+#[tokio::test]
 async fn logs_of_nothing_are_not_found() {
     let server = Server::start(Script::default()).await;
     ended(&output(kiln(&server, &["logs", "b2"])).await, 1, "", &["kiln: "]);

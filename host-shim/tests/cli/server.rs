@@ -85,6 +85,7 @@ impl Server {
             .route("/instances", get(list_instances).post(create_instance))
             .route("/instances/{id}", axum::routing::delete(delete_instance))
             .route("/instances/{id}/logs", get(events))
+            .route("/gc", axum::routing::post(collect))
             .route("/tokens", get(tokens).post(create_token))
             .route("/tokens/{id}", axum::routing::delete(revoke_token))
             .layer(DefaultBodyLimit::disable())
@@ -277,6 +278,16 @@ async fn create_instance() -> Response {
 /// There is one.
 async fn delete_instance(server: State<Server>, id: Path<String>) -> Response {
     if *id == "i1" { cancel(server, id).await } else { not_found() }
+}
+
+/// For who may.
+async fn collect(State(server): State<Server>) -> Response {
+    if let Some((status, body)) = server.script().refuse_post.clone() {
+        return refusal(status, &body);
+    }
+    let removed =
+        json!({"log_events_removed": 1234, "log_bytes_removed": 2048, "builds_removed": 1, "x": 1});
+    axum::Json(removed).into_response()
 }
 
 async fn tokens() -> axum::Json<Value> {

@@ -77,11 +77,14 @@ pub(crate) enum BuildEvent {
         #[schema(nullable = false)]
         step: Option<u32>,
     },
-    /// Events that are not kept any more.
+    /// Events that are not kept any more: log lines of a build that ended long ago. The block's id is `to`, its time that of the
+    /// event after them.
     Trimmed {
         #[schema(value_type = Time)]
         timestamp: String,
+        /// The first number that is not there.
         from: u64,
+        /// The last.
         to: u64,
     },
     /// 15 seconds of silence.
@@ -215,6 +218,7 @@ mod tests {
             payload::failure(&failure.with_detail("d")),
             payload::egress(Some(1), "a.example", false),
             payload::egress(None, "a.example", true),
+            payload::trimmed(2, 9),
             json!({ "type": "heartbeat" }),
         ] {
             payload["timestamp"] = "2026-01-01T00:00:00.000Z".into();

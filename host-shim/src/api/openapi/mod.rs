@@ -78,7 +78,7 @@ const TAGS: [(&str, &str); 6] = [
     ("sessions", "Commands and files in VMs that are there."),
     ("secrets", "What builds may ask for."),
     ("tokens", "Who may call."),
-    ("server", "The server itself. No token but for `/metrics`."),
+    ("server", "The server itself. No token but for `/metrics` and `/gc`."),
 ];
 
 /// The document of a server: what every operation has, and its own limits.

@@ -1,46 +1,12 @@
 //! The audit log does not grow for ever: sessions that ended long ago are forgotten.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use tokio_util::sync::CancellationToken;
-
+use super::{BATCH, days_ago};
 use crate::build::Millis;
-use crate::causes::chain;
 use crate::store::{Store, StoreError};
 
-const DAY: Duration = Duration::from_hours(24);
-
-/// So many go at one time: whoever else wants to write does not wait for all of them.
-const BATCH: u32 = 1000;
-
-/// Forgets them now and once a day, until `stop`. 0 days is for ever.
-pub async fn run(store: Arc<dyn Store>, days: u32, stop: CancellationToken) {
-    if days == 0 {
-        return;
-    }
-    let work = async {
-        loop {
-            match forget(store.as_ref(), days, crate::clock::now()).await {
-                Ok(0) => {}
-                Ok(sessions) => tracing::info!(sessions, days, "old sessions left the audit log"),
-                Err(error) => {
-                    // They stay for another day.
-                    tracing::error!(
-                        error = chain(&error),
-                        "old sessions cannot be removed from the audit log"
-                    );
-                }
-            }
-            tokio::time::sleep(DAY).await;
-        }
-    };
-    stop.run_until_cancelled(work).await;
-}
-
 /// Those that ended so many days ago; how many there were.
-async fn forget(store: &dyn Store, days: u32, now: Millis) -> Result<u64, StoreError> {
-    let before = now - i64::from(days) * 24 * 60 * 60 * 1000;
+pub(super) async fn forget(store: &dyn Store, days: u32, now: Millis) -> Result<u64, StoreError> {
+    let Some(before) = days_ago(days, now) else { return Ok(0) };
     let mut all = 0;
     loop {
         let gone = store.forget_sessions(before, BATCH).await?;
@@ -103,6 +69,7 @@ mod tests {
         assert_eq!(forget(&store, 2, now).await.unwrap(), 1);
         assert_eq!(left(&store).await, [just, open]);
         assert_eq!(forget(&store, 2, now).await.unwrap(), 0);
+        assert_eq!(forget(&store, 0, now).await.unwrap(), 0, "for ever");
     }
 
     #[tokio::test]
@@ -115,21 +82,5 @@ mod tests {
         assert_eq!(store.forget_sessions(10, 2).await.unwrap(), 2);
         assert_eq!(left(&store).await.len(), 3, "the oldest go first");
         assert_eq!(forget(&store, 1, 2 * DAYS).await.unwrap(), 3);
-    }
-
-    #[tokio::test]
-    async fn a_server_forgets_when_it_starts_unless_it_is_to_keep_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(dir.path()).await.unwrap());
-        let old = log(store.as_ref(), 1, Some(2)).await;
-        let stop = CancellationToken::new();
-        run(store.clone(), 0, stop.clone()).await;
-        assert_eq!(left(store.as_ref()).await, [old]);
-        let running = tokio::spawn(run(store.clone(), 90, stop.clone()));
-        while !left(store.as_ref()).await.is_empty() {
-            tokio::task::yield_now().await;
-        }
-        stop.cancel();
-        running.await.unwrap();
     }
 }

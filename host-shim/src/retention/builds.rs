@@ -1,0 +1,35 @@
+//! Builds that ended long ago go, with their events, tags and idempotency keys. Their images are the users' and stay in the
+//! registry, and so do the sessions of the audit log, which have an age of their own.
+
+use super::{BATCH, Collected, days_ago, logs};
+use crate::build::Millis;
+use crate::kept::Kept;
+use crate::store::{Store, StoreError};
+
+/// So many builds are looked up at one time.
+const PAGE: u32 = 100;
+
+pub(super) async fn remove(
+    store: &dyn Store,
+    kept: &Kept,
+    days: u32,
+    now: Millis,
+    all: &mut Collected,
+) -> Result<(), StoreError> {
+    let Some(before) = days_ago(days, now) else { return Ok(()) };
+    loop {
+        // Those whose VMs are kept are passed over: there are others behind them.
+        let kept: Vec<_> = kept.list(None).into_iter().map(|lease| lease.id).collect();
+        let page = PAGE.saturating_add(u32::try_from(kept.len()).unwrap_or(u32::MAX));
+        let mut old = store.finished_builds(before, page).await?;
+        old.retain(|id| !kept.contains(id));
+        if old.is_empty() {
+            return Ok(());
+        }
+        for id in old {
+            logs::trim(store, &id, all).await?;
+            while !store.remove_build(&id, BATCH).await? {}
+            all.builds += 1;
+        }
+    }
+}

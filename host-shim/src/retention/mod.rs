@@ -1,0 +1,130 @@
+//! What goes when it is old, or when there is too much of it: logs of finished builds, finished builds, sessions of the audit log; and
+//! directories of builds that have ended.
+//!
+//! ```text
+//! serve: at the start, once a day ─▶ Retention::collect ─┬▶ sessions, builds, logs ─▶ the store, in pieces; its free room back
+//! api::gc: POST /gc ────────────────▶ one at a time       └▶ sources ─▶ directories that no build needs
+//! ```
+//! Upstreams' images have a cache with a bound of its own ([`crate::gateway::upstream`]), and images in the registry are the users'.
+//!
+//! **Invariant**: nothing of a build that has not ended is removed, and nobody who writes waits for more than one piece.
+
+mod builds;
+mod logs;
+mod sessions;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use crate::build::Millis;
+use crate::causes::chain;
+use crate::kept::Kept;
+use crate::sources::Sources;
+use crate::store::{Store, StoreError};
+
+const DAY: Duration = Duration::from_hours(24);
+
+/// So many rows go at one time, and are then on the disk: whoever else wants to write does not wait for all of them.
+const BATCH: u32 = 1000;
+
+/// For how long, and how much. 0 is for ever, and without a bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Days that a session stays in the audit log after its end.
+    pub sessions_days: u32,
+    /// Days that a build's log stays after its end.
+    pub logs_days: u32,
+    /// Of the logs of all finished builds together.
+    pub logs_bytes: u64,
+    /// Days that a build stays after its end.
+    pub builds_days: u32,
+}
+
+/// What a round has removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Lines of logs, those of removed builds too.
+    pub log_events: u64,
+    /// What they took in the store.
+    pub log_bytes: u64,
+    /// Finished builds.
+    pub builds: u64,
+    /// Entries of the audit log.
+    pub sessions: u64,
+    /// Directories of sources and of what was staged, that no build needs.
+    pub sources: u64,
+}
+
+/// Removes what is not to be kept. Cheap to clone.
+#[derive(Clone)]
+pub struct Retention {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Arc<dyn Store>,
+    kept: Kept,
+    sources: Sources,
+    keep: Keep,
+    round: Mutex<()>,
+}
+
+impl Retention {
+    /// Of a store. A build whose VM is kept stays with it.
+    pub fn new(store: Arc<dyn Store>, kept: Kept, sources: Sources, keep: Keep) -> Self {
+        Self { inner: Arc::new(Inner { store, kept, sources, keep, round: Mutex::default() }) }
+    }
+
+    /// A round now and one each day, until `stop`.
+    pub async fn run(self, stop: CancellationToken) {
+        let work = async {
+            loop {
+                if let Err(error) = self.collect(crate::clock::now()).await {
+                    // What is left stays for another day.
+                    tracing::error!(error = chain(&error), "what is old cannot be removed");
+                }
+                tokio::time::sleep(DAY).await;
+            }
+        };
+        stop.run_until_cancelled(work).await;
+    }
+
+    /// One round; it waits for one that is under way. Where it is dropped or fails, what it has removed is removed.
+    pub async fn collect(&self, now: Millis) -> Result<Collected, StoreError> {
+        let Inner { store, kept, sources, keep, round } = &*self.inner;
+        let store = store.as_ref();
+        let _alone = round.lock().await;
+        let mut all = Collected {
+            sessions: sessions::forget(store, keep.sessions_days, now).await?,
+            ..Collected::default()
+        };
+        builds::remove(store, kept, keep.builds_days, now, &mut all).await?;
+        logs::remove(store, keep, now, &mut all).await?;
+        all.sources = sources.sweep(store).await?;
+        if all != Collected::default() {
+            let Collected { log_events, log_bytes, builds, sessions, sources } = all;
+            tracing::info!(
+                log_events,
+                log_bytes,
+                builds,
+                sessions,
+                sources,
+                "removed what was old"
+            );
+        }
+        while store.shrink().await? {}
+        Ok(all)
+    }
+}
+
+/// When what is just so many days old was new; `None` where all stays for ever.
+fn days_ago(days: u32, now: Millis) -> Option<Millis> {
+    (days > 0).then(|| now.saturating_sub(i64::from(days) * 24 * 60 * 60 * 1000))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
