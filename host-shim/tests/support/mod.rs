@@ -73,10 +73,20 @@ impl Server {
     }
 
     pub fn start_without_vms_in(builder: &Path, variables: &[(&str, &str)], more: &[&str]) -> Self {
+        Self::start_without_vms_on(tempfile::tempdir().unwrap(), builder, variables, more)
+    }
+
+    /// On a directory in whose `data` there is something already.
+    pub fn start_without_vms_on(
+        dir: tempfile::TempDir,
+        builder: &Path,
+        variables: &[(&str, &str)],
+        more: &[&str],
+    ) -> Self {
         let programs =
             ["--accel", "tcg", "--qemu", "/bin/false", "--vhost-device-vsock", "/bin/false"];
         let flags = [&programs[..], &["--max-queued", "100000"], more].concat();
-        let mut server = Self::serve_in(variables, tempfile::tempdir().unwrap(), builder, &flags);
+        let mut server = Self::serve_in(variables, dir, builder, &flags);
         server.token = server.new_token("dev", "admin");
         server
     }
