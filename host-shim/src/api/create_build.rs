@@ -255,7 +255,8 @@ async fn made_before(
             message,
         ));
     }
-    api.state.store.build(&id).await?.map(Some).ok_or_else(ApiError::no_such_build)
+    // Where it has just gone, being old, its key has gone with it.
+    Ok(api.state.store.build(&id).await?)
 }
 
 /// Of what was asked for: fields in a fixed order, the source by its digest, secrets by the keyed one. The bytes
