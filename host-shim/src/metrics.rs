@@ -24,6 +24,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use self::phases::Phases;
 use crate::build::{Build, FailureKind, Millis, Status};
+use crate::retention::Collected;
 use crate::store::{NewEvent, StoreError, Unfinished};
 
 /// The media type of [`Metrics::encode`]: OpenMetrics 1.0, which Prometheus reads.
@@ -40,6 +41,9 @@ const BOOT: [f64; 12] = [0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.
 /// Of a durable write, in seconds.
 const WRITE: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// What retention removes.
+const REMOVED: [&str; 4] = ["log_event", "build", "session", "source"];
 
 /// Labels by name, their values words of this program.
 type Words<const N: usize> = [(&'static str, &'static str); N];
@@ -63,6 +67,8 @@ struct Inner {
     source_bytes: Counter,
     staged_bytes: Counter,
     write_errors: Family<Words<1>, Counter>,
+    removed: Family<Words<1>, Counter>,
+    removed_log_bytes: Counter,
     requests: Family<http::Answer, Counter>,
     refusals: Family<Words<1>, Counter>,
 }
@@ -130,6 +136,15 @@ impl Metrics {
     /// A build has staged so much of an image.
     pub fn staged(&self, bytes: u64) {
         self.inner.staged_bytes.inc_by(bytes);
+    }
+
+    /// A round of retention has removed that.
+    pub fn removed(&self, collected: &Collected) {
+        let Collected { log_events, log_bytes, builds, sessions, sources } = *collected;
+        for (what, n) in REMOVED.into_iter().zip([log_events, builds, sessions, sources]) {
+            self.inner.removed.get_or_create(&[("what", what)]).inc_by(n);
+        }
+        self.inner.removed_log_bytes.inc_by(log_bytes);
     }
 
     /// Looks at what became of a write to the store.
@@ -217,6 +232,8 @@ impl Default for Inner {
                 "Writes of builds and their events that the store failed, by what was tried",
                 Family::default(),
             ),
+            removed: add.one("removed", "What was removed because it was old, by what it was", Family::default()),
+            removed_log_bytes: add.of("removed_log", "Logs that were removed, as they were stored", Unit::Bytes, Counter::default()),
             requests: add.one(
                 "http_requests",
                 "Requests that were answered, by method, route and class of status",
@@ -231,6 +248,9 @@ impl Default for Inner {
         for status in [Status::Ready, Status::Cancelled] {
             let labels = [("outcome", status.as_str()), ("cause", "none")];
             drop(inner.finished.get_or_create(&labels));
+        }
+        for what in REMOVED {
+            drop(inner.removed.get_or_create(&[("what", what)]));
         }
         for kind in FailureKind::ALL {
             let labels = [("outcome", Status::Failed.as_str()), ("cause", kind.as_str())];

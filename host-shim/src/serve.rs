@@ -163,7 +163,13 @@ async fn serve(
     let scheduling = Scheduling::new(Arc::clone(&store));
     let metrics = events.metrics().clone();
     let uses = Uses::default();
-    let retention = Retention::new(Arc::clone(&store), kept.clone(), sources.clone(), config.keep);
+    let retention = Retention::new(
+        Arc::clone(&store),
+        kept.clone(),
+        sources.clone(),
+        metrics.clone(),
+        config.keep,
+    );
     let router = api::router(ApiState {
         store: Arc::clone(&store),
         events,

@@ -172,7 +172,13 @@ async fn a_build_stays_as_long_as_its_vm() {
     let _seen = keep(&kept, build.id.as_str(), 600).await;
     let sources = crate::sources::Sources::new(dir.path().join("builds"));
     let keep = Keep { builds_days: 1, ..Keep::default() };
-    let retention = Retention::new(store.clone(), kept.clone(), sources, keep);
+    let retention = Retention::new(
+        store.clone(),
+        kept.clone(),
+        sources,
+        crate::metrics::Metrics::default(),
+        keep,
+    );
     assert_eq!(retention.collect(clock::now()).await.unwrap().builds, 0);
     assert!(kept.release(&build.id).await);
     assert_eq!(retention.collect(clock::now()).await.unwrap().builds, 1);

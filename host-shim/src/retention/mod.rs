@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::build::Millis;
 use crate::causes::chain;
 use crate::kept::Kept;
+use crate::metrics::Metrics;
 use crate::sources::Sources;
 use crate::store::{Store, StoreError};
 
@@ -68,14 +69,22 @@ struct Inner {
     store: Arc<dyn Store>,
     kept: Kept,
     sources: Sources,
+    metrics: Metrics,
     keep: Keep,
     round: Mutex<()>,
 }
 
 impl Retention {
     /// Of a store. A build whose VM is kept stays with it.
-    pub fn new(store: Arc<dyn Store>, kept: Kept, sources: Sources, keep: Keep) -> Self {
-        Self { inner: Arc::new(Inner { store, kept, sources, keep, round: Mutex::default() }) }
+    pub fn new(
+        store: Arc<dyn Store>,
+        kept: Kept,
+        sources: Sources,
+        metrics: Metrics,
+        keep: Keep,
+    ) -> Self {
+        let round = Mutex::default();
+        Self { inner: Arc::new(Inner { store, kept, sources, metrics, keep, round }) }
     }
 
     /// A round now and one each day, until `stop`.
@@ -94,16 +103,10 @@ impl Retention {
 
     /// One round; it waits for one that is under way. Where it is dropped or fails, what it has removed is removed.
     pub async fn collect(&self, now: Millis) -> Result<Collected, StoreError> {
-        let Inner { store, kept, sources, keep, round } = &*self.inner;
-        let store = store.as_ref();
-        let _alone = round.lock().await;
-        let mut all = Collected {
-            sessions: sessions::forget(store, keep.sessions_days, now).await?,
-            ..Collected::default()
-        };
-        builds::remove(store, kept, keep.builds_days, now, &mut all).await?;
-        logs::remove(store, keep, now, &mut all).await?;
-        all.sources = sources.sweep(store).await?;
+        let _alone = self.inner.round.lock().await;
+        let mut all = Collected::default();
+        let ended = self.round(now, &mut all).await;
+        self.inner.metrics.removed(&all);
         if all != Collected::default() {
             let Collected { log_events, log_bytes, builds, sessions, sources } = all;
             tracing::info!(
@@ -115,8 +118,19 @@ impl Retention {
                 "removed what was old"
             );
         }
+        ended.map(|()| all)
+    }
+
+    async fn round(&self, now: Millis, all: &mut Collected) -> Result<(), StoreError> {
+        let Inner { store, kept, sources, keep, .. } = &*self.inner;
+        let store = store.as_ref();
+        all.sessions = sessions::forget(store, keep.sessions_days, now).await?;
+        builds::remove(store, kept, keep.builds_days, now, all).await?;
+        logs::remove(store, keep, now, all).await?;
+        all.sources = sources.sweep(store).await?;
+        // Also what an earlier round left that was cut off.
         while store.shrink().await? {}
-        Ok(all)
+        Ok(())
     }
 }
 

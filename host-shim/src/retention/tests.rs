@@ -39,7 +39,7 @@ impl Bench {
 
     fn retention(&self, keep: Keep) -> Retention {
         let sources = Sources::new(self.dir.path().join("builds"));
-        Retention::new(Arc::clone(&self.store), Kept::new(1), sources, keep)
+        Retention::new(Arc::clone(&self.store), Kept::new(1), sources, Metrics::default(), keep)
     }
 
     async fn collect(&self, keep: Keep) -> Collected {

@@ -62,6 +62,16 @@ async fn administrators_have_old_things_removed_now() {
     assert_eq!(client.json(&format!("/builds/{}", ids[1])).await["status"], "cancelled");
     let whole = client.get(&format!("/builds/{}/events", ids[2])).await.text().await.unwrap();
     assert!(whole.contains("id: 5\nevent: log") && !whole.contains("trimmed"), "{whole}");
+    let metrics = admin.get("/metrics").await.text().await.unwrap();
+    for counted in [
+        "kiln_removed_total{what=\"log_event\"} 6\n",
+        "kiln_removed_total{what=\"build\"} 1\n",
+        "kiln_removed_total{what=\"session\"} 0\n",
+        "kiln_removed_total{what=\"source\"} 3\n",
+        &format!("kiln_removed_log_bytes_total {}\n", measured / 3 * 2),
+    ] {
+        assert!(metrics.contains(counted), "{counted} {metrics}");
+    }
     let again: Value = collect(&admin).await.json().await.unwrap();
     assert!(again.as_object().unwrap().values().all(|n| *n == 0), "{again}");
 }
