@@ -1,10 +1,7 @@
 //! A stranger's archive, unpacked on a memory disk. See `attempt.rs` for what must hold.
 //!
-//! ```text
-//! cd agent/fuzz && cargo run --bin seeds corpus/source
-//! cd agent && cargo +nightly fuzz run source -- -max_total_time=60
-//! ```
-//! Not as root: what a mistake of the unpacker's would let out must not hurt.
+//! `scripts/fuzz` runs it as the root of a user namespace, as the agent is root: what a mistake of the unpacker's would
+//! let out must not hurt.
 
 #![no_main]
 #![allow(dead_code, unused_imports)]

@@ -2,10 +2,7 @@
 //!
 //! The first byte chooses the kind, the rest is the stream. Nothing may panic, and a value that
 //! decodes must encode to a frame that decodes to the same value.
-//!
-//! ```text
-//! cd protocol && cargo +nightly fuzz run frames -- -max_total_time=60
-//! ```
+//! `scripts/fuzz` runs it.
 
 #![no_main]
 
