@@ -1,7 +1,7 @@
 //! What people write in Dockerfiles, built in real VMs: `tests/corpus/NAME/`, one build each.
 //!
 //! - `Dockerfile` and whatever else is the source.
-//! - `case.toml`, where a case needs more: `args` of `kiln build`.
+//! - `case.toml`, where a case needs more: `args` of `kiln build`; `raw`.
 //! - `expect.txt`: the image's configuration and files, or the failure. Written by
 //!   `KILN_WRITE_GOLDEN=1`, and read by a person before it is committed.
 //!
@@ -26,14 +26,22 @@ struct Case {
     /// More arguments of `kiln build`.
     #[serde(default)]
     args: Vec<String>,
+    /// The whole directory is sent as an archive, as clients do that know nothing of `.dockerignore`.
+    #[serde(default)]
+    raw: bool,
 }
 
 #[test]
 fn vm_corpus_of_dockerfiles() {
     let server = Server::start_with(&["--log-limit-mb", "8"]);
     let base = build_base(&server);
-    let excludes = serde_json::json!(["COPY --exclude=*.md . /copied"]);
-    base.publish_with(&server, "busybox-onbuild", "OnBuild", excludes);
+    for (name, instruction) in [
+        ("busybox-onbuild", "COPY --exclude=*.md . /copied"),
+        ("busybox-onbuild-parents", "COPY --parents d/f /copied/"),
+        ("busybox-onbuild-link", "COPY --link a /copied"),
+    ] {
+        base.publish_with(&server, name, "OnBuild", serde_json::json!([instruction]));
+    }
     let shell = serde_json::json!(["/bin/sh", "-eu", "-c"]);
     base.publish_with(&server, "busybox-shell", "Shell", shell);
     let cases = submit_all(&server);
@@ -130,9 +138,17 @@ fn submit(server: &Server, dir: &Path) -> String {
         let _ = std::fs::remove_file(source.path().join(own));
     }
     let args: Vec<_> = case.args.iter().map(String::as_str).collect();
+    let archive = tempfile::NamedTempFile::new().unwrap();
+    if case.raw {
+        let mut tar = Command::new("tar");
+        tar.arg("-cf").arg(archive.path()).arg("-C").arg(source.path()).arg(".");
+        assert!(tar.status().unwrap().success());
+    }
+    let from = if case.raw { "-" } else { "." };
     let out = server
-        .kiln(&[&["build", ".", "--detach", "--cpus", CPUS], &args[..]].concat())
+        .kiln(&[&["build", from, "--detach", "--cpus", CPUS], &args[..]].concat())
         .current_dir(source.path())
+        .stdin(std::fs::File::open(archive.path()).unwrap())
         .output()
         .unwrap();
     assert!(out.status.success(), "{}: {}", dir.display(), text(out.stderr));

@@ -3,6 +3,7 @@
 //! Every flag of Docker's reference is here: as one that the engine has, as one to rewrite, or as one
 //! to refuse. Others are refused too, for the engine passes over some in silence.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::words::{Flag, Words};
@@ -144,21 +145,25 @@ fn edit(flag: &Flag) -> Option<Edit> {
     if is_dropped(flag) {
         return Some((flag.range.clone(), String::new()));
     }
-    // What Docker calls the size of a tmpfs, buildah does by another name.
     let value = flag.value.as_deref().filter(|_| flag.name == "mount")?;
     let is_secret = value.split(',').any(|part| part.eq_ignore_ascii_case("type=secret"));
     if is_secret && let Ok(Some(flags)) = secret_mount::rewrite(value) {
         return Some((flag.range.clone(), flags));
     }
     let parts: Vec<_> = value.split(',').collect();
-    if !parts.contains(&"type=tmpfs") || !parts.iter().any(|part| part.starts_with("size=")) {
-        return None;
+    let kind = parts.iter().find_map(|part| part.strip_prefix("type="))?;
+    let renamed: Vec<_> = parts.iter().map(|part| in_buildahs_words(kind, part)).collect();
+    (renamed != parts).then(|| (flag.range.clone(), format!("--mount={}", renamed.join(","))))
+}
+
+/// A part of a mount, where buildah has another word for what Docker calls it.
+fn in_buildahs_words<'a>(kind: &str, part: &'a str) -> Cow<'a, str> {
+    match (kind, part.split_once('=')) {
+        ("tmpfs", Some(("size", size))) => format!("tmpfs-size={size}").into(),
+        // The steps of a build run one after the other: nobody shares it at one time.
+        ("cache", Some(("sharing", "private"))) => "sharing=locked".into(),
+        _ => part.into(),
     }
-    let renamed = parts.iter().map(|part| match part.strip_prefix("size=") {
-        Some(size) => format!("tmpfs-size={size}"),
-        None => (*part).to_owned(),
-    });
-    Some((flag.range.clone(), format!("--mount={}", renamed.collect::<Vec<_>>().join(","))))
 }
 
 /// A range of ports is each of them: the engine would take it for one of that name.
@@ -339,6 +344,9 @@ mod tests {
         let tmpfs = "RUN --mount=type=tmpfs,target=/t,size=1048576 true";
         assert_eq!(change(tmpfs), "--mount=type=tmpfs,target=/t,tmpfs-size=1048576");
         assert_eq!(of("RUN --mount=type=tmpfs,target=/t true"), Rule::Keep);
+        let cache = "RUN --mount=type=cache,target=/c,sharing=private true";
+        assert_eq!(change(cache), "--mount=type=cache,target=/c,sharing=locked");
+        assert_eq!(of("RUN --mount=type=cache,target=/c,sharing=shared true"), Rule::Keep);
         assert_eq!(change("EXPOSE 80 8000-8002/udp"), "80 8000/udp 8001/udp 8002/udp");
         assert_eq!(of("EXPOSE 80  $PORT"), Rule::Keep);
         assert_eq!(of("EXPOSE ${PORT:-80} ${A:-${B:-1}}/udp"), Rule::Keep);

@@ -17,6 +17,10 @@ const LAST_LINES: usize = 20;
 /// the build arguments included. What follows this is left out.
 const DUMP: &[u8] = b"&imagebuilder.Step{";
 
+/// Between these, buildah prints the inner value of what it asked a process of its own for: long, full of addresses in memory. What
+/// went wrong stands behind it.
+const REQUEST: [&[u8]; 2] = [b" for copier.request{", b"}: "];
+
 /// How buildah begins to say why it ends.
 const ERROR: &str = "Error: ";
 
@@ -85,11 +89,24 @@ pub async fn report(
     let (mut dump, mut line) = (DumpCutter::default(), Begun::default());
     report_lines(from, stream, None, &reporter, |part| {
         dump.cut(part);
+        cut_request(&mut part.content);
         if let Some(line) = line.take(part) {
             last.push(stream, line);
         }
     })
     .await;
+}
+
+/// Cuts a [`REQUEST`] that is whole: no line with one is longer than a part.
+fn cut_request(content: &mut Vec<u8>) {
+    let [begin, end] = REQUEST;
+    let begun = content.windows(begin.len()).position(|window| window == begin);
+    let ended = content.windows(end.len()).rposition(|window| window == end);
+    if let (Some(begun), Some(ended)) = (begun, ended)
+        && begun < ended
+    {
+        content.drain(begun..=ended);
+    }
 }
 
 /// Cuts a line from [`DUMP`] on, however many parts it has.
@@ -168,6 +185,18 @@ mod tests {
             let all: Vec<u8> = logs.iter().flat_map(|log| log.content.clone()).collect();
             assert!(all == head.as_bytes(), "overlap {overlap}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_the_engine_asked_itself_for_is_left_out() {
+        let request = "copier.request{Get:copier.GetOptions{Dirs:(*idtools.IDPair)(0xc0003fbd40)}, Paths:[]string(nil)}";
+        let line =
+            format!("Error: reading \"/x\": error for {request}: copier: stat: no such file\n");
+        let (logs, last) = events(line.into_bytes()).await;
+        let said = "Error: reading \"/x\": error: copier: stat: no such file";
+        assert_eq!((logs[0].content.as_slice(), last.text().as_str()), (said.as_bytes(), said));
+        let (_, last) = events(b"a }: b for copier.request{ c\n".to_vec()).await;
+        assert_eq!(last.text(), "a }: b for copier.request{ c");
     }
 
     #[tokio::test]
