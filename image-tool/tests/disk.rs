@@ -2,6 +2,8 @@
 // Each test uses a part of what they share.
 #![allow(clippy::unwrap_used, clippy::pedantic, missing_docs, dead_code)]
 
+#[path = "support/erofs.rs"]
+mod erofs;
 #[path = "support/ext4.rs"]
 mod ext4;
 #[path = "support/image.rs"]
@@ -9,7 +11,8 @@ mod image;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -39,7 +42,6 @@ fn disk_of(layers: Vec<Vec<u8>>) -> BTreeMap<String, Node> {
 /// The other format has the same in it, by fsck.erofs and what it extracts (as root, owners too).
 #[track_caller]
 fn same_as_erofs(layers: Vec<Vec<u8>>, expected: &BTreeMap<String, Node>) {
-    use std::os::unix::fs::MetadataExt as _;
     let (dir, layout) = layout(layers);
     let (out, again) = (dir.path().join("disk"), dir.path().join("again"));
     let options = Options { format: disk::Format::Erofs, ..small() };
@@ -86,6 +88,35 @@ fn same_as_erofs(layers: Vec<Vec<u8>>, expected: &BTreeMap<String, Node>) {
         .find_map(|line| line.strip_prefix("Filesystem inode count:")?.trim().parse().ok())
         .unwrap_or_else(|| panic!("{dump}"));
     assert_eq!(inodes, different.len());
+    same_inodes(&out, expected);
+}
+
+/// Modes, owners, times, links and attributes, whoever runs the tests. The sizes of attributes by dump.erofs too.
+/// Access control lists have another form on ext4: not for these.
+#[track_caller]
+fn same_inodes(erofs: &Path, expected: &BTreeMap<String, Node>) {
+    let found = erofs::read(erofs);
+    assert!(found.keys().eq(expected.keys()));
+    for (path, node) in expected {
+        let inode = &found[path];
+        assert_eq!((inode.mode, inode.owner), (node.mode, node.owner), "{path}");
+        assert_eq!(inode.mtime, node.mtime, "{path}");
+        // A directory of ext4 has `lost+found` too.
+        assert!(node.mode >> 12 == 0o4 || inode.links == u32::from(node.links), "{path}");
+        let mut xattrs = node.xattrs.clone();
+        xattrs.sort();
+        assert_eq!(inode.xattrs, xattrs, "{path}");
+        if xattrs.is_empty() {
+            continue;
+        }
+        let padded = |(_, name, value): &(u8, Vec<u8>, Vec<u8>)| {
+            (4 + name.len() + value.len()).next_multiple_of(4)
+        };
+        let size = 12 + xattrs.iter().map(padded).sum::<usize>();
+        let dump = Command::new("dump.erofs").arg(format!("--path=/{path}")).arg(erofs).output();
+        let dump = String::from_utf8_lossy(&dump.unwrap().stdout).into_owned();
+        assert!(dump.contains(&format!("Xattr size: {size}\n")), "{path}: {dump}");
+    }
 }
 
 fn names(disk: &BTreeMap<String, Node>) -> Vec<&str> {
@@ -225,7 +256,9 @@ fn whiteouts_hide_lower_layers_only_and_order_does_not_matter() {
             .file(".wh..wh.plnk", b"")
     };
     let before = disk_of(vec![lower.clone(), entries(whiteouts(Layer::default())).end()]);
-    let after = disk_of(vec![lower, whiteouts(entries(Layer::default())).end()]);
+    let layers = vec![lower, whiteouts(entries(Layer::default())).end()];
+    let after = disk_of(layers.clone());
+    same_as_erofs(layers, &after);
     let expected = ["again", "dir", "dir/b", "dir/c", "opaque", "opaque/new", "tree", "tree/z"];
     assert_eq!(names(&before), expected);
     assert_eq!(before, after);
@@ -453,6 +486,78 @@ fn archives_of_a_layout_and_of_docker_are_read() {
     assert_eq!((made.layers, made.config.cmd), (2, vec!["x".to_owned()]));
     assert_eq!(made.digest, kiln_image::digest::Digest::of(config.to_string().as_bytes()));
     assert_eq!(names(&ext4::read(&out)), ["etc", "etc/x"]);
+}
+
+/// Owners, set-user-id, attributes, a device, whiteouts: what only root could unpack.
+fn for_root_alone() -> Vec<Vec<u8>> {
+    let mut su = header("bin/su", EntryType::Regular, 3);
+    su.set_mode(0o6755);
+    su.set_uid(1000);
+    su.set_gid(70_000);
+    su.set_cksum();
+    let mut null = header("dev/null", EntryType::Char, 0);
+    null.set_device_major(1).unwrap();
+    null.set_device_minor(3).unwrap();
+    null.set_cksum();
+    let capability = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    let lower = Layer::default()
+        .raw(&su, b"su!")
+        .link("bin/sudo", "bin/su")
+        .raw(&null, b"")
+        .pax(&[
+            ("SCHILY.xattr.security.capability", capability),
+            ("SCHILY.xattr.trusted.note", b"x"),
+        ])
+        .file("bin/ping", b"ping")
+        .file("gone", b"1")
+        .file("opaque/old", b"1")
+        .end();
+    let upper = Layer::default()
+        .file(".wh.gone", b"")
+        .file("opaque/.wh..wh..opq", b"")
+        .file("opaque/new", b"2")
+        .end();
+    vec![lower, upper]
+}
+
+/// Nothing of an image is unpacked on this machine, so that it takes no rights, and nothing of who makes it is in it.
+#[test]
+fn nobody_makes_the_same_disk_as_root() {
+    const NOBODY: u32 = 65_534;
+    // Places that the environment names, and the build's, may be below a directory that only root may enter.
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let layout = dir.path().join("layout");
+    fs::create_dir(&layout).unwrap();
+    Spec::new(for_root_alone()).write(&layout);
+    let program = dir.path().join("kiln-image");
+    // Not written by this process: a child of another test could hold it open ("text file busy").
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_kiln-image")).arg(&program).status();
+    assert!(copied.unwrap().success());
+    // Without root it is shown by running it at all.
+    let other = nix::unistd::geteuid().is_root().then_some(NOBODY);
+    if other.is_some() {
+        for entry in walkdir::WalkDir::new(dir.path()) {
+            std::os::unix::fs::chown(entry.unwrap().path(), other, other).unwrap();
+        }
+    }
+    for format in ["ext4", "erofs"] {
+        let made_by = |name: &str, user: Option<u32>| {
+            let out = dir.path().join(format!("{name}.{format}"));
+            let mut command = Command::new(&program);
+            command.args(["disk", "--format", format, "--free-mb", "1"]).arg(&layout).arg(&out);
+            command.current_dir(dir.path()).env("TMPDIR", dir.path());
+            if let Some(id) = user {
+                command.uid(id).gid(id);
+            }
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            out
+        };
+        let (mine, others) = (made_by("mine", None), made_by("others", other));
+        let owner = other.unwrap_or(nix::unistd::geteuid().as_raw());
+        assert_eq!(fs::metadata(&others).unwrap().uid(), owner);
+        assert!(fs::read(&mine).unwrap() == fs::read(&others).unwrap(), "{format}");
+    }
 }
 
 /// What another tool unpacks, as root, from the same layout.

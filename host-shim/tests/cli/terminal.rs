@@ -77,3 +77,67 @@ async fn logs_on_a_terminal_are_escaped() {
     assert_eq!(shown, "#1 | plain\r\n#1 | \\x1b]52;c;ZXZpbA==\\x07\\x9b6n\\u{202e}end\r\n");
     assert!(!stderr(&output).contains('\u{1b}'));
 }
+
+fn line(stream: &str, content: &str) -> Value {
+    json!({"type": "log", "stream": stream, "content": content})
+}
+
+/// What an instance prints to do something to a terminal, and how Kiln says that it ended.
+async fn instance() -> Server {
+    let mut exact = line("stdout", "\u{1b}]0;x\u{7}");
+    // The same bytes, for a pipe.
+    exact["content_b64"] = "G10wO3gH".into();
+    let mut part = line("stdout", "part\u{9b}6n");
+    part["partial"] = true.into();
+    let events = [
+        exact,
+        part,
+        line("stdout", "\u{202e}end\r"),
+        line("stderr", "\u{1b}[2Jerr"),
+        line("system", "\u{1b}(0"),
+        json!({"type": "status", "status": "Stopped", "exit_code": 0, "exit_message": "end\u{7}"}),
+    ];
+    let streams = [(sse(1, &events), None)].into();
+    Server::start(Script { streams, ..Script::default() }).await
+}
+
+const SHOWN_OUT: &str = "\\x1b]0;x\\x07\r\npart\\x9b6n\\u{202e}end\r\n";
+const SHOWN_ERR: &str = "\\x1b[2Jerr\r\nkiln: \\x1b(0\r\n";
+
+/// Runs a command whose stderr is a terminal, and stdout the same one if it is to be.
+async fn on_terminal(mut command: Command, with_stdout: bool) -> (Output, String) {
+    let (master, slave) = terminal();
+    if with_stdout {
+        command.stdout(Stdio::from(slave.try_clone().unwrap()));
+    }
+    command.stderr(Stdio::from(slave));
+    let child = command.spawn().unwrap();
+    drop(command);
+    let (output, shown) = tokio::join!(child.wait_with_output(), all(master));
+    (output.unwrap(), shown)
+}
+
+#[tokio::test]
+async fn an_instances_log_on_a_terminal_is_escaped() {
+    let server = instance().await;
+    for args in [&["instances", "logs", "i1"][..], &["instances", "logs", "-f", "i1"]] {
+        let (output, shown) = on_terminal(kiln(&server, args), true).await;
+        assert_eq!(output.status.code(), Some(0), "{shown:?}");
+        assert_eq!(shown, format!("{SHOWN_OUT}{SHOWN_ERR}"), "{args:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_runs_on_a_terminal_is_escaped_and_a_pipe_beside_it_gets_the_bytes() {
+    let server = instance().await;
+    let args = ["run", "--rm", "app"];
+    let (output, shown) = on_terminal(kiln(&server, &args), true).await;
+    assert_eq!(output.status.code(), Some(0), "{shown:?}");
+    assert_eq!(shown, format!("{SHOWN_OUT}{SHOWN_ERR}kiln: end\\x07\r\n"));
+
+    // Each stream by what it is itself.
+    let (output, shown) = on_terminal(kiln(&server, &args), false).await;
+    assert_eq!(output.status.code(), Some(0), "{shown:?}");
+    assert_eq!(stdout(&output), "\u{1b}]0;x\u{7}\npart\u{9b}6n\u{202e}end\r\n");
+    assert_eq!(shown, format!("{SHOWN_ERR}kiln: end\\x07\r\n"));
+}
