@@ -1,24 +1,26 @@
 //! Many builds in a row, a third of them cancelled or killed at random moments: every one ends as it
-//! should, and nothing is left of any.
+//! should, and nothing is left of any. Nor of instances, whenever they are deleted.
 //!
 //! `KILN_TEST_BUILDS=200` says how many; the seed is printed, and `KILN_TEST_SEED` takes it again.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod support;
+#[path = "support/survey.rs"]
+mod survey;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::{Scope, ScopedJoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use support::Server;
+use survey::{Survey, cgroups};
 
 /// How many builds are submitted and not yet over, at one time.
 const AHEAD: usize = 6;
@@ -102,6 +104,49 @@ fn vm_soak_leaves_nothing_behind() {
         "the database has grown by {grown} bytes"
     );
     server.stop();
+}
+
+/// An instance's life under emulation, from its creation: its disk is made, it boots, it runs.
+const INSTANCE_LIFE_MS: u64 = 8000;
+
+#[test]
+fn vm_soak_of_instances_leaves_nothing_behind() {
+    let mut random = Random(number("KILN_TEST_SEED", u64::from(std::process::id())));
+    println!("seed {}", random.0);
+    let server = Server::start();
+    let run = |code: &str| {
+        let command = ["run", "--rm", "base/debian:trixie", "--", "sh", "-c", code];
+        server.run(&command).status.code()
+    };
+    // Whatever is made once is there before the survey.
+    assert_eq!(run("exit 0"), Some(0));
+    let before = Survey::of(&server);
+    assert_eq!(run("echo 1 > /file; exit 3"), Some(3));
+    // Deleted at once, and at any moment of its life.
+    for life in [0, random.below(INSTANCE_LIFE_MS), random.below(INSTANCE_LIFE_MS)] {
+        let body =
+            r#"{"name":"soak","image":"base/debian:trixie","cmd":["sleep","1000"],"size":"512MB"}"#;
+        let created = curl(&server, "/instances", &["--json", body]);
+        let id = serde_json::from_slice::<Value>(&created).unwrap()["id"].clone();
+        std::thread::sleep(Duration::from_millis(life));
+        let path = format!("/instances/{}", id.as_str().unwrap());
+        curl(&server, &path, &["--request", "DELETE"]);
+    }
+    assert_eq!(before, Survey::at_rest(&server, &before));
+    server.stop();
+}
+
+/// What a request that works is answered with.
+fn curl(server: &Server, path: &str, options: &[&str]) -> Vec<u8> {
+    let out = Command::new("curl")
+        .args(["--silent", "--fail-with-body"])
+        .args(["--header", &format!("Authorization: Bearer {}", server.token)])
+        .args(options)
+        .arg(format!("http://{}{path}", server.address))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{path}: {}", support::text(out.stdout));
+    out.stdout
 }
 
 /// Cancels a build at a random moment, half of them before its VM starts; or kills a process of its VM.
@@ -189,73 +234,6 @@ fn was_killed(build: &Value) -> bool {
     }
 }
 
-/// For how long a client of the registry keeps a connection that it does not need: reqwest's default, and a reserve.
-const CONNECTION_KEPT: Duration = Duration::from_secs(120);
-
-/// All that a VM could leave behind.
-#[derive(Debug, PartialEq, Eq)]
-struct Survey {
-    processes: usize,
-    /// How many of each.
-    descriptors: BTreeMap<String, usize>,
-    sockets: BTreeSet<String>,
-    mounts: Vec<String>,
-    cgroups: BTreeSet<String>,
-    /// Path and bytes of every file but the database, the log and the registry's images. The server's
-    /// temporary files would be among them.
-    files: BTreeSet<(String, u64)>,
-    /// What the registry did not take as an image's part in the end.
-    uploads: BTreeSet<(String, u64)>,
-}
-
-impl Survey {
-    /// The next one that has no more open than an earlier one had. Fewer is no leftover.
-    fn at_rest(server: &Server, before: &Self) -> Self {
-        let begun = Instant::now();
-        loop {
-            let mut after = Self::of(server);
-            if after
-                .descriptors
-                .iter()
-                .all(|(what, count)| before.descriptors.get(what) >= Some(count))
-            {
-                after.descriptors.clone_from(&before.descriptors);
-                return after;
-            }
-            if begun.elapsed() > CONNECTION_KEPT {
-                return after;
-            }
-            // A connection that is closed for want of use tells nobody outside.
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-
-    fn of(server: &Server) -> Self {
-        let dir = server.data().parent().unwrap().to_owned();
-        let lines = |file: &str| std::fs::read_to_string(file).unwrap();
-        let mine = |line: &&str| line.contains(dir.to_str().unwrap());
-        let mut files = BTreeSet::new();
-        list(&dir, &mut files);
-        let is_upload = |path: &str| path.contains("/registry/") && path.contains("/_uploads/");
-        let uploads = files.iter().filter(|(path, _)| is_upload(path)).cloned().collect();
-        let kept = |(path, _): &(String, u64)| {
-            !path.contains("/registry/")
-                && !path.contains("kiln.db")
-                && !path.ends_with("serve.log")
-        };
-        files.retain(kept);
-        Self {
-            processes: support::children_of(server.pid()).len(),
-            descriptors: descriptors(server.pid()),
-            sockets: lines("/proc/net/unix").lines().filter(mine).map(path_of).collect(),
-            mounts: lines("/proc/self/mounts").lines().map(str::to_owned).collect(),
-            cgroups: cgroups(),
-            files,
-            uploads,
-        }
-    }
-}
-
 /// What the database's log grows to before it is written back (SQLite's default of 1,000 pages), twice.
 const DATABASE_ROOM: u64 = 8 << 20;
 
@@ -267,59 +245,6 @@ fn database_bytes(server: &Server) -> u64 {
     let files = std::fs::read_dir(server.data()).unwrap().map(Result::unwrap);
     let of_database = files.filter(|f| f.file_name().to_string_lossy().starts_with("kiln.db"));
     of_database.map(|file| file.metadata().unwrap().len()).sum()
-}
-
-/// What a process has open, all sockets being one thing. The database is not among it: it has a writer and one or two
-/// readers, as many as were ever needed at one time.
-fn descriptors(pid: u32) -> BTreeMap<String, usize> {
-    let mut open = BTreeMap::new();
-    for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(Result::unwrap) {
-        // One may be closed meanwhile.
-        let Ok(target) = std::fs::read_link(fd.path()) else { continue };
-        let target = target.display().to_string();
-        let what = target.split_once(":[").map_or(target.as_str(), |(kind, _)| kind);
-        if !what.contains("kiln.db") {
-            *open.entry(what.to_owned()).or_default() += 1;
-        }
-    }
-    open
-}
-
-fn path_of(line: &str) -> String {
-    line.split_whitespace().last().unwrap().to_owned()
-}
-
-fn list(dir: &Path, into: &mut BTreeSet<(String, u64)>) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let Ok(meta) = entry.metadata() else { continue };
-        into.insert((
-            entry.path().display().to_string(),
-            if meta.is_dir() { 0 } else { meta.blocks() },
-        ));
-        if meta.is_dir() {
-            list(&entry.path(), into);
-        }
-    }
-}
-
-/// Every cgroup that has Kiln's name.
-fn cgroups() -> BTreeSet<String> {
-    walkdir(Path::new("/sys/fs/cgroup"), 4)
-        .into_iter()
-        .filter(|path| path.contains("kiln"))
-        .collect()
-}
-
-fn walkdir(dir: &Path, depth: u32) -> Vec<String> {
-    let mut found = vec![dir.display().to_string()];
-    if depth > 0 {
-        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                found.extend(walkdir(&entry.path(), depth - 1));
-            }
-        }
-    }
-    found
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -99,13 +99,13 @@ pub async fn report(
 
 /// Cuts a [`REQUEST`] that is whole: no line with one is longer than a part.
 fn cut_request(content: &mut Vec<u8>) {
-    let [begin, end] = REQUEST;
-    let begun = content.windows(begin.len()).position(|window| window == begin);
-    let ended = content.windows(end.len()).rposition(|window| window == end);
-    if let (Some(begun), Some(ended)) = (begun, ended)
-        && begun < ended
+    let [head, tail] = REQUEST;
+    let begin = content.windows(head.len()).position(|window| window == head);
+    let end = content.windows(tail.len()).rposition(|window| window == tail);
+    if let (Some(begin), Some(end)) = (begin, end)
+        && begin < end
     {
-        content.drain(begun..=ended);
+        content.drain(begin..=end);
     }
 }
 
