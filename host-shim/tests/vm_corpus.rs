@@ -1,7 +1,7 @@
 //! What people write in Dockerfiles, built in real VMs: `tests/corpus/NAME/`, one build each.
 //!
 //! - `Dockerfile` and whatever else is the source.
-//! - `case.toml`, where a case needs more: `args` of `kiln build`; `raw`.
+//! - `case.toml`, where a case needs more: `args` of `kiln build`; `raw`; `links`.
 //! - `expect.txt`: the image's configuration and files, or the failure. Written by
 //!   `KILN_WRITE_GOLDEN=1`, and read by a person before it is committed.
 //!
@@ -13,6 +13,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -29,6 +30,9 @@ struct Case {
     /// The whole directory is sent as an archive, as clients do that know nothing of `.dockerignore`.
     #[serde(default)]
     raw: bool,
+    /// Symbolic links of the source that lead out of it, and where. In the repository, cargo would follow them.
+    #[serde(default)]
+    links: BTreeMap<String, String>,
 }
 
 #[test]
@@ -136,6 +140,9 @@ fn submit(server: &Server, dir: &Path) -> String {
     assert!(copied.unwrap().success());
     for own in ["case.toml", "expect.txt"] {
         let _ = std::fs::remove_file(source.path().join(own));
+    }
+    for (name, target) in &case.links {
+        std::os::unix::fs::symlink(target, source.path().join(name)).unwrap();
     }
     let args: Vec<_> = case.args.iter().map(String::as_str).collect();
     let archive = tempfile::NamedTempFile::new().unwrap();
