@@ -175,10 +175,22 @@ fn vm_a_failed_step_has_its_secrets_only_for_who_says_so_and_goes_when_its_lease
     server.stop();
 }
 
+/// Ends when the build is ended for it.
+const FLOOD: &str = "
+WORKDIR /srv/work
+RUN echo half > half.txt; while :; do echo and on and on and on and on; done
+";
+
 #[test]
 fn vm_the_oldest_goes_for_another_and_a_killed_server_lets_all_go() {
-    let server = Server::start_with(&["--max-kept", "1"]);
-    let first = failed(&server, "600", &[], &dockerfile());
+    let server = Server::start_with(&["--max-kept", "1", "--log-limit-mb", "1"]);
+    // A step that is ended from outside stays as well.
+    let first = failed(&server, "600", &[], &format!("FROM {BASE}\n{FLOOD}"));
+    let build = server.show(&first);
+    let failure = &build["failure"];
+    assert_eq!((&failure["kind"], &failure["step"]), (&json!("log_limit"), &json!(1)), "{build}");
+    let look = "pwd; cat half.txt; grep -l 'an[d] on' /proc/[0-9]*/cmdline";
+    said(&server, &exec(&server, &first, &[], look), 1, "/srv/work\nhalf\n");
     let of_first = server.processes("qemu-system-x86_64")[0];
     let second = failed(&server, "600", &[], &dockerfile());
     assert_eq!(kept(&server)[0]["id"], json!(second));

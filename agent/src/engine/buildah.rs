@@ -159,6 +159,7 @@ impl Buildah {
             enterable: self.enterable.clone(),
             current: self.step.clone(),
             keep_failed: work.keep_failed,
+            end_step: work.end_step.clone(),
             held,
             scratch: self.storage.clone(),
         }
@@ -407,6 +408,7 @@ mod tests {
                 upstreams: vec![],
                 secrets: vec![],
                 keep_failed: false,
+                end_step: CancellationToken::new(),
             }
         }
 

@@ -121,6 +121,7 @@ mod tests {
             ignore_file: Some("/build/source/Dockerfile.dockerignore".into()),
             target: Some("final".into()),
             keep_failed: false,
+            end_step: tokio_util::sync::CancellationToken::new(),
             build_args: vec![("A".into(), "1 2".into()), ("B".into(), String::new())],
             network: StepNetwork::Proxy,
             processes: 512,

@@ -36,6 +36,8 @@ pub struct Work {
     pub target: Option<String>,
     /// Whether a step that fails stays, to be entered.
     pub keep_failed: bool,
+    /// Ends the processes of the step that runs, so that it fails.
+    pub end_step: CancellationToken,
     /// Build arguments, in order. Never to be logged.
     pub build_args: Vec<(String, String)>,
     /// Certificates that steps trust, where they are not their image's own.
@@ -98,6 +100,7 @@ mod tests {
             upstreams: vec![],
             secrets: vec![],
             keep_failed: false,
+            end_step: CancellationToken::new(),
         };
         let shown = format!("{work:?}");
         assert!(

@@ -64,6 +64,8 @@ pub struct Settings {
     pub current: CurrentStep,
     /// Whether a step that fails stays.
     pub keep_failed: bool,
+    /// Ends the processes of the step that runs.
+    pub end_step: CancellationToken,
     /// The one that stays, once there is one.
     pub held: watch::Sender<Option<StepRecord>>,
     /// A directory on the disk that steps write to.
@@ -221,7 +223,8 @@ impl Announced {
         let wrapper = &mut self.wrapper;
         let (ended, (), ()) = tokio::join!(
             async {
-                let ended = exchange(wrapper, &policy, &settings.enterable).await;
+                let exchanged = exchange(wrapper, &policy, &settings.enterable);
+                let ended = killed_at(exchanged, &settings.end_step, &cgroup).await;
                 if ended.is_err() {
                     // Its monitor is gone, so nobody waits for the step: it ends here, or its
                     // pipes would never.
@@ -286,6 +289,21 @@ impl Announced {
 
 /// What SIGKILL leaves: the exit code of a step whose monitor was killed.
 const KILLED: i32 = 128 + 9;
+
+/// Waits for a step's end, and kills its processes when it is to end; its monitor then tells of it as ever.
+async fn killed_at<T>(
+    ended: impl Future<Output = T>,
+    end: &CancellationToken,
+    cgroup: &Cgroup,
+) -> T {
+    tokio::pin!(ended);
+    tokio::select! {
+        biased;
+        ended = &mut ended => return ended,
+        () = end.cancelled() => cgroup.kill(),
+    }
+    ended.await
+}
 
 /// Gives the wrapper its policy and waits for its last message. While the step runs, it can be entered.
 async fn exchange(

@@ -45,6 +45,10 @@ const JOB_WAIT: Duration = Duration::from_mins(1);
 /// this its end is not waited for, since the VM is about to go.
 const STOP_GRACE: Duration = Duration::from_millis(500);
 
+/// How long a step that is ended so that it stays may take to be over. The host allows a build that much more
+/// than its timeout.
+const KEEP_GRACE: Duration = Duration::from_secs(5);
+
 /// How long the last events and the outcome may take to get out to a host that is slow to read.
 const DELIVERY_WAIT: Duration = Duration::from_mins(1);
 

@@ -15,14 +15,14 @@ use kiln_protocol::version::Features;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
 
 use super::link::{DIAL_DEADLINE, DialError, Link, Moved, dial};
-use super::stop::{Progress, Stop};
+use super::stop::{Ending, Progress, Stop};
 use super::usage::usage;
 use super::work::{build, crashed, fail};
 use super::{
-    DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, Places, STOP_GRACE, Session, SessionError,
+    DELIVERY_WAIT, FINISH_WAIT, Identity, JOB_WAIT, KEEP_GRACE, Places, STOP_GRACE, Session,
+    SessionError,
 };
 use crate::engine::Engine;
 use crate::events::{self, Outbox, Report, Reporter, WAITING_REPORTS};
@@ -69,7 +69,7 @@ pub struct Running<C: Connector, E, P> {
 struct Working {
     task: JoinHandle<Outcome>,
     reports: mpsc::Receiver<Report>,
-    cancel: CancellationToken,
+    ending: Ending,
 }
 
 /// A secret that was asked for and has not come.
@@ -263,20 +263,20 @@ where
         if let Err(problem) = prepare(&job, &reporter) {
             return self.conclude(Outcome::Failed(fail(FailureKind::Internal, problem)));
         }
-        let cancel = CancellationToken::new();
-        let token = cancel.clone();
+        let ending = Ending::default();
+        let end = ending.clone();
         let task = match &job.role {
             Role::Build(_) => {
                 let (feeder, feed) = feed();
                 self.feeder = Some(feeder);
-                tokio::spawn(build(engine, (*job).clone(), places, feed, reporter, token))
+                tokio::spawn(build(engine, (*job).clone(), places, feed, reporter, end))
             }
             Role::Run(run) => {
                 let (places, run) = (places.instance, run.clone());
-                tokio::spawn(run::run(places, run, job.limits.processes, reporter, token))
+                tokio::spawn(run::run(places, run, job.limits.processes, reporter, end.whole))
             }
         };
-        self.working = Some(Working { task, reports, cancel });
+        self.working = Some(Working { task, reports, ending });
         let left_ms = job.limits.timeout_ms.saturating_sub(job.limits.spent_ms);
         self.deadline = after(self.welcomed, left_ms);
         self.job = Some(job);
@@ -323,7 +323,10 @@ where
                 return Ok(());
             }
         }
-        self.progress.see(&event);
+        // What is ended is named as it was then.
+        if self.stop.is_none() {
+            self.progress.see(&event);
+        }
         self.outbox.push(now_ms(), event).map_err(SessionError::Frame)
     }
 
@@ -333,10 +336,25 @@ where
         if self.stop.is_none() {
             tracing::info!(?reason, "the build is stopped");
             self.stop = Some(reason);
-            working.cancel.cancel();
+            let grace = if self.may_stay(reason) {
+                working.ending.step.cancel();
+                KEEP_GRACE
+            } else {
+                working.ending.whole.cancel();
+                self.stop_grace()
+            };
             self.feeder = None;
-            self.deadline = Instant::now() + self.stop_grace();
+            self.deadline = Instant::now() + grace;
         }
+    }
+
+    /// Whether only the step that runs is to be ended, so that it stays.
+    fn may_stay(&self, reason: Stop) -> bool {
+        let is_kept = matches!(
+            self.job.as_ref().map(|job| &job.role),
+            Some(Role::Build(build)) if build.keep_failed
+        );
+        is_kept && reason != Stop::Cancelled && self.progress.is_in_a_step()
     }
 
     /// How long what runs may take to end by itself.
@@ -373,12 +391,15 @@ where
 
     /// The build has failed, and its failed step stays until Finish, or until the host switches the VM off.
     fn hold(&mut self, failure: Failure) {
-        // A build that is being stopped ends.
-        if self.stop.is_none() {
-            self.held = true;
-            self.outcome = Some(fit(Outcome::Failed(failure)));
-            self.deadline = Instant::now() + DELIVERY_WAIT;
-        }
+        let outcome = match self.stop {
+            None => Outcome::Failed(failure),
+            // A build that is cancelled ends.
+            Some(Stop::Cancelled) => return,
+            Some(reason) => reason.outcome_with(&self.progress, failure.detail),
+        };
+        self.held = true;
+        self.outcome = Some(fit(outcome));
+        self.deadline = Instant::now() + DELIVERY_WAIT;
     }
 
     fn late(&mut self) -> Result<Then, SessionError> {

@@ -1,6 +1,16 @@
 //! Why a build is ended before its engine ends it, and what the outcome then says.
 
 use kiln_protocol::event::{Event, Failure, FailureKind, Outcome, Phase, StepState, cut_text};
+use tokio_util::sync::CancellationToken;
+
+/// How a job is ended from outside. All clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct Ending {
+    /// All of it.
+    pub whole: CancellationToken,
+    /// Only the processes of the step that runs: it fails, and stays to be entered.
+    pub step: CancellationToken,
+}
 
 /// The first of these decides the outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +55,11 @@ impl Progress {
         }
     }
 
+    /// Whether a step runs.
+    pub fn is_in_a_step(&self) -> bool {
+        self.step.is_some()
+    }
+
     fn what(&self) -> &'static str {
         if self.phase == Some(Phase::Running) { "instance" } else { "build" }
     }
@@ -67,6 +82,11 @@ impl Progress {
 impl Stop {
     /// The outcome of a build that was ended for this.
     pub fn outcome(self, progress: &Progress) -> Outcome {
+        self.outcome_with(progress, None)
+    }
+
+    /// The same, with the last lines that there were.
+    pub fn outcome_with(self, progress: &Progress, detail: Option<String>) -> Outcome {
         let (kind, message) = match self {
             Self::Cancelled => return Outcome::Cancelled,
             Self::TimedOut { timeout_ms } => (
@@ -90,7 +110,7 @@ impl Stop {
         };
         let step = progress.step.as_ref().map(|(index, _)| *index);
         let message = cut_text(&message);
-        Outcome::Failed(Failure { kind, message, step, exit_code: None, detail: None })
+        Outcome::Failed(Failure { kind, message, step, exit_code: None, detail })
     }
 }
 

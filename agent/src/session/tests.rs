@@ -2,6 +2,8 @@
 //! A scripted host on the other end of the wire, and a scripted engine. Time is paused: it moves
 //! only when everybody waits.
 
+mod staying;
+
 use std::future::Future;
 use std::io;
 
@@ -696,44 +698,6 @@ async fn an_outcome_over_its_bounds_is_cut() {
     assert_eq!(outcome.check(), Ok(()));
     assert_eq!(failure(outcome).kind, FailureKind::StepFailed);
     peer.finish(fixture).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_failed_step_that_stays_outlives_the_connection_until_finish() {
-    let (over, mut ended) = mpsc::unbounded_channel::<()>();
-    let mut fixture = start(move |work: Work, reporter, cancel: CancellationToken| {
-        let over = over.clone();
-        async move {
-            assert!(work.keep_failed);
-            let failure = fail(FailureKind::StepFailed, "make ended with 2");
-            reporter.report(Report::Held(Box::new(failure))).await;
-            let _until_it_is_dropped = over;
-            cancel.cancelled().await;
-            Outcome::Cancelled
-        }
-    });
-    let mut job = job();
-    if let Role::Build(build) = &mut job.role {
-        build.keep_failed = true;
-    }
-    let mut peer = fixture.building(job).await;
-    let mut kept = false;
-    let outcome = loop {
-        match peer.next().await {
-            AgentToHost::Kept => kept = true,
-            AgentToHost::Outcome(outcome) => break outcome,
-            _ => {}
-        }
-    };
-    assert!(kept, "before the outcome");
-    assert!(matches!(outcome, Outcome::Failed(failure) if failure.message == "make ended with 2"));
-    drop(peer);
-    // It does not dial again, and has no deadline: not the build's, and not Finish's.
-    tokio::time::sleep(Duration::from_hours(100)).await;
-    assert!(fixture.dials.try_recv().is_err());
-    assert!(!fixture.session.is_finished());
-    assert!(matches!(ended.try_recv(), Err(mpsc::error::TryRecvError::Empty)), "it stays");
-    fixture.session.abort();
 }
 
 #[tokio::test(start_paused = true)]

@@ -12,6 +12,7 @@ use kiln_protocol::event::{
 use kiln_protocol::job::{BuildJob, Dockerfile, Job, MAX_DOCKERFILE, Role};
 use tokio_util::sync::CancellationToken;
 
+use super::stop::Ending;
 use crate::dockerfile::{self, Adapted, Asked};
 use crate::engine::{Engine, Work};
 use crate::events::{Report, Reporter};
@@ -40,7 +41,7 @@ pub async fn build<E: Engine>(
     places: Places,
     feed: Feed,
     reporter: Reporter,
-    cancel: CancellationToken,
+    ending: Ending,
 ) -> Outcome {
     let Role::Build(build) = job.role else {
         return Outcome::Failed(fail(FailureKind::Internal, "the job is no build; report this"));
@@ -50,7 +51,7 @@ pub async fn build<E: Engine>(
     reporter.report(Report::Event(Event::Phase(Phase::Unpacking))).await;
     let files = places.clone();
     let prepared = {
-        let (dockerfile, cancel) = (build.dockerfile.clone(), cancel.clone());
+        let (dockerfile, cancel) = (build.dockerfile.clone(), ending.whole.clone());
         let (target, base_digest) = (build.target.clone(), build.base_digest.clone());
         let build_args = build.build_args.clone();
         tokio::task::spawn_blocking(move || {
@@ -99,6 +100,7 @@ pub async fn build<E: Engine>(
         ignore_file,
         target,
         keep_failed,
+        end_step: ending.step,
         build_args,
         certificates,
         network,
@@ -106,7 +108,7 @@ pub async fn build<E: Engine>(
         upstreams,
         secrets: secrets.list().to_vec(),
     };
-    let mut outcome = engine.run(work, reporter, cancel).await;
+    let mut outcome = engine.run(work, reporter, ending.whole).await;
     if let Outcome::Built(built) = &mut outcome {
         built.lockfiles = lockfiles;
     }

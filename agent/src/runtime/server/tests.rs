@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 struct Bench {
     directory: tempfile::TempDir,
     stop: CancellationToken,
+    end_step: CancellationToken,
     reports: mpsc::Receiver<Report>,
     running: tokio::task::JoinHandle<Vec<StepRecord>>,
 }
@@ -18,6 +19,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let end_step = CancellationToken::new();
         let settings = Settings {
             certificates: None,
             secrets: vec![],
@@ -30,6 +32,7 @@ impl Bench {
             enterable: Enterable::default(),
             current: CurrentStep::default(),
             keep_failed: false,
+            end_step: end_step.clone(),
             held: watch::channel(None).0,
             steps_cgroup: "/kiln/steps".into(),
             scratch: directory.path().into(),
@@ -37,7 +40,7 @@ impl Bench {
         let server = Server::bind(&directory.path().join("socket")).unwrap();
         let (stop, (reporter, reports)) = (CancellationToken::new(), channel());
         let running = tokio::spawn(server.run(settings, reporter, stop.clone()));
-        Self { directory, stop, reports, running }
+        Self { directory, stop, end_step, reports, running }
     }
 
     fn connect(&self) -> Blocking {
@@ -137,6 +140,36 @@ async fn a_step_whose_monitor_dies_is_killed() {
     assert_eq!(fs::read_to_string(cgroup.join("cgroup.kill")).unwrap(), "1");
     let (_, records) = bench.end().await;
     assert_eq!(records[0].exit_code, KILLED);
+}
+
+#[tokio::test]
+async fn the_step_that_runs_can_be_ended_alone() {
+    let mut bench = Bench::new();
+    let cgroup = bench.directory.path().join("cgroup/kiln/steps/1");
+    fs::create_dir_all(&cgroup).unwrap();
+    // Whoever reads it waits for who writes.
+    let kill = cgroup.join("cgroup.kill");
+    nix::unistd::mkfifo(&kill, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut agent = bench.connect();
+    let (stdout, stdout_writer) = std::io::pipe().unwrap();
+    let (stderr, stderr_writer) = std::io::pipe().unwrap();
+    sys::send_with_pipes(&agent, HELLO, [stdout.as_fd(), stderr.as_fd()]).unwrap();
+    let create = FromWrapper::Create { name: "endless".into() };
+    agent.write_all(&wire::encode(&create).unwrap()).unwrap();
+    drop((stdout, stderr));
+    assert_eq!(short(&bench.reports.recv().await.unwrap()), "1 started endless");
+    bench.end_step.cancel();
+    // The monitor is there, and tells of the end that the kernel made.
+    let killed = tokio::task::spawn_blocking(move || {
+        assert_eq!(fs::read_to_string(&kill).unwrap(), "1");
+        drop((stdout_writer, stderr_writer));
+        agent.write_all(b"{\"Ended\":{\"code\":137}}\n").unwrap();
+        agent
+    });
+    assert_eq!(short(&bench.reports.recv().await.unwrap()), "1 ended 137");
+    drop(killed.await.unwrap());
+    let (_, records) = bench.end().await;
+    assert_eq!((records[0].exit_code, records[0].started), (137, true));
 }
 
 #[tokio::test]
