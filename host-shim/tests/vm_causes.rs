@@ -1,5 +1,5 @@
 //! Causes of failure that are not in what a user sends: a registry that takes nothing, a builder image whose agent is
-//! of another Kiln. The other causes are where they come about: `corpus`, `vm_builds`, `vm_logs`, `vm_secrets`, `vm_sources`.
+//! of another Kiln, or of none. The other causes are where they come about: `corpus`, `vm_builds`, `vm_logs`, `vm_secrets`, `vm_sources`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -11,8 +11,10 @@ use std::process::{Command, Stdio};
 
 use kiln_image::bundle::{self, Bundle, FileInfo};
 use kiln_image::initrd;
+use kiln_protocol::event::{Failure, FailureKind, Outcome};
 use kiln_protocol::frame;
 use kiln_protocol::hello::{Hello, MAGIC};
+use kiln_protocol::message::AgentToHost;
 use kiln_protocol::version::{Features, SUPPORTED, Version, VersionRange};
 use support::{Server, text};
 
@@ -74,18 +76,42 @@ fn vm_an_agent_of_another_kiln_is_a_protocol_mismatch() {
         "the agent (kiln-agent 99.0.0) speaks v98 to v99 and this host speaks {SUPPORTED}: rebuild the builder image \
          with this release's kiln-image"
     );
-    refused(&hello(MAGIC, later), &message);
-    refused(&hello(*b"NLIK", SUPPORTED), "the VM's agent broke the protocol: ");
+    failed(&hello(MAGIC, later), None, "protocol_mismatch", &message);
+    let broke = "the VM's agent broke the protocol: ";
+    failed(&hello(*b"NLIK", SUPPORTED), None, "protocol_mismatch", broke);
 }
 
-/// A builder image that says it fits, and whose agent says this.
-fn refused(hello: &Hello, says: &str) {
+/// What only the host can know is not believed of a guest, and blames nobody else.
+#[test]
+fn vm_a_cause_that_a_guest_cannot_know_is_internal() {
+    let hello = Hello {
+        magic: MAGIC,
+        versions: SUPPORTED,
+        features: Features::NONE,
+        agent: "kiln-agent of a liar".into(),
+        image: String::new(),
+        resume: None,
+    };
+    let outcome = AgentToHost::Outcome(Outcome::Failed(Failure {
+        kind: FailureKind::VmLost,
+        message: "the host lost me".into(),
+        step: None,
+        exit_code: None,
+        detail: None,
+    }));
+    failed(&hello, Some(&outcome), "internal", "the host lost me");
+}
+
+/// What becomes of a build whose builder image says that it fits, and whose agent says this, and once it is answered
+/// that.
+fn failed(hello: &Hello, then: Option<&AgentToHost>, kind: &str, says: &str) {
     let dir = tempfile::tempdir().unwrap();
-    bundle_of(dir.path(), &init(&frame::encode(hello).unwrap()));
+    let then = then.map_or_else(Vec::new, |then| frame::encode(then).unwrap());
+    bundle_of(dir.path(), &init(&frame::encode(hello).unwrap(), &then));
     let server = Server::start_of(dir.path());
     let build = server.wait(&server.submit(&[("Dockerfile", DOCKERFILE)], &[]));
     let failure = &build["failure"];
-    assert_eq!(failure["kind"], "protocol_mismatch", "{build}\n{}", server.log());
+    assert_eq!(failure["kind"], kind, "{build}\n{}", server.log());
     let message = failure["message"].as_str().unwrap();
     assert!(message.starts_with(says), "{message}");
     server.stop();
@@ -105,7 +131,7 @@ fn bundle_of(dir: &Path, init: &[u8]) {
     bundle::write(dir, &manifest).unwrap();
 }
 
-/// Loads the modules, says its Hello until one arrives, and waits for whatever becomes of it.
+/// Loads the modules, says its Hello until one arrives, and then the rest; waits for whatever becomes of it.
 const INIT: &str = r#"
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -117,6 +143,7 @@ const INIT: &str = r#"
 #include <linux/vm_sockets.h>
 
 static const unsigned char hello[] = { HELLO };
+static const unsigned char then[] = { THEN };
 
 int main(void) {
     struct dirent **modules;
@@ -129,7 +156,9 @@ int main(void) {
         int line = socket(AF_VSOCK, SOCK_STREAM, 0);
         char answer;
         if (connect(line, (struct sockaddr *)&host, sizeof host) == 0
-            && write(line, hello, sizeof hello) == sizeof hello)
+            && write(line, hello, sizeof hello) == sizeof hello
+            && read(line, &answer, 1) == 1
+            && write(line, then, sizeof then) == sizeof then)
             while (read(line, &answer, 1) > 0) {}
         close(line);
         usleep(10000);
@@ -137,12 +166,13 @@ int main(void) {
 }
 "#;
 
-fn init(hello: &[u8]) -> Vec<u8> {
+fn init(hello: &[u8], then: &[u8]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let (source, program) = (dir.path().join("init.c"), dir.path().join("init"));
-    let bytes: Vec<_> = hello.iter().map(u8::to_string).collect();
+    let list = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>().join(",");
     let text = INIT
-        .replace("HELLO", &bytes.join(","))
+        .replace("HELLO", &list(hello))
+        .replace("THEN", &list(then))
         .replace("CONTROL", &kiln_protocol::port::CONTROL.to_string());
     std::fs::write(&source, text).unwrap();
     let mut gcc = Command::new("gcc");
