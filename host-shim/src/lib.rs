@@ -24,6 +24,7 @@ pub mod gateway;
 pub mod instances;
 pub mod kept;
 pub mod metrics;
+mod points;
 pub mod publish;
 pub mod queue;
 pub mod random;

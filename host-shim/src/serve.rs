@@ -34,7 +34,7 @@ use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
-use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, recover};
+use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, adopt, recover};
 use crate::retention::Retention;
 use crate::sources::Sources;
 use crate::token::Uses;
@@ -112,10 +112,6 @@ async fn serve(
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let vmm = parts::vmm(&config, &bundle).await?;
-    let swept = vmm.sweep().await?;
-    if !swept.vms.is_empty() {
-        tracing::warn!(vms = ?swept.vms, "removed the VMs of an earlier server");
-    }
     let (registry, backing) = parts::registry(&config).await?;
     let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
     let sources = Sources::new(config.data_dir.join("builds"));
@@ -138,12 +134,19 @@ async fn serve(
         egress: parts::egress(&config)?,
     });
     let owner = format!("{}-{}", std::process::id(), hex::encode(crate::random::bytes::<8>()));
-    recover(&workshop, &owner).await.context("cannot end the builds of an earlier server")?;
+    let max_vms = config.max_vms as usize;
+    let room = Arc::new(Semaphore::new(max_vms));
+    let claimed = store.reclaim(&owner).await;
+    let claimed = claimed.context("cannot take over the builds of an earlier server")?;
+    let (adopted, left) = adopt(&workshop, claimed, &room).await;
+    let swept = workshop.vmm.sweep().await?;
+    if !swept.vms.is_empty() {
+        tracing::warn!(vms = ?swept.vms, "removed the VMs of an earlier server");
+    }
+    recover(&workshop, left).await.context("cannot end the builds of an earlier server")?;
     let swept = sources.sweep(store.as_ref()).await;
     swept.context("cannot remove sources that nobody owns")?;
 
-    let max_vms = config.max_vms as usize;
-    let room = Arc::new(Semaphore::new(max_vms));
     let abandon = CancellationToken::new();
     let quota = Quota::new(config.instance_disks_bytes);
     let places = Places::new(Arc::clone(&room), max_vms, capacity);
@@ -198,7 +201,7 @@ async fn serve(
         router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
 
     let longest = Duration::from_secs(config.max_queue_seconds.into());
-    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner, longest);
+    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner, longest).going_on(adopted);
     let builds = dispatcher.run(stop.clone(), abandon.clone());
     let instances = instances.run(stop.clone());
     let sessions = sessions.run(stop.clone());

@@ -6,8 +6,10 @@
 //!                              │    ▲
 //!                    connection │    │ Hello with the current resume token, or with the one
 //!                       breaks  ▼    │ before while nothing was heard since
-//!                            waiting ──deadline──▶ lost
+//!  (another server) ───────▶ waiting ──deadline──▶ lost
 //! ```
+//! A session outlives its server: what the next one needs to go on with it ([`Tokens`], and that all of the source was
+//! sent) the sink is told before the agent is.
 //!
 //! The session knows nothing of builds' states, stores or VMs: it takes connections from
 //! [`Connections`], gives what the guest says to a [`Sink`], and returns how it [`End`]ed.
@@ -73,6 +75,19 @@ pub trait Sink: Send {
         &mut self,
         id: &SecretId,
     ) -> impl Future<Output = anyhow::Result<SecretAnswer>> + Send;
+    /// What whoever continues the session is to know from now on.
+    fn tokens(&mut self, _tokens: &Tokens) {}
+    /// All of the source was sent: from now on the session can be continued.
+    fn source_sent(&mut self) {}
+}
+
+/// What the agent shows to continue its session.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Tokens {
+    /// Of the newest Welcome.
+    pub current: [u8; TOKEN_LEN],
+    /// Of the one before, while that one may not have arrived.
+    pub before: Option<[u8; TOKEN_LEN]>,
 }
 
 /// What a session needs to know.
@@ -89,6 +104,8 @@ pub struct Params {
     pub boot_deadline: Duration,
     /// How long the agent has to end by itself after a cancel.
     pub cancel_grace: Duration,
+    /// Where an earlier server had begun the session: its agent shows one of these.
+    pub resumed: Option<Tokens>,
 }
 
 /// How a session ended.
@@ -103,6 +120,8 @@ pub enum End {
     Cancelled(Option<Outcome>),
     /// The agent was not heard of in time, or any more.
     Lost(String),
+    /// The agent of an earlier server's session did not come back.
+    NotResumed,
     /// The guest broke the protocol.
     Protocol(String),
     /// The agent speaks no version that this host speaks.
@@ -119,7 +138,7 @@ pub async fn run<C: Connections, S: Sink>(
     params: Params,
     cancel: CancellationToken,
 ) -> End {
-    let handshake = Handshake::new(params.nonce);
+    let handshake = Handshake::new(params.nonce, params.resumed.clone());
     let boot_deadline = params.boot_deadline;
     let cancel_grace = params.cancel_grace;
     let mut session = Session {
@@ -130,14 +149,19 @@ pub async fn run<C: Connections, S: Sink>(
         asked: 0,
         may_keep: matches!(&params.job.role, Role::Build(build) if build.keep_failed),
         kept: false,
+        source_sent: false,
         outcome: None,
         sink,
     };
+    if params.resumed.is_some() {
+        let ended = session.go_on(&mut connections, &cancel).await;
+        return ended.map_or_else(|end| end, End::Outcome);
+    }
     let booted = Instant::now() + params.boot_deadline;
     let opened = tokio::select! {
         biased;
         () = cancel.cancelled() => return End::Cancelled(None),
-        opened = timeout_at(booted, session.handshake.first(&mut connections)) => opened,
+        opened = timeout_at(booted, session.handshake.first(&mut connections, &mut *session.sink)) => opened,
     };
     let (stream, hello) = match opened {
         Err(_) => {
@@ -171,11 +195,33 @@ struct Session<'s, S> {
     may_keep: bool,
     /// Whether one does.
     kept: bool,
+    /// Whether the sink knows that all of the source was sent.
+    source_sent: bool,
     outcome: Option<Outcome>,
     sink: &'s mut S,
 }
 
 impl<S: Sink> Session<'_, S> {
+    /// Goes on where an earlier server was.
+    async fn go_on<C: Connections>(
+        &mut self,
+        connections: &mut C,
+        cancel: &CancellationToken,
+    ) -> Result<Outcome, End> {
+        let again = self.handshake.again(connections, 0, &mut *self.sink);
+        let resumed = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Err(End::Cancelled(None)),
+            resumed = tokio::time::timeout(RESUME_DEADLINE, again) => resumed,
+        };
+        let Ok(resumed) = resumed else { return Err(End::NotResumed) };
+        let handshake::Resumed { stream, acknowledged } = resumed?;
+        // It has the host's word for these: they are stored.
+        self.stored = acknowledged;
+        tracing::info!(acknowledged, "the agent resumed the session of an earlier server");
+        self.converse(Connection::resume(stream), connections, cancel).await
+    }
+
     /// Listens to the agent until it reports its outcome, over as many connections as it takes.
     async fn converse<C: Connections>(
         &mut self,
@@ -197,7 +243,11 @@ impl<S: Sink> Session<'_, S> {
                 // Before another connection is looked at: who is heard here has its token, and nobody else the old one.
                 heard = connection.hear() => match heard {
                     Ok(heard) => {
-                        self.handshake.arrived();
+                        self.handshake.arrived(&mut *self.sink);
+                        if !self.source_sent && connection.can_resume() {
+                            self.source_sent = true;
+                            self.sink.source_sent();
+                        }
                         self.take(heard, &mut connection).await?;
                         match self.outcome.take() {
                             None => {}
@@ -218,7 +268,7 @@ impl<S: Sink> Session<'_, S> {
                     Err(broken) => broken.fatal()?,
                 },
                 // A second connection is either the agent's, which shows the token, or refused.
-                resumed = self.handshake.again(connections, self.stored) => {
+                resumed = self.handshake.again(connections, self.stored, &mut *self.sink) => {
                     connection = self.resume(&connection, resumed?)?;
                     continue;
                 }
@@ -234,7 +284,7 @@ impl<S: Sink> Session<'_, S> {
                 () = cancel.cancelled() => return Err(End::Cancelled(None)),
                 resumed = tokio::time::timeout(
                     RESUME_DEADLINE,
-                    self.handshake.again(connections, self.stored),
+                    self.handshake.again(connections, self.stored, &mut *self.sink),
                 ) => resumed,
             };
             let Ok(resumed) = resumed else {
@@ -249,13 +299,13 @@ impl<S: Sink> Session<'_, S> {
     fn resume<T: Stream>(
         &self,
         old: &Connection<T>,
-        stream: handshake::Resumed<T>,
+        resumed: handshake::Resumed<T>,
     ) -> Result<Connection<T>, End> {
         if !old.can_resume() {
             return Err(End::Protocol("the agent resumed while the source was sent".into()));
         }
         tracing::info!(stored = self.stored, "the agent resumed its session");
-        Ok(Connection::resume(stream.0))
+        Ok(Connection::resume(resumed.stream))
     }
 
     /// Takes what was heard: events are checked, stored, and then acknowledged.

@@ -331,29 +331,6 @@ fn vm_the_server_ends_its_builds_when_it_is_stopped() {
 }
 
 #[test]
-fn vm_what_a_killed_server_left_is_ended_by_the_next_one() {
-    let server = Server::start();
-    let running = [up(&server, true), up(&server, true)];
-    for id in &running {
-        let mut follow = server.follow(id);
-        assert!(follow.until("up"), "{}", follow.seen);
-    }
-    let queued = up(&server, false);
-    let vms = server.processes("qemu-system-x86_64");
-    assert_eq!(vms.len(), 2);
-
-    let server = server.kill_and_restart();
-    assert!(vms.iter().all(|vm| support::name_of(*vm).is_none()), "a VM outlived its sweep");
-    for id in &running {
-        assert_eq!(server.show(id)["failure"]["kind"], "host_restarted");
-    }
-    // What was only queued is built, as if nothing had happened.
-    let build = server.wait(&queued);
-    assert_eq!(build["status"], "ready", "{build}");
-    server.stop();
-}
-
-#[test]
 fn vm_a_publication_that_was_cut_off_is_finished_by_the_next_server() {
     let server = Server::start();
     let registry = server.processes("docker-registry");

@@ -232,6 +232,7 @@ async fn accept(
         return Err(error.into());
     }
     source.keep();
+    crate::points::point("stored");
     api.state.scheduler.wake();
     api.state.events.metrics().source(build.request.source_bytes);
     tracing::info!(build = %build.id, tenant = %build.tenant, "a build was accepted");

@@ -26,7 +26,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kiln_protocol::name::{REGISTRY, STAGING_REPOSITORY};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -67,14 +67,15 @@ pub struct GuestContext {
 /// How long an upload may be ahead of the report that the build pushes: a batch of events is stored in far less.
 const PHASE_PATIENCE: Duration = Duration::from_secs(2);
 
-#[derive(Debug, Default)]
-struct Seen {
+/// What a build has pulled so far.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Seen {
     pulled: BTreeSet<(String, Digest)>,
     blobs: HashMap<Digest, PulledBlob>,
 }
 
 /// A blob that some manifest that the build pulled consists of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PulledBlob {
     /// The repository that the build may pull it from, as the gateway has it.
     pub repository: Name,
@@ -101,6 +102,17 @@ impl GuestContext {
             manifests: room::ManifestRoom::new(),
             seen: Mutex::default(),
         }
+    }
+
+    /// For a build that has pulled this already.
+    #[must_use]
+    pub fn having_seen(self, seen: Seen) -> Self {
+        Self { seen: Mutex::new(seen), ..self }
+    }
+
+    /// All that it has pulled.
+    pub fn all_seen(&self) -> Seen {
+        self.seen().clone()
     }
 
     /// Whose VM it is.

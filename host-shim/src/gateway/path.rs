@@ -4,6 +4,8 @@
 //! What does not parse goes nowhere; what does is written anew by [`Route::to_path`], so that no two
 //! parties can read one path in two ways. Nothing is percent-decoded: no valid path needs it.
 
+use serde::{Deserialize, Serialize};
+
 use crate::staging::Digest;
 
 /// Longest name of a repository: what docker-registry takes.
@@ -14,7 +16,8 @@ const MAX_TAG_BYTES: usize = 128;
 const MAX_SESSION_BYTES: usize = 1024;
 
 /// The name of a repository, by the spec's grammar: lower-case components between slashes.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
 /// A manifest is named by tag or by digest.
@@ -153,6 +156,19 @@ impl Name {
             Some((first, rest)) => (first, Some(rest)),
             None => (&self.0, None),
         }
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = BadPath;
+    fn try_from(text: String) -> Result<Self, BadPath> {
+        Self::parse(&text).ok_or(BadPath::Name)
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.0
     }
 }
 

@@ -88,6 +88,7 @@ impl Machines {
             nonce,
             boot_deadline: BOOT_DEADLINE,
             cancel_grace: STOP_GRACE,
+            resumed: None,
         };
         let cancel = owner.cancel().clone();
         let limit = self.workshop.log_limit;
@@ -204,6 +205,7 @@ fn of_session(end: session::End, not_run: Option<&str>) -> End {
         session::End::Protocol(why) => {
             End::failed(format!("the VM's agent broke the protocol: {why}"))
         }
+        session::End::NotResumed => End::failed("the VM's agent did not come back"),
         session::End::Kept(_) => End::failed("the VM's agent kept a build's step"),
         session::End::Version(why) => End::failed(why),
         session::End::Store(error) => End::failed(format!("{error:#}")),

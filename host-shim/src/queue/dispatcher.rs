@@ -13,6 +13,7 @@ use super::capacity::Memory;
 use super::driver::Driver;
 use super::expiry;
 use super::live::Live;
+use super::recover::Adopted;
 use super::workshop::Workshop;
 use crate::api::{CancelOutcome, Scheduler};
 use crate::build::{BuildId, Status};
@@ -32,6 +33,8 @@ pub struct Dispatcher {
     /// How long a build may wait.
     longest: Duration,
     passing: Passing,
+    /// Builds whose VMs run already.
+    adopted: Vec<Adopted>,
 }
 
 /// What came of a look at the queue.
@@ -98,12 +101,25 @@ impl Dispatcher {
         owner: String,
         longest: Duration,
     ) -> Self {
-        Self { workshop, scheduling, room, owner, longest, passing: Passing::default() }
+        let (passing, adopted) = (Passing::default(), vec![]);
+        Self { workshop, scheduling, room, owner, longest, passing, adopted }
+    }
+
+    /// Goes on with these, first.
+    #[must_use]
+    pub fn going_on(self, adopted: Vec<Adopted>) -> Self {
+        Self { adopted, ..self }
     }
 
     /// Claims and drives until `stop`; then waits for the drivers, whose builds `abandon` ends.
     pub async fn run(mut self, stop: CancellationToken, abandon: CancellationToken) {
         let drivers = TaskTracker::new();
+        for Adopted { claimed, vm, notes, place } in self.adopted.drain(..) {
+            let entry = self.scheduling.live.enter(&claimed.build.id);
+            let workshop = Arc::clone(&self.workshop);
+            let driver = Driver::new(workshop, claimed, entry, place, abandon.clone());
+            drivers.spawn(driver.going_on(vm, notes).run());
+        }
         // Before the first claim: what waited for too long while no server ran is not started any more.
         if let Err(error) = expiry::pass(&self.workshop, self.longest).await {
             let error = crate::causes::chain(&error);
@@ -146,6 +162,7 @@ impl Dispatcher {
                     continue;
                 }
             };
+            crate::points::point("claimed");
             let entry = scheduling.live.enter(&claimed.build.id);
             drop(claiming);
             let workshop = Arc::clone(&self.workshop);

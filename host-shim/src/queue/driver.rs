@@ -4,6 +4,7 @@
 
 mod attend;
 mod egress;
+mod go_on;
 mod job;
 mod record;
 mod retry;
@@ -15,10 +16,12 @@ use futures_util::FutureExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use self::attend::Attended;
+use self::attend::{Attended, Beginning};
 pub use self::egress::Egress;
+use self::egress::WayOut;
 use super::base;
 use super::capacity::Memory;
+use super::journal::{Journal, Notes};
 use super::leaks::{self, Searched};
 use super::live::Entry;
 use super::outcome::{self, Next};
@@ -30,7 +33,7 @@ use crate::publish;
 use crate::secrets::Masker;
 use crate::staging::{self, Staging};
 use crate::store::{Claimed, Fence, StoreError};
-use crate::vmm::VmSpec;
+use crate::vmm::{Vm, VmSpec};
 
 /// How many VMs are booted for a build before it fails for want of one. Under software emulation
 /// and load a boot can hang: once in sixty on the worst day that was seen, never in 150 on another.
@@ -51,6 +54,8 @@ pub struct Driver {
     abandon: CancellationToken,
     /// Given back at the end, and as soon as there is nothing left to do but to store it.
     place: Option<Place>,
+    /// The VM of an earlier server, where the build has one.
+    going_on: Option<(Vm, Notes)>,
 }
 
 /// What a build takes of the host's room, until this is dropped.
@@ -66,6 +71,14 @@ struct Worked {
     hung: bool,
 }
 
+impl Worked {
+    /// Nothing, for a fault of the host's.
+    fn not(why: String) -> Self {
+        let next = Next::Fail(Failure::new(FailureKind::Internal, why));
+        Self { next, masker: Masker::default(), context: None, hung: false }
+    }
+}
+
 impl Driver {
     /// For a build that was just claimed, in its place.
     pub fn new(
@@ -76,7 +89,13 @@ impl Driver {
         abandon: CancellationToken,
     ) -> Self {
         let Claimed { build, fence } = claimed;
-        Self { workshop, build, fence, entry, abandon, place: Some(place) }
+        Self { workshop, build, fence, entry, abandon, place: Some(place), going_on: None }
+    }
+
+    /// Goes on with a VM that runs the build already.
+    #[must_use]
+    pub fn going_on(self, vm: Vm, notes: Notes) -> Self {
+        Self { going_on: Some((vm, notes)), ..self }
     }
 
     /// Drives the build to its end.
@@ -119,6 +138,10 @@ impl Driver {
         match next {
             Next::Fail(failure) => self.end(Change::Fail(failure)).await,
             Next::Cancel => self.end(Change::Cancel).await,
+            Next::Abandoned => match outcome::gone_with_its_server(&self.build) {
+                Change::Requeue => self.requeue().await,
+                change => self.end(change).await,
+            },
             // Was published above.
             Next::Publish { .. } => Ok(()),
         }
@@ -137,6 +160,9 @@ impl Driver {
     /// A VM that hangs before it began is replaced: nothing of the build has run in it. One that ends is
     /// not: somebody or something ended it.
     async fn work(&mut self) -> Worked {
+        if let Some((vm, notes)) = self.going_on.take() {
+            return self.go_on(vm, notes).await;
+        }
         for _ in 1..BOOTS {
             let worked = self.work_once().await;
             match &worked.next {
@@ -155,39 +181,16 @@ impl Driver {
     }
 
     async fn work_once(&mut self) -> Worked {
-        let fail = |kind, message: String| Worked {
-            next: Next::Fail(Failure::new(kind, message)),
-            masker: Masker::default(),
-            context: None,
-            hung: false,
-        };
         let dir = self.workshop.build_dir(&self.build);
         let source = match tokio::fs::File::open(dir.join("source")).await {
             Ok(source) => source,
             Err(error) => {
-                return fail(
-                    FailureKind::Internal,
-                    format!("the build's source cannot be read: {error}"),
-                );
+                return Worked::not(format!("the build's source cannot be read: {error}"));
             }
         };
-        let staging = match Staging::new(dir.join("staging"), self.staging_limits()) {
-            Ok(staging) => Arc::new(staging),
-            Err(error) => {
-                return fail(
-                    FailureKind::Internal,
-                    format!("the build's staging cannot be made: {error}"),
-                );
-            }
-        };
-        let way_out = match self.workshop.egress.way_out(&self.build, &self.workshop.events) {
-            Ok(way_out) => way_out,
-            Err(error) => {
-                return fail(
-                    FailureKind::Internal,
-                    format!("the host's own addresses cannot be listed: {error}"),
-                );
-            }
+        let (context, way_out) = match self.ways() {
+            Ok(ways) => ways,
+            Err(why) => return Worked::not(why),
         };
         let cancel = self.entry.cancel.clone();
         let spec = VmSpec {
@@ -205,10 +208,7 @@ impl Driver {
             }
             Some(Err(error)) => {
                 tracing::error!(error = %crate::causes::chain(&error), "cannot start a VM");
-                return fail(
-                    FailureKind::Internal,
-                    format!("the host could not start a VM: {error}"),
-                );
+                return Worked::not(format!("the host could not start a VM: {error}"));
             }
             Some(Ok(vm)) => vm,
         };
@@ -217,15 +217,45 @@ impl Driver {
         let since_submit = crate::clock::now() - self.build.created_at;
         let running = i64::try_from(vm.started().elapsed().as_millis()).unwrap_or(i64::MAX);
         self.build.usage.vm_start_ms = u64::try_from(since_submit - running).ok();
-        let context = Arc::new(GuestContext::new(
+        crate::points::point("started");
+        let nonce = crate::random::bytes();
+        let journal = Journal::new(vm.dir(), self.first_notes(nonce));
+        let begin = Beginning { nonce, tokens: None, source: Some(source) };
+        self.in_vm(vm, begin, Arc::new(context), way_out, journal).await
+    }
+
+    /// Where the VM's ways lead to.
+    fn ways(&self) -> Result<(GuestContext, Option<WayOut>), String> {
+        let dir = self.workshop.build_dir(&self.build);
+        let staging = Staging::new(dir.join("staging"), self.staging_limits())
+            .map_err(|error| format!("the build's staging cannot be made: {error}"))?;
+        let way_out = self
+            .workshop
+            .egress
+            .way_out(&self.build, &self.workshop.events)
+            .map_err(|error| format!("the host's own addresses cannot be listed: {error}"))?;
+        let context = GuestContext::new(
             self.build.id.clone(),
             self.build.tenant.clone(),
-            staging,
+            Arc::new(staging),
             self.workshop.backing.clone(),
             self.workshop.upstreams.clone(),
-        ));
+        );
+        Ok((context, way_out))
+    }
+
+    /// Serves the VM to its end, which is the end of its work, too.
+    async fn in_vm(
+        &mut self,
+        vm: Vm,
+        begin: Beginning,
+        context: Arc<GuestContext>,
+        way_out: Option<WayOut>,
+        journal: Arc<Journal>,
+    ) -> Worked {
         let Attended { next, masker, hung, .. } =
-            self.attend(vm, source, Arc::clone(&context), way_out).await;
+            self.attend(vm, begin, Arc::clone(&context), way_out, journal).await;
+        crate::points::point("outcome");
         self.build.pulled = context.pulled();
         self.workshop.events.metrics().staged(context.staging().used_bytes());
         let next = match &self.build.request.base_image_digest {
@@ -276,7 +306,7 @@ impl Driver {
             Searched::Clean => {}
             Searched::Refused(failure) => return Ok(Some(Next::Fail(failure))),
             Searched::Stopped if self.abandon.is_cancelled() => {
-                return Ok(Some(Next::Fail(abandoned())));
+                return Ok(Some(Next::Abandoned));
             }
             Searched::Stopped => return Ok(Some(Next::Cancel)),
         }
@@ -288,11 +318,15 @@ impl Driver {
         }
         self.change(Change::Publish(digest.clone()), &[]).await?;
         self.entry.settle();
+        crate::points::point("publishing");
         tracing::info!(digest, "publishing");
         let (repository, tag) = (self.build.repository(), self.build.tag().to_owned());
         let Workshop { backing, upstreams, .. } = &*self.workshop;
         match publish::push(&checked, backing, upstreams, &repository, &tag).await {
-            Ok(()) => Ok(None),
+            Ok(()) => {
+                crate::points::point("pushed");
+                Ok(None)
+            }
             Err(error) => Ok(Some(Next::Fail(publish_failure(&error)))),
         }
     }
@@ -310,7 +344,20 @@ impl Driver {
             _ => vec![],
         };
         self.change(change, &first).await?;
+        crate::points::point("ended");
         tracing::info!(status = %self.build.status, cause = ?self.build.failure.as_ref().map(|f| f.kind), "finished");
+        Ok(())
+    }
+
+    /// Gives it back to the queue, for the next server. Its source stays.
+    async fn requeue(&mut self) -> Result<(), StoreError> {
+        let staging = self.workshop.build_dir(&self.build).join("staging");
+        if let Err(error) = tokio::fs::remove_dir_all(&staging).await {
+            tracing::debug!(%error, dir = %staging.display(), "no staging to remove");
+        }
+        let first = [payload::of_host(crate::clock::now(), payload::kiln_log(AGAIN))];
+        self.change(Change::Requeue, &first).await?;
+        tracing::info!("back in the queue");
         Ok(())
     }
 
@@ -320,11 +367,9 @@ impl Driver {
     }
 }
 
-/// The failure of a build that the server's end gave up.
-fn abandoned() -> Failure {
-    let message = "the host was shut down while the build ran; submit it again";
-    Failure::new(FailureKind::HostRestarted, message)
-}
+/// What the log of a build says whose VM went with a server.
+pub(super) const AGAIN: &str =
+    "the host was restarted while the build ran: it is built again, from the beginning";
 
 /// The failure of a build whose image was not published.
 pub(super) fn publish_failure(error: &publish::PublishError) -> Failure {

@@ -131,6 +131,11 @@ impl EgressRecord {
         answered.await.unwrap_or_default()
     }
 
+    /// What was reached until now.
+    pub(super) fn reached_so_far(&self) -> Vec<Reached> {
+        self.heard().reached.iter().cloned().collect()
+    }
+
     fn refuse(&self, seen: Seen) {
         let mut heard = self.heard();
         self.tell(&mut heard.refused, MOST_TOLD, seen, Told::Wanted, More::Refused);

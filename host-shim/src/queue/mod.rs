@@ -15,6 +15,7 @@ mod dispatcher;
 mod driver;
 mod egress_log;
 mod expiry;
+mod journal;
 mod leaks;
 mod live;
 mod outcome;
@@ -22,7 +23,7 @@ mod recover;
 mod sink;
 mod workshop;
 
-pub use recover::recover;
+pub use recover::{Adopted, adopt, recover};
 
 pub use capacity::{Capacity, Memory};
 pub use dispatcher::{Dispatcher, Scheduling};

@@ -6,7 +6,7 @@ use kiln_protocol::event::Outcome;
 
 pub(super) use self::denied::denied;
 use super::sink::LogLimit;
-use crate::build::{Failure, FailureKind, GuestSays, Pulled};
+use crate::build::{Build, Change, Failure, FailureKind, GuestSays, Pulled};
 use crate::session::End;
 
 /// What the driver does next.
@@ -23,6 +23,21 @@ pub(super) enum Next {
     Fail(Failure),
     /// The build was cancelled.
     Cancel,
+    /// The server ends, and the build's VM with it.
+    Abandoned,
+}
+
+/// How often a build is begun, where it was the server's end that took its VM.
+const ATTEMPTS: u32 = 2;
+
+/// What becomes of a build whose VM went with its server: it is built again, once. A build that ends its server would
+/// end every one.
+pub(super) fn gone_with_its_server(build: &Build) -> Change {
+    if build.attempt < ATTEMPTS {
+        return Change::Requeue;
+    }
+    let message = "the host was restarted while the build ran, and again while it ran a second time; submit it again";
+    Change::Fail(Failure::new(FailureKind::HostRestarted, message))
 }
 
 /// Decides what follows from the end of a session.
@@ -48,6 +63,8 @@ pub(super) fn next(end: End) -> Next {
         End::Protocol(why) => {
             fail(FailureKind::ProtocolMismatch, format!("the VM's agent broke the protocol: {why}"))
         }
+        // It may be built again, as if its VM had gone with the server.
+        End::NotResumed => Next::Abandoned,
         End::Version(why) => fail(FailureKind::ProtocolMismatch, why),
         End::Store(error) if error.is::<LogLimit>() => fail(
             FailureKind::LogLimit,

@@ -9,13 +9,14 @@ use kiln_protocol::secret::{SecretAnswer, SecretId};
 use tokio::time::Instant;
 
 use super::egress_log::EgressRecord;
+use super::journal::Journal;
 use super::workshop::Workshop;
 use crate::build::{Build, Change, Status};
 use crate::events::payload;
 use crate::exec::Doorway;
 use crate::gateway::guests::GuestContext;
 use crate::secrets::{self, Masker};
-use crate::session::Sink;
+use crate::session::{Sink, Tokens};
 use crate::store::{Fence, NewEvent};
 
 /// Stores a build's events and follows its phases.
@@ -37,6 +38,8 @@ pub(super) struct BuildSink<'d> {
     doorway: Doorway,
     /// What steps reach, where they have a network.
     egress: Option<Arc<EgressRecord>>,
+    /// For the server that comes after this one.
+    journal: Arc<Journal>,
 }
 
 /// The guest sent more log content than the build may have.
@@ -52,6 +55,7 @@ impl<'d> BuildSink<'d> {
         context: Arc<GuestContext>,
         vm_started: Instant,
         doorway: Doorway,
+        journal: Arc<Journal>,
     ) -> Self {
         Self {
             workshop,
@@ -66,6 +70,7 @@ impl<'d> BuildSink<'d> {
             masker: Masker::default(),
             doorway,
             egress: None,
+            journal,
         }
     }
 
@@ -190,6 +195,7 @@ impl Sink for BuildSink<'_> {
             }
         }
         self.store(&mut batch).await?;
+        crate::points::point("events");
         self.workshop.events.metrics().durable(arrived.elapsed());
         Ok(())
     }
@@ -198,6 +204,7 @@ impl Sink for BuildSink<'_> {
         let now = Instant::now();
         self.hello = Some(now);
         let boot = now - self.vm_started;
+        crate::points::point("hello");
         self.build.usage.boot_ms = u64::try_from(boot.as_millis()).ok();
         self.workshop.events.booted(self.build, boot);
         tracing::info!(agent = %agent.escape_default(), image = %image.escape_default(), boot_ms = boot.as_millis(), "the agent connected");
@@ -232,5 +239,18 @@ impl Sink for BuildSink<'_> {
             self.store(&mut vec![warning]).await?;
         }
         Ok(answer)
+    }
+
+    fn tokens(&mut self, tokens: &Tokens) {
+        self.journal.change(|notes| notes.tokens = Some(tokens.clone()));
+        crate::points::point("tokens");
+    }
+
+    fn source_sent(&mut self) {
+        let usage = self.build.usage;
+        self.journal.change(|notes| {
+            notes.source_sent = true;
+            notes.usage = usage;
+        });
     }
 }

@@ -6,7 +6,7 @@ use kiln_protocol::version::{Features, SUPPORTED, Version};
 use subtle::ConstantTimeEq;
 use tokio::time::{Instant, timeout};
 
-use super::{Connections, End, HELLO_DEADLINE, RESUME_DEADLINE, Stream};
+use super::{Connections, End, HELLO_DEADLINE, RESUME_DEADLINE, Sink, Stream, Tokens};
 use crate::build::Millis;
 
 /// What this host can do beyond the version.
@@ -29,16 +29,31 @@ struct Spent {
 }
 
 /// The stream of a session that goes on.
-pub(super) struct Resumed<T>(pub(super) T);
+pub(super) struct Resumed<T> {
+    pub(super) stream: T,
+    /// What the agent knows to be stored.
+    pub(super) acknowledged: u64,
+}
 
 impl Handshake {
-    pub(super) fn new(nonce: [u8; TOKEN_LEN]) -> Self {
-        Self { nonce, token: random(), spent: None }
+    /// Of a session that begins, or of one that an earlier server had.
+    pub(super) fn new(nonce: [u8; TOKEN_LEN], resumed: Option<Tokens>) -> Self {
+        let Some(Tokens { current, before }) = resumed else {
+            return Self { nonce, token: random(), spent: None };
+        };
+        let until = Instant::now() + RESUME_DEADLINE;
+        Self { nonce, token: current, spent: before.map(|token| Spent { token, until }) }
     }
 
     /// The agent was heard on the newest connection: its Welcome has arrived, and what it showed for it is worth nothing.
-    pub(super) fn arrived(&mut self) {
-        self.spent = None;
+    pub(super) fn arrived(&mut self, sink: &mut impl Sink) {
+        if self.spent.take().is_some() {
+            sink.tokens(&self.tokens());
+        }
+    }
+
+    fn tokens(&self) -> Tokens {
+        Tokens { current: self.token, before: self.spent.as_ref().map(|spent| spent.token) }
     }
 
     /// Whether whoever shows this is the agent. Takes as long whatever it is.
@@ -53,6 +68,7 @@ impl Handshake {
     pub(super) async fn first<C: Connections>(
         &mut self,
         connections: &mut C,
+        sink: &mut impl Sink,
     ) -> Result<(C::Stream, Hello), End> {
         loop {
             let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
@@ -81,7 +97,7 @@ impl Handshake {
                 reject(&mut stream, RejectReason::Version, &message).await;
                 return Err(End::Version(message));
             };
-            match self.welcome(&mut stream, version, hello.features, 0).await {
+            match self.welcome(&mut stream, version, hello.features, 0, sink).await {
                 Ok(()) => return Ok((stream, hello)),
                 Err(error) => tracing::debug!(%error, "the agent gave up a dial"),
             }
@@ -94,6 +110,7 @@ impl Handshake {
         &mut self,
         connections: &mut C,
         stored: u64,
+        sink: &mut impl Sink,
     ) -> Result<Resumed<C::Stream>, End> {
         loop {
             let mut stream = connections.accept().await.map_err(|e| cannot_accept(&e))?;
@@ -112,9 +129,10 @@ impl Handshake {
                     Some(version) => {
                         let until = Instant::now() + RESUME_DEADLINE;
                         self.spent = Some(Spent { token: resume.token, until });
-                        let welcome = self.welcome(&mut stream, version, hello.features, stored);
+                        let welcome =
+                            self.welcome(&mut stream, version, hello.features, stored, sink);
                         if welcome.await.is_ok() {
-                            return Ok(Resumed(stream));
+                            return Ok(Resumed { stream, acknowledged: resume.acknowledged });
                         }
                         continue;
                     }
@@ -131,8 +149,11 @@ impl Handshake {
         version: Version,
         features: Features,
         acknowledged: u64,
+        sink: &mut impl Sink,
     ) -> Result<(), frame::FrameError> {
         self.token = random();
+        // Before the agent: a server that comes after this one has to know it.
+        sink.tokens(&self.tokens());
         let welcome = Welcome {
             version,
             features: features.common(FEATURES),

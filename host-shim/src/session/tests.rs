@@ -104,6 +104,7 @@ fn host_that(source: usize, keep_failed: bool) -> Host {
         started: Instant::now().checked_sub(Duration::from_secs(3)).unwrap(),
         source: Some(tokio::fs::File::from_std(file)),
         cancel_grace: CANCEL_GRACE,
+        resumed: None,
         nonce: NONCE,
         boot_deadline: Duration::from_secs(60),
     };

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <run>/<id>/               ours alone
-//!           record.json     what to end and remove, for the server after us
+//!           record.json     what to end and remove, or to go on with, for the server after us
+//!           qmp             QEMU's monitor
 //!           sock/           the VM's user's, and the vsock device's working directory
 //!                v_5001 v_5003 v_5004   bound before the VM starts
 //!                vu         the device's, for QEMU     v   the device's, for the host's dials
@@ -17,6 +18,7 @@
 //! killed server leaves is gone after the next one's [`Vmm::sweep`]. One server owns a run directory.
 
 mod accel;
+mod adopt;
 mod cgroup;
 mod device;
 mod dial;

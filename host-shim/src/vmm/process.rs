@@ -20,7 +20,7 @@ pub struct ProcessId {
     pub start: u64,
 }
 
-/// A child of ours. It stays a zombie, and its pid its own, until it is reaped.
+/// A child of ours, which stays a zombie, and its pid its own, until it is reaped; or one of an earlier server's.
 #[derive(Debug)]
 pub(crate) struct Process {
     id: ProcessId,
@@ -34,6 +34,16 @@ impl Process {
         let pidfd = rustix::process::pidfd_open(to_pid(raw)?, PidfdFlags::empty())?;
         let start = start_time(raw)?;
         Ok(Self { id: ProcessId { pid: raw, start }, pidfd: sys::watched(pidfd)? })
+    }
+
+    /// Takes over exactly this process, which an earlier server started; `None` when it is gone.
+    pub(crate) fn of_another(id: ProcessId) -> io::Result<Option<Self>> {
+        let Some(pidfd) = held(id) else { return Ok(None) };
+        // A zombie that nobody has reaped yet has a pidfd as well.
+        if wait_gone(&pidfd, Instant::now()) {
+            return Ok(None);
+        }
+        Ok(Some(Self { id, pidfd: sys::watched(pidfd)? }))
     }
 
     pub(crate) fn id(&self) -> ProcessId {

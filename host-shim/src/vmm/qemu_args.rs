@@ -100,7 +100,8 @@ pub fn vm(machine: &Machine<'_>) -> Vec<String> {
     add("-device", VSOCK_DEVICE.to_owned());
     add("-object", "rng-builtin,id=rng".to_owned());
     add("-device", "virtio-rng-pci,rng=rng".to_owned());
-    add("-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
+    // It listens: another server can go on with the VM.
+    add("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fds.qmp));
     add("-mon", "chardev=qmp,mode=control".to_owned());
     add("-chardev", format!("ringbuf,id=console,size={CONSOLE_BYTES}"));
     add("-serial", "chardev:console".to_owned());

@@ -108,6 +108,12 @@ impl Qmp {
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
 
+    /// Whether the guest runs: one that ended while nobody listened told nobody.
+    pub(crate) async fn is_running(&self) -> Result<bool, QmpError> {
+        let answer = self.command("query-status", &json!({})).await?;
+        Ok(answer["status"] == "running")
+    }
+
     async fn command(&self, name: &str, arguments: &Value) -> Result<Value, QmpError> {
         let work = async {
             let mut commands = self.commands.lock().await;

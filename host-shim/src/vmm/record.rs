@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::process::ProcessId;
+use crate::build::Millis;
 
 /// Its name in the VM's directory.
 pub(crate) const FILE: &str = "record.json";
@@ -22,6 +23,12 @@ pub(crate) struct Record {
     pub boot: String,
     /// The user of its processes.
     pub uid: u32,
+    /// Its place among the VMs of its server.
+    #[serde(default)]
+    pub slot: u32,
+    /// When QEMU was started, by the host's clock, in milliseconds.
+    #[serde(default)]
+    pub started_at: Millis,
     /// Its cgroup.
     pub cgroup: Option<PathBuf>,
     /// Its processes, as far as they were started.

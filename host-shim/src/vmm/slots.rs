@@ -55,6 +55,16 @@ impl Slots {
         Some(Slot { slots: self.clone(), id: id.to_owned(), number })
     }
 
+    /// This very place, for a VM that has it already; `None` when it is another's.
+    pub(crate) fn take_again(&self, id: &str, number: u32) -> Option<Slot> {
+        let taken = &mut self.shared.lock().taken;
+        if number >= MAX_SLOTS || taken.contains_key(id) || taken.values().any(|n| *n == number) {
+            return None;
+        }
+        taken.insert(id.to_owned(), number);
+        Some(Slot { slots: self.clone(), id: id.to_owned(), number })
+    }
+
     /// The ids of living VMs.
     pub(crate) fn live(&self) -> BTreeSet<String> {
         self.shared.lock().taken.keys().cloned().collect()
@@ -139,6 +149,13 @@ mod tests {
         let all: Vec<_> =
             (0..MAX_SLOTS - 1).map(|n| slots.take(&format!("n{n}")).unwrap()).collect();
         assert!(slots.take("one more").is_none());
+        assert!(slots.take_again("one more", 1).is_none());
+        assert!(Slots::default().take_again("a", MAX_SLOTS).is_none());
+        let again = Slots::default();
+        let a = again.take_again("a", 7).unwrap();
+        assert_eq!(a.number(), 7);
+        assert!(again.take_again("a", 8).is_none() && again.take_again("b", 7).is_none());
+        assert_eq!(again.take("c").map(|c| c.number()), Some(0));
         assert!(all.iter().all(|slot| slot.number() != 1));
     }
 }

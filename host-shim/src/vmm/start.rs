@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -26,10 +26,13 @@ use super::vsock::{self, Appearing, NotConnected};
 use super::{VmSpec, Vmm, VmmError, is_name};
 
 /// The ports that a guest dials: control, registry, egress.
-const PORTS: [u32; 3] = [5001, 5003, 5004];
+pub(super) const PORTS: [u32; 3] = [5001, 5003, 5004];
 
 /// The directory of a VM's sockets, in the VM's directory.
 pub(super) const SOCKETS: &str = "sock";
+
+/// QEMU's monitor, in the VM's directory.
+const MONITOR: &str = "qmp";
 
 /// QEMU opens its disks' sets again, firmware, and few other files.
 pub(super) const QEMU_MAX_FILES: u64 = 256;
@@ -53,7 +56,7 @@ impl Vmm {
         let template = self.scratch.template(spec.disk_gb).await?;
         let (mut remains, mut place) = self.place(&spec.id)?;
 
-        let [control, registry, egress] = place.listen()?;
+        let [control, registry, egress] = listen(&place.sock, place.record.uid)?;
         let appearing =
             Appearing::watch(&place.sock).map_err(VmmError::io("watch", &place.sock))?;
         place.hand_over()?;
@@ -75,8 +78,8 @@ impl Vmm {
             .map_err(VmmError::io("make a scratch disk like", &template))?;
         let qemu_output =
             Output::new("kiln-qemu").map_err(VmmError::io("make memory for", &place.sock))?;
-        let (ours, theirs) =
-            StdStream::pair().map_err(VmmError::io("make sockets for", &place.sock))?;
+        let (monitor, ours) =
+            listening(&remains.dir).map_err(VmmError::io("make a monitor in", &remains.dir))?;
 
         let device = appearing.connect(&place.sock, &remains.processes[0]).await;
         let device = device.map_err(|error| not_connected(&error, &device_output))?;
@@ -87,7 +90,7 @@ impl Vmm {
             scratch: scratch.as_raw_fd(),
             image: spec.image.as_ref().map(AsRawFd::as_raw_fd),
             vsock: device.as_raw_fd(),
-            qmp: theirs.as_raw_fd(),
+            qmp: monitor.as_raw_fd(),
         };
         let VmSpec { id, memory_mb, cpus, .. } = spec;
         let args = qemu_args::vm(&Machine { name: &id, engine: self.engine, memory_mb, cpus, fds });
@@ -96,6 +99,12 @@ impl Vmm {
         keep.extend(fds.image);
         self.launch(&mut remains, &mut place, Program::Qemu, args, &keep, &qemu_output)?;
         let started = Instant::now();
+        drop(monitor);
+        place.record.started_at = crate::clock::now();
+        place
+            .record
+            .write(&remains.dir)
+            .map_err(VmmError::io("write the record in", &remains.dir))?;
 
         let qmp =
             Qmp::new(to_tokio(ours).map_err(VmmError::io("use the monitor of", &place.sock))?);
@@ -158,7 +167,7 @@ impl Vmm {
     /// Directory, user, cgroup and record. Whatever fails, what was made is removed with the [`Remains`].
     fn place(&self, id: &str) -> Result<(Remains, Place), VmmError> {
         let slot = self.slots.take(id).ok_or_else(|| VmmError::Taken(id.to_owned()))?;
-        let identity = self.identity(slot.number());
+        let (identity, number) = (self.identity(slot.number()), slot.number());
         let dir = self.config.run_dir.join(id);
         let sock = dir.join(SOCKETS);
         // Not `recursive`: a directory of that name is somebody's.
@@ -171,8 +180,14 @@ impl Vmm {
             .mode(0o700)
             .create(&sock)
             .map_err(VmmError::io("make the directory", &sock))?;
-        let mut record =
-            Record { boot: self.boot.clone(), uid: 0, cgroup: None, processes: vec![] };
+        let mut record = Record {
+            boot: self.boot.clone(),
+            uid: 0,
+            slot: number,
+            started_at: 0,
+            cgroup: None,
+            processes: vec![],
+        };
         record.uid =
             identity.as_ref().map_or_else(|| rustix::process::geteuid().as_raw(), |who| who.uid);
         let mut cgroup_procs = None;
@@ -240,25 +255,46 @@ impl Vmm {
     }
 }
 
-impl Place {
-    /// Binds the guest's ports, by the directory's descriptor: its path may be longer than a socket's name can be.
-    fn listen(&self) -> Result<[GuestListener; 3], VmmError> {
-        let bind = || -> io::Result<[GuestListener; 3]> {
-            let dir = File::open(&self.sock)?;
-            let path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-            let [control, registry, egress] = PORTS;
-            let one = |port| GuestListener::bind(&path, port, self.record.uid);
-            Ok([one(control)?, one(registry)?, one(egress)?])
-        };
-        bind().map_err(VmmError::io("bind the guest's ports in", &self.sock))
-    }
+/// QEMU's monitor as a socket that listens, and our connection to it: QEMU finds it waiting. By the directory's
+/// descriptor, as its path may be longer than a socket's name can be.
+fn listening(dir: &Path) -> io::Result<(StdListener, StdStream)> {
+    let dir = File::open(dir)?;
+    let path = format!("/proc/self/fd/{}/{MONITOR}", dir.as_raw_fd());
+    let listener = StdListener::bind(&path)?;
+    let ours = StdStream::connect(&path)?;
+    Ok((listener, ours))
+}
 
+/// Connects to a monitor that listens already.
+pub(super) fn monitor(dir: &Path) -> io::Result<StdStream> {
+    let dir = File::open(dir)?;
+    StdStream::connect(format!("/proc/self/fd/{}/{MONITOR}", dir.as_raw_fd()))
+}
+
+/// Binds the guest's ports in a directory that is ours alone as yet. By its descriptor, too.
+pub(super) fn listen(sock: &Path, uid: u32) -> Result<[GuestListener; 3], VmmError> {
+    let bind = || -> io::Result<[GuestListener; 3]> {
+        let dir = File::open(sock)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+        let [control, registry, egress] = PORTS;
+        let one = |port| GuestListener::bind(&path, port, uid);
+        Ok([one(control)?, one(registry)?, one(egress)?])
+    };
+    bind().map_err(VmmError::io("bind the guest's ports in", sock))
+}
+
+/// Gives the directory of sockets to a user, and nobody else.
+pub(super) fn give(sock: &Path, uid: u32) -> Result<(), VmmError> {
+    std::os::unix::fs::lchown(sock, Some(uid), Some(uid))
+        .map_err(VmmError::io("change the owner of", sock))
+}
+
+impl Place {
     /// From here on the directory of sockets is the VM's.
     fn hand_over(&self) -> Result<(), VmmError> {
         match &self.identity {
             None => Ok(()),
-            Some(who) => std::os::unix::fs::lchown(&self.sock, Some(who.uid), Some(who.uid))
-                .map_err(VmmError::io("change the owner of", &self.sock)),
+            Some(who) => give(&self.sock, who.uid),
         }
     }
 }
@@ -297,7 +333,7 @@ fn not_connected(error: &NotConnected, output: &Output) -> VmmError {
     VmmError::VsockDevice { why: error.to_string(), said }
 }
 
-fn to_tokio(stream: StdStream) -> io::Result<UnixStream> {
+pub(super) fn to_tokio(stream: StdStream) -> io::Result<UnixStream> {
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
 }

@@ -95,8 +95,14 @@ mod tests {
     fn leftover(run_dir: &Path, id: &str, boot: &str, process: ProcessId) {
         let dir = run_dir.join(id);
         std::fs::create_dir_all(dir.join("sock")).unwrap();
-        let record =
-            Record { boot: boot.to_owned(), uid: 1, cgroup: None, processes: vec![process] };
+        let record = Record {
+            boot: boot.to_owned(),
+            uid: 1,
+            slot: 0,
+            started_at: 0,
+            cgroup: None,
+            processes: vec![process],
+        };
         record.write(&dir).unwrap();
     }
 

@@ -82,6 +82,11 @@ impl Vm {
         self.started
     }
 
+    /// Its directory, where only the server can look.
+    pub fn dir(&self) -> &std::path::Path {
+        &self.remains.dir
+    }
+
     /// Its processes.
     pub fn pids(&self) -> Pids {
         Pids { qemu: self.remains.qemu().id(), vsock_device: self.remains.device().id() }

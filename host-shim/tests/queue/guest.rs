@@ -141,6 +141,17 @@ impl Agent {
         self.say(AgentToHost::Outcome(outcome)).await;
     }
 
+    /// Whether the host has stored everything up to this event.
+    pub async fn acknowledged(&mut self, event: u64) -> bool {
+        loop {
+            match self.reader.read().await {
+                Ok(HostToAgent::Acknowledge { seq }) if seq >= event => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
     /// The next that the host says, but for acknowledgements; `None` once it has hung up.
     pub async fn hear(&mut self) -> Option<HostToAgent> {
         loop {

@@ -106,6 +106,7 @@ impl House {
         self.stop.cancel();
         self.dispatcher.await.unwrap();
         self.stop = CancellationToken::new();
+        self.abandon = CancellationToken::new();
         self.dispatcher = tokio::spawn(async {});
         self.opened(max_vms, longest)
     }

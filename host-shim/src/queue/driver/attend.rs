@@ -9,18 +9,19 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use super::Driver;
 use super::egress::WayOut;
 use super::job::job;
-use super::{Driver, abandoned};
 use crate::build::{Failure, FailureKind};
 use crate::exec::Doorway;
 use crate::gateway::guests::{self, GuestContext};
 use crate::kept::Guest;
 use crate::queue::egress_log::{AllSeen, EgressRecord};
+use crate::queue::journal::Journal;
 use crate::queue::outcome::{self, Next};
 use crate::queue::sink::BuildSink;
 use crate::secrets::Masker;
-use crate::session::{self, End};
+use crate::session::{self, End, Tokens};
 use crate::tunnel;
 use crate::vmm::Vm;
 
@@ -48,18 +49,30 @@ pub(super) struct Attended {
     kept: bool,
 }
 
+/// How a session begins.
+pub(super) struct Beginning {
+    /// For the preambles of the VM's other connections.
+    pub(super) nonce: Nonce,
+    /// What the agent shows where it had a session with an earlier server.
+    pub(super) tokens: Option<Tokens>,
+    /// What it is sent where it had none.
+    pub(super) source: Option<tokio::fs::File>,
+}
+
 impl Driver {
     /// Serves a VM until its session ends, and destroys or keeps it.
     pub(super) async fn attend(
         &mut self,
         vm: Vm,
-        source: tokio::fs::File,
+        begin: Beginning,
         context: Arc<GuestContext>,
         way_out: Option<WayOut>,
+        journal: Arc<Journal>,
     ) -> Attended {
-        let nonce: Nonce = crate::random::bytes();
-        let ways = Ways::open(&vm, nonce, Arc::clone(&context), way_out);
-        let mut attended = self.hold(&vm, source, context, nonce, ways.record.clone()).await;
+        let nonce = begin.nonce;
+        let ways = Ways::open(&vm, nonce, Arc::clone(&context), way_out, &journal);
+        let record = ways.record.clone();
+        let mut attended = self.hold(&vm, begin, context, record, journal).await;
         if let Next::Fail(failure) = attended.next {
             attended.next = Next::Fail(told(failure, &vm, &attended.masker).await);
         }
@@ -79,24 +92,33 @@ impl Driver {
     async fn hold(
         &mut self,
         vm: &Vm,
-        source: tokio::fs::File,
+        begin: Beginning,
         context: Arc<GuestContext>,
-        nonce: Nonce,
         record: Option<Arc<EgressRecord>>,
+        journal: Arc<Journal>,
     ) -> Attended {
+        let Beginning { nonce, tokens, source } = begin;
         let started = vm.started().into();
         let params = session::Params {
             job: job(&self.workshop, &self.build),
             started,
-            source: Some(source),
+            source,
             nonce,
             boot_deadline: BOOT_DEADLINE,
             cancel_grace: session::CANCEL_GRACE,
+            resumed: tokens,
         };
         let doorway = Doorway::new(self.entry.door.clone(), vm.dialer(), nonce);
-        let mut sink =
-            BuildSink::new(&self.workshop, &mut self.build, self.fence, context, started, doorway)
-                .with_egress(record);
+        let mut sink = BuildSink::new(
+            &self.workshop,
+            &mut self.build,
+            self.fence,
+            context,
+            started,
+            doorway,
+            journal,
+        )
+        .with_egress(record);
         let allowed = sink.timeout();
         // A VM that hangs before it begins is told by then, however short the timeout is.
         let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
@@ -107,7 +129,7 @@ impl Driver {
             tokio::pin!(session);
             tokio::select! {
                 biased;
-                () = self.abandon.cancelled() => Next::Fail(abandoned()),
+                () = self.abandon.cancelled() => Next::Abandoned,
                 end = &mut session => {
                     kept = matches!(end, End::Kept(_));
                     outcome::next(end)
@@ -163,7 +185,13 @@ struct Ways {
 }
 
 impl Ways {
-    fn open(vm: &Vm, nonce: Nonce, context: Arc<GuestContext>, way_out: Option<WayOut>) -> Self {
+    fn open(
+        vm: &Vm,
+        nonce: Nonce,
+        seen: Arc<GuestContext>,
+        way_out: Option<WayOut>,
+        journal: &Arc<Journal>,
+    ) -> Self {
         let (gone, offline) = (CancellationToken::new(), CancellationToken::new());
         let tunnels = TaskTracker::new();
         let stop = gone.clone();
@@ -172,11 +200,22 @@ impl Ways {
             Channel::Registry,
             nonce,
             gone.clone(),
-            move |stream, _| guests::serve(stream, Arc::clone(&context), stop.clone()),
+            {
+                let (context, journal) = (Arc::clone(&seen), Arc::clone(journal));
+                move |stream, _| {
+                    let open = journal.tunnel(&context, None);
+                    let served = guests::serve(stream, Arc::clone(&context), stop.clone());
+                    async move {
+                        served.await;
+                        drop(open);
+                    }
+                }
+            },
         ));
         let record = way_out.as_ref().map(|way_out| Arc::clone(&way_out.record));
-        if let Some(WayOut { context, record: _ }) = way_out {
+        if let Some(WayOut { context, record }) = way_out {
             let stop = offline.clone();
+            let journal = Arc::clone(journal);
             tokio::spawn(tunnel::accept(
                 Arc::clone(&vm.egress),
                 Channel::Egress,
@@ -184,7 +223,13 @@ impl Ways {
                 offline.clone(),
                 move |stream, preamble| {
                     let by = preamble.step.map(|number| number.get().into());
-                    crate::egress::serve(stream, by, Arc::clone(&context), stop.clone())
+                    let open = journal.tunnel(&seen, Some(&record));
+                    let served =
+                        crate::egress::serve(stream, by, Arc::clone(&context), stop.clone());
+                    async move {
+                        served.await;
+                        drop(open);
+                    }
                 },
             ));
         }
