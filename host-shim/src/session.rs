@@ -138,7 +138,7 @@ pub async fn run<C: Connections, S: Sink>(
     params: Params,
     cancel: CancellationToken,
 ) -> End {
-    let handshake = Handshake::new(params.nonce, params.resumed.clone());
+    let handshake = Handshake::new(params.nonce, params.resumed.as_ref());
     let boot_deadline = params.boot_deadline;
     let cancel_grace = params.cancel_grace;
     let mut session = Session {

@@ -16,7 +16,7 @@ const STEP: &str = "RUN mkfifo /tmp/go && echo wait''ing && cat /tmp/go && echo 
 fn waiting(server: &Server) -> String {
     let dockerfile =
         format!("FROM {BASE}\nENV A=1\n{STEP}\nRUN echo to the e''nd >/end && cat /end\n");
-    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &["--cpus", "1"]);
+    let id = server.submit(&[("Dockerfile", dockerfile.as_bytes())], &[]);
     let mut follow = server.follow(&id);
     assert!(follow.until("waiting"), "{}\n{}", follow.seen, server.log());
     id

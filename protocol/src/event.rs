@@ -299,6 +299,17 @@ pub struct ReportTooLarge {
 }
 
 impl Event {
+    /// What it counts towards the log limit, in bytes: the host stores it.
+    pub fn cost(&self) -> u64 {
+        match self {
+            Self::Log(log) => log.cost(),
+            // Each step is told of twice.
+            Self::Step(step) => step.name.len() as u64,
+            Self::Name(name) => name.host.len() as u64,
+            Self::Phase(_) => 0,
+        }
+    }
+
     /// Whether every bound holds. The host asks before it believes.
     pub fn check(&self) -> Result<(), ReportTooLarge> {
         match self {

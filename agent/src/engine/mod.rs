@@ -66,7 +66,7 @@ impl std::fmt::Debug for Work {
             .field("processes", &self.processes)
             .field("upstreams", &self.upstreams)
             .field("secrets", &self.secrets)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

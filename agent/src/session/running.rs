@@ -315,12 +315,14 @@ where
                 return Ok(());
             }
         };
-        if let (Event::Log(log), Some(job)) = (&event, &self.job) {
-            let log_bytes = job.limits.log_bytes;
-            self.logged = self.logged.saturating_add(log.cost());
+        if let Some(log_bytes) = self.job.as_ref().map(|job| job.limits.log_bytes) {
+            self.logged = self.logged.saturating_add(event.cost());
             if self.logged > log_bytes {
                 self.stop(Stop::LogLimit { log_bytes });
-                return Ok(());
+                // How steps end is told all the same.
+                if matches!(event, Event::Log(_) | Event::Name(_)) {
+                    return Ok(());
+                }
             }
         }
         // What is ended is named as it was then.

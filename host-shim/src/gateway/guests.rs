@@ -16,7 +16,9 @@ mod upstream;
 
 use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -231,15 +233,24 @@ struct Blob {
     size: Option<u64>,
 }
 
-/// Serves one connection of the VM's, from after its preamble until it ends or is cancelled.
-pub async fn serve<S>(stream: S, ctx: Arc<GuestContext>, cancel: CancellationToken)
-where
+/// Serves one connection of the VM's, from after its preamble until it ends or is cancelled. What `begins` gives for a
+/// request is dropped when its answer has been sent.
+pub async fn serve<S, G>(
+    stream: S,
+    ctx: Arc<GuestContext>,
+    cancel: CancellationToken,
+    begins: impl Fn() -> G + Send + Sync + 'static,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    G: Send + Unpin + 'static,
 {
     let build = ctx.build.clone();
     let service = service_fn(move |request: http::Request<Incoming>| {
-        let ctx = ctx.clone();
-        async move { Ok::<_, Infallible>(respond(ctx, request).await) }
+        let (ctx, open) = (ctx.clone(), begins());
+        async move {
+            let response = respond(ctx, request).await;
+            Ok::<_, Infallible>(response.map(|body| Sending { body, _open: open }))
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -252,6 +263,32 @@ where
             tracing::debug!(%build, %error, "a registry connection of a guest broke");
         },
         () = cancel.cancelled() => {}
+    }
+}
+
+/// An answer on its way.
+struct Sending<G> {
+    body: Body,
+    _open: G,
+}
+
+impl<G: Unpin> hyper::body::Body for Sending<G> {
+    type Data = <Body as hyper::body::Body>::Data;
+    type Error = <Body as hyper::body::Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
     }
 }
 

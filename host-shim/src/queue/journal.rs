@@ -27,7 +27,7 @@ pub struct Notes {
     pub tokens: Option<Tokens>,
     /// Whether it has all of its source.
     pub source_sent: bool,
-    /// Whether a connection to a registry or out is open: it would break, and what uses it with it.
+    /// Whether a registry is asked for something, or a connection out is open: it would break, and what uses it with it.
     pub busy: bool,
     /// What was pulled.
     pub seen: Seen,
@@ -63,11 +63,11 @@ pub struct Journal {
 
 struct State {
     notes: Notes,
-    /// Connections that are open.
+    /// Requests and connections that are open.
     tunnels: usize,
 }
 
-/// An open connection.
+/// A request, or a connection that is open.
 pub struct Tunnel {
     journal: Arc<Journal>,
     context: Arc<GuestContext>,
@@ -90,7 +90,7 @@ impl Journal {
         self.write(&state.notes);
     }
 
-    /// A connection to a registry or out opens; it is open until this is dropped.
+    /// A request to a registry begins, or a connection out; it goes on until this is dropped.
     pub fn tunnel(
         self: &Arc<Self>,
         context: &Arc<GuestContext>,

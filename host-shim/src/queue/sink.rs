@@ -42,6 +42,9 @@ pub(super) struct BuildSink<'d> {
     journal: Arc<Journal>,
 }
 
+/// What an honest guest, which ends its build at the limit by itself, still tells after that: how its step ended.
+const LAST_EVENTS: u64 = 64 * 1024;
+
 /// The guest sent more log content than the build may have.
 #[derive(Debug, thiserror::Error)]
 #[error("the build printed more than its log limit of {0} bytes")]
@@ -139,7 +142,7 @@ impl<'d> BuildSink<'d> {
     /// Counts towards the log limit.
     fn charge(&mut self, bytes: u64) -> anyhow::Result<()> {
         self.charged = self.charged.saturating_add(bytes);
-        if self.charged > self.workshop.log_limit {
+        if self.charged > self.workshop.log_limit.saturating_add(LAST_EVENTS) {
             return Err(LogLimit(self.workshop.log_limit).into());
         }
         Ok(())
@@ -150,25 +153,21 @@ impl<'d> BuildSink<'d> {
         match &numbered.event {
             Event::Log(log) => {
                 usage.log_bytes = Some(usage.log_bytes.unwrap_or(0) + log.content.len() as u64);
-                self.charge(log.cost())?;
             }
             Event::Step(step) => {
                 if let StepState::Ended(end) = &step.state {
                     usage.memory_peak_bytes =
                         usage.memory_peak_bytes.max(Some(end.memory_peak_bytes));
                 }
-                // An honest agent reports each step twice.
-                self.charge(step.name.len() as u64)?;
             }
             Event::Phase(Phase::Building) => self.building_at = Some(numbered.at_ms),
             Event::Phase(Phase::Pushing) => {
                 usage.engine_build_ms =
                     self.building_at.map(|from| numbered.at_ms.saturating_sub(from));
             }
-            Event::Phase(_) => {}
-            Event::Name(name) => self.charge(name.host.len() as u64)?,
+            Event::Phase(_) | Event::Name(_) => {}
         }
-        Ok(())
+        self.charge(numbered.event.cost())
     }
 }
 

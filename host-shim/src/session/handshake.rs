@@ -37,8 +37,8 @@ pub(super) struct Resumed<T> {
 
 impl Handshake {
     /// Of a session that begins, or of one that an earlier server had.
-    pub(super) fn new(nonce: [u8; TOKEN_LEN], resumed: Option<Tokens>) -> Self {
-        let Some(Tokens { current, before }) = resumed else {
+    pub(super) fn new(nonce: [u8; TOKEN_LEN], resumed: Option<&Tokens>) -> Self {
+        let Some(&Tokens { current, before }) = resumed else {
             return Self { nonce, token: random(), spent: None };
         };
         let until = Instant::now() + RESUME_DEADLINE;

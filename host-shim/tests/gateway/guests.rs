@@ -274,7 +274,7 @@ async fn hostile_connections_end() {
     let (_world, _base, ctx, _at) = world().await;
     // More headers than allowed.
     let (mut guest, host) = tokio::io::duplex(1024 * 1024);
-    let serving = tokio::spawn(serve(host, ctx.clone(), CancellationToken::new()));
+    let serving = tokio::spawn(serve(host, ctx.clone(), CancellationToken::new(), || ()));
     let headers = "X-A: b\r\n".repeat(1000);
     guest
         .write_all(format!("GET /v2/ HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes())
@@ -286,13 +286,13 @@ async fn hostile_connections_end() {
     serving.await.unwrap();
     // A line without an end.
     let (mut guest, host) = tokio::io::duplex(1024 * 1024);
-    let serving = tokio::spawn(serve(host, ctx.clone(), CancellationToken::new()));
+    let serving = tokio::spawn(serve(host, ctx.clone(), CancellationToken::new(), || ()));
     let _ = guest.write_all(&vec![b'a'; 512 * 1024]).await;
     serving.await.unwrap();
     // One that is cancelled in the middle.
     let cancel = CancellationToken::new();
     let (_guest, host) = tokio::io::duplex(1024);
-    let serving = tokio::spawn(serve(host, ctx, cancel.clone()));
+    let serving = tokio::spawn(serve(host, ctx, cancel.clone(), || ()));
     cancel.cancel();
     serving.await.unwrap();
 }

@@ -77,7 +77,7 @@ impl World {
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                tokio::spawn(serve(stream, serving.clone(), CancellationToken::new()));
+                tokio::spawn(serve(stream, serving.clone(), CancellationToken::new(), || ()));
             }
         });
         (ctx, address)

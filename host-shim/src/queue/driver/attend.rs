@@ -202,13 +202,11 @@ impl Ways {
             gone.clone(),
             {
                 let (context, journal) = (Arc::clone(&seen), Arc::clone(journal));
+                // Engines keep connections that they do not use, and open others when those are gone.
                 move |stream, _| {
-                    let open = journal.tunnel(&context, None);
-                    let served = guests::serve(stream, Arc::clone(&context), stop.clone());
-                    async move {
-                        served.await;
-                        drop(open);
-                    }
+                    let (journal, seen) = (Arc::clone(&journal), Arc::clone(&context));
+                    let begins = move || journal.tunnel(&seen, None);
+                    guests::serve(stream, Arc::clone(&context), stop.clone(), begins)
                 }
             },
         ));
