@@ -83,6 +83,13 @@ impl<'d> BuildSink<'d> {
         self
     }
 
+    /// Of a VM that began with an earlier server: it can be entered at once.
+    pub(super) fn begun_before(mut self) -> Self {
+        self.begun = true;
+        self.doorway.begun();
+        self
+    }
+
     /// What else there is to mask of the build, once its session is over.
     pub(super) fn into_masker(self) -> Masker {
         self.masker

@@ -119,6 +119,9 @@ impl Driver {
             journal,
         )
         .with_egress(record);
+        if tokens.is_some() {
+            sink = sink.begun_before();
+        }
         let allowed = sink.timeout();
         // A VM that hangs before it begins is told by then, however short the timeout is.
         let deadline = started + (allowed + DEADLINE_MARGIN).max(2 * BOOT_DEADLINE);
