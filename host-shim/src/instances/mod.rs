@@ -27,6 +27,7 @@ pub mod reference;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -105,7 +106,9 @@ struct Inner {
     /// What the logs of stopped instances take.
     kept: Mutex<HashMap<InstanceId, Held>>,
     tasks: TaskTracker,
-    /// The server ends: nothing is begun any more, and every instance is cancelled with it.
+    /// Nothing is begun any more; what runs goes on.
+    closed: AtomicBool,
+    /// The server ends: every instance is cancelled with it.
     stop: CancellationToken,
 }
 
@@ -130,17 +133,26 @@ impl Instances {
             live: Mutex::default(),
             kept: Mutex::default(),
             tasks: TaskTracker::new(),
+            closed: AtomicBool::new(false),
             stop: CancellationToken::new(),
         };
         Self { inner: Arc::new(inner) }
     }
 
+    /// From now on none is begun. Those that run go on.
+    pub fn close(&self) {
+        self.inner.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Refuses where none is begun any more.
+    pub fn check_open(&self) -> Result<(), InstanceError> {
+        let closed = self.inner.closed.load(Ordering::Relaxed);
+        if closed { Err(InstanceError::Stopping) } else { Ok(()) }
+    }
+
     /// Stores a new instance and begins to run it.
     pub async fn create(&self, instance: Instance, work: Work) -> Result<(), InstanceError> {
-        let inner = &self.inner;
-        if inner.stop.is_cancelled() {
-            return Err(InstanceError::Stopping);
-        }
+        self.check_open()?;
         let dir = self.dir(&instance.id);
         make_private(&dir).await.map_err(failed("make the directory", &dir))?;
         let created = self.begin(instance, work, &dir).await;
@@ -264,6 +276,7 @@ impl Instances {
     /// Waits for `stop`, then ends every instance. The runner hurries when it is told to on its own.
     pub async fn run(self, stop: CancellationToken) {
         stop.cancelled().await;
+        self.close();
         self.inner.stop.cancel();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
