@@ -6,6 +6,7 @@
 mod connections;
 mod drain;
 pub mod log;
+mod manager;
 mod parts;
 mod ready;
 mod signals;
@@ -224,6 +225,7 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         // Nobody may be listening any more.
         let _ = writeln!(std::fs::File::from(notify), "ready {address}");
     }
+    manager::ready(address);
 
     tokio::select! {
         () = asked.stop.cancelled() => {}
@@ -243,10 +245,12 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         "draining; at the next signal the builds that run are given up"
     );
     let limit = Duration::from_secs(seconds.into());
+    manager::draining(limit);
     match (drain::drain(&builds, limit, &asked.hurry).await, scheduling.running()) {
         (Drained::Done, _) | (_, 0) => tracing::info!("stopping"),
         (why, builds) => tracing::warn!(builds, ?why, "stopping; builds that run are given up"),
     }
+    manager::stopping();
     give_up.cancel();
     stop.cancel();
     let finished = drain::finish(all, &abandon).await;

@@ -11,6 +11,7 @@ mod guest;
 mod support;
 
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use guest::Agent;
 use kiln_protocol::event::{Failure, FailureKind, Outcome};
 use serde_json::{Value, json};
-use support::Server;
+use support::{Server, text};
 use tokio::net::UnixStream;
 
 /// How long anything may take before a test gives up.
@@ -90,8 +91,17 @@ impl Host {
 
     /// A server with one VM at one time.
     fn serve(&self, dir: tempfile::TempDir, drain_seconds: &str) -> Server {
+        self.serve_with(&[], dir, drain_seconds)
+    }
+
+    fn serve_with(
+        &self,
+        variables: &[(&str, &str)],
+        dir: tempfile::TempDir,
+        drain_seconds: &str,
+    ) -> Server {
         let flags = ["--max-vms", "1", "--drain-seconds", drain_seconds];
-        Server::start_with_program_on(dir, self.dir.path(), &self.program, &[], &flags)
+        Server::start_with_program_on(dir, self.dir.path(), &self.program, variables, &flags)
     }
 
     async fn get(&self, server: &Server, path: &str) -> Answer {
@@ -235,5 +245,31 @@ async fn a_drain_ends_at_its_limit_and_at_the_second_signal() {
     assert_eq!(server.show(&late)["failure"]["kind"], "host_restarted");
     let _agent = begun(&server, &waits).await;
     server.ask_to_stop();
+    server.ended();
+}
+
+/// As systemd's unit of type notify does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_manager_is_told_and_waits_for_the_drain() {
+    let host = Host::new();
+    let path = host.dir.path().join("notify");
+    let told = UnixDatagram::bind(&path).unwrap();
+    told.set_read_timeout(Some(PATIENCE)).unwrap();
+    let hear = || {
+        let mut bytes = [0; 4096];
+        let len = told.recv(&mut bytes).unwrap();
+        text(bytes[..len].to_vec()).lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let variables = [("NOTIFY_SOCKET", path.to_str().unwrap())];
+    let server = host.serve_with(&variables, tempfile::tempdir().unwrap(), "100");
+    assert_eq!(hear(), ["READY=1", &format!("STATUS=serves on {}", server.address)]);
+    let runs = submit(&server);
+    let _agent = begun(&server, &runs).await;
+    server.ask_to_stop();
+    let said = hear();
+    assert_eq!(said[..2], ["STOPPING=1", "EXTEND_TIMEOUT_USEC=140000000"]);
+    assert!(said[2].starts_with("STATUS=drains"), "{said:?}");
+    server.ask_to_stop();
+    assert_eq!(hear(), ["STATUS=stops"]);
     server.ended();
 }

@@ -291,7 +291,8 @@ fn programs_are_looked_for() {
     assert_eq!(host.program("f", None, "no-such-program").unwrap(), Path::new("no-such-program"));
 }
 
-const USUALLY_INSTALLED: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
+const USUALLY_INSTALLED: [&str; 5] =
+    ["/usr/libexec/kiln", "/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
 
 #[test]
 fn the_docs_have_every_setting() {
