@@ -149,7 +149,14 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
     let places = Places::new(Arc::clone(&room), max_vms, capacity);
     let machines = Machines::new(Arc::clone(&workshop), places, quota.clone(), abandon.clone());
     let instances_dir = config.data_dir.join("instances");
-    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir, quota);
+    let metrics = events.metrics().clone();
+    let instances = Instances::new(
+        Arc::clone(&store),
+        Arc::new(machines),
+        instances_dir,
+        quota,
+        metrics.clone(),
+    );
     instances.recover().await.context("cannot end the instances of an earlier server")?;
 
     let left = store.end_open_sessions(crate::clock::now()).await;
@@ -161,7 +168,6 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
 
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
-    let metrics = events.metrics().clone();
     let uses = Uses::default();
     let retention = Retention::new(
         Arc::clone(&store),
