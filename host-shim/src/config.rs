@@ -147,6 +147,10 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_UPLOADS", value_name = "N")]
     pub max_uploads: Option<u32>,
 
+    /// How long builds that run may go on once the server is told to stop; at the second time they end [default: 5]
+    #[arg(long, env = "KILN_DRAIN_SECONDS", value_name = "SECONDS")]
+    pub drain_seconds: Option<u32>,
+
     /// Requests of one token in a second [default: 1000]
     #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
     pub max_requests_per_second: Option<u32>,
@@ -239,6 +243,8 @@ pub struct ServeConfig {
     pub metrics_open: bool,
     /// How long a build may wait in the queue.
     pub max_queue_seconds: u32,
+    /// How long builds may go on once the server is told to stop.
+    pub drain_seconds: u32,
     /// What the API lets a build ask for.
     pub limits: Limits,
     /// A program's path; its bare name where it was not found.
@@ -352,6 +358,7 @@ impl ServeArgs {
             max_queued: self.max_queued.or(file.max_queued),
             max_queue_seconds: self.max_queue_seconds.or(file.max_queue_seconds),
             max_uploads: self.max_uploads.or(file.max_uploads),
+            drain_seconds: self.drain_seconds.or(file.drain_seconds),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
             log_format: self.log_format.or(file.log_format),
             metrics_open: self.metrics_open.or(file.metrics_open),
@@ -440,6 +447,8 @@ impl ServeArgs {
                 3600,
                 1..=30 * 24 * 60 * 60,
             )?,
+            // As long as the longest build, at most.
+            drain_seconds: number("drain-seconds", self.drain_seconds, 5, 0..=30 * 24 * 60 * 60)?,
             instance_disks_bytes: 1024
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
             log_format: self.log_format.unwrap_or_default(),

@@ -24,6 +24,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use self::phases::Phases;
 use crate::build::{Build, FailureKind, Millis, Status};
+use crate::instances::{End, State};
 use crate::retention::Collected;
 use crate::store::{NewEvent, StoreError, Unfinished};
 
@@ -41,6 +42,9 @@ const BOOT: [f64; 12] = [0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.
 /// Of a durable write, in seconds.
 const WRITE: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// How instances end: with their program, because Kiln could not run them or had to end them, or deleted before they ran.
+const ENDS: [&str; 3] = ["exited", "failed", "cancelled"];
 
 /// What retention removes.
 const REMOVED: [&str; 4] = ["log_event", "build", "session", "source"];
@@ -67,6 +71,8 @@ struct Inner {
     source_bytes: Counter,
     staged_bytes: Counter,
     write_errors: Family<Words<1>, Counter>,
+    instances_started: Counter,
+    instances_ended: Family<Words<1>, Counter>,
     removed: Family<Words<1>, Counter>,
     removed_log_bytes: Counter,
     requests: Family<http::Answer, Counter>,
@@ -80,6 +86,8 @@ pub struct Now {
     pub builds: Option<Unfinished>,
     /// By the host's clock.
     pub at: Millis,
+    /// Instances, in the order of [`State::ALL`].
+    pub instances: [usize; State::ALL.len()],
     /// VMs of failed builds.
     pub kept: usize,
     /// People and programs in VMs.
@@ -136,6 +144,22 @@ impl Metrics {
     /// A build has staged so much of an image.
     pub fn staged(&self, bytes: u64) {
         self.inner.staged_bytes.inc_by(bytes);
+    }
+
+    /// An instance's program runs.
+    pub fn instance_runs(&self) {
+        self.inner.instances_started.inc();
+    }
+
+    /// An instance has ended; `wanted`: somebody, or the end of the server, asked for it.
+    pub fn instance_ended(&self, end: &End, wanted: bool) {
+        let [exited, failed, cancelled] = ENDS;
+        let outcome = match (end.exit_code, wanted) {
+            (Some(_), _) => exited,
+            (None, false) => failed,
+            (None, true) => cancelled,
+        };
+        self.inner.instances_ended.get_or_create(&[("outcome", outcome)]).inc();
     }
 
     /// A round of retention has removed that.
@@ -232,6 +256,12 @@ impl Default for Inner {
                 "Writes of builds and their events that the store failed, by what was tried",
                 Family::default(),
             ),
+            instances_started: add.one("instances_started", "Instances whose program began to run", Counter::default()),
+            instances_ended: add.one(
+                "instances_ended",
+                "Instances that ended: exited with their program, failed, or were cancelled before it ran",
+                Family::default(),
+            ),
             removed: add.one("removed", "What was removed because it was old, by what it was", Family::default()),
             removed_log_bytes: add.of("removed_log", "Logs that were removed, as they were stored", Unit::Bytes, Counter::default()),
             requests: add.one(
@@ -239,7 +269,7 @@ impl Default for Inner {
                 "Requests that were answered, by method, route and class of status",
                 Family::default(),
             ),
-            refusals: add.one("http_errors", "Refusals of the API, by their code", Family::default()),
+            refusals: add.one("http_errors", "Refusals of API and registry, by their code", Family::default()),
             registry: Registry::default(),
         };
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
@@ -248,6 +278,9 @@ impl Default for Inner {
         for status in [Status::Ready, Status::Cancelled] {
             let labels = [("outcome", status.as_str()), ("cause", "none")];
             drop(inner.finished.get_or_create(&labels));
+        }
+        for outcome in ENDS {
+            drop(inner.instances_ended.get_or_create(&[("outcome", outcome)]));
         }
         for what in REMOVED {
             drop(inner.removed.get_or_create(&[("what", what)]));
@@ -301,6 +334,13 @@ fn momentary(now: &Now) -> Registry {
         registry.register("active_builds", "Builds that a driver has, by status", active);
     }
     let count = |n: usize| gauge(i64::try_from(n).unwrap_or(i64::MAX));
+    let instances = Family::<Words<1>, Gauge>::default();
+    for (state, n) in State::ALL.into_iter().zip(now.instances) {
+        instances
+            .get_or_create(&[("state", state.as_str())])
+            .set(i64::try_from(n).unwrap_or(i64::MAX));
+    }
+    registry.register("instances", "Instances that there are, by state", instances);
     registry.register("kept_vms", "VMs of failed builds that can be entered", count(now.kept));
     registry.register("exec_sessions", "Sessions in VMs", count(now.sessions));
     registry

@@ -4,7 +4,9 @@
 //! its builds are ended, and only then is anything claimed or answered.
 
 mod connections;
+mod drain;
 pub mod log;
+mod manager;
 mod parts;
 mod ready;
 mod signals;
@@ -15,13 +17,16 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use axum::middleware::from_fn_with_state;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub use self::connections::Connections;
+use self::drain::Drained;
+use self::signals::Asked;
 pub use self::tls::{Tls, TlsError};
 use crate::api::{self, ApiState};
 use crate::config::{ConfigError, ServeArgs, ServeConfig};
@@ -42,12 +47,6 @@ use crate::traces::Traces;
 use crate::traces::otlp::{BadVariable, Sender};
 use crate::vmm::{Swept, Vmm};
 
-/// How long builds and instances may go on after the server was asked to stop.
-const DRAIN: Duration = Duration::from_secs(5);
-
-/// How long a publication that was recorded may go on after that, and a VM be removed.
-const LAST: Duration = Duration::from_secs(15);
-
 /// How long open requests may go on at the end. Followers of builds have all seen the end by then.
 const HANG_UP: Duration = Duration::from_secs(2);
 
@@ -66,10 +65,10 @@ impl ServeCommand {
     pub async fn run(self) -> anyhow::Result<()> {
         let notify = self.notify_fd.map(take_descriptor).transpose()?;
         // First of all: a signal during the start stops it, and is not lost.
-        let stop = signals::stop().context("cannot listen for signals")?;
+        let asked = signals::asked().context("cannot listen for signals")?;
         let config = self.settings.resolve()?;
         log::start(config.log_format);
-        serve(config, notify, stop).await
+        serve(config, notify, asked).await
     }
 }
 
@@ -94,11 +93,7 @@ pub fn is_usage(error: &anyhow::Error) -> bool {
     })
 }
 
-async fn serve(
-    config: ServeConfig,
-    notify: Option<OwnedFd>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
+async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> anyhow::Result<()> {
     parts::raise_descriptor_limit();
     let traces = traces()?;
     let tls = config.tls.clone().map(Tls::load).transpose()?;
@@ -113,7 +108,8 @@ async fn serve(
     let address = listener.local_addr()?;
     let vmm = parts::vmm(&config, &bundle).await?;
     let (registry, backing) = parts::registry(&config).await?;
-    let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone());
+    let draining = asked.stop.clone();
+    let facilities = parts::facilities(&config, &bundle, &vmm, backing.clone(), draining);
     let sources = Sources::new(config.data_dir.join("builds"));
     let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
@@ -147,12 +143,20 @@ async fn serve(
     let swept = sources.sweep(store.as_ref()).await;
     swept.context("cannot remove sources that nobody owns")?;
 
-    let abandon = CancellationToken::new();
+    let (give_up, stop, abandon) =
+        (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
     let quota = Quota::new(config.instance_disks_bytes);
     let places = Places::new(Arc::clone(&room), max_vms, capacity);
     let machines = Machines::new(Arc::clone(&workshop), places, quota.clone(), abandon.clone());
     let instances_dir = config.data_dir.join("instances");
-    let instances = Instances::new(Arc::clone(&store), Arc::new(machines), instances_dir, quota);
+    let metrics = events.metrics().clone();
+    let instances = Instances::new(
+        Arc::clone(&store),
+        Arc::new(machines),
+        instances_dir,
+        quota,
+        metrics.clone(),
+    );
     instances.recover().await.context("cannot end the instances of an earlier server")?;
 
     let left = store.end_open_sessions(crate::clock::now()).await;
@@ -164,7 +168,6 @@ async fn serve(
 
     let public_host = parts::public_host(&config, address);
     let scheduling = Scheduling::new(Arc::clone(&store));
-    let metrics = events.metrics().clone();
     let uses = Uses::default();
     let retention = Retention::new(
         Arc::clone(&store),
@@ -201,14 +204,18 @@ async fn serve(
         router.merge(gateway.route_layer(from_fn_with_state(metrics, metrics::http::count)));
 
     let longest = Duration::from_secs(config.max_queue_seconds.into());
-    let dispatcher = Dispatcher::new(workshop, scheduling, room, owner, longest).going_on(adopted);
-    let builds = dispatcher.run(stop.clone(), abandon.clone());
-    let instances = instances.run(stop.clone());
-    let sessions = sessions.run(stop.clone());
+    let dispatcher = Dispatcher::new(workshop, scheduling.clone(), room, owner, longest);
+    let dispatcher = dispatcher.going_on(adopted);
+    let builds = TaskTracker::new();
+    builds.spawn(dispatcher.run(asked.stop.clone(), give_up.clone()));
+    builds.close();
+    let built = builds.clone();
+    let running = instances.clone().run(stop.clone());
+    let inside = sessions.clone().run(stop.clone());
     let noting = uses.run(store, stop.clone());
     let collecting = retention.run(stop.clone());
-    let queue = tokio::spawn(async move {
-        tokio::join!(builds, instances, sessions, collecting, noting);
+    let all = tokio::spawn(async move {
+        tokio::join!(built.wait(), running, inside, collecting, noting);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });
@@ -224,16 +231,35 @@ async fn serve(
         // Nobody may be listening any more.
         let _ = writeln!(std::fs::File::from(notify), "ready {address}");
     }
+    manager::ready(address);
 
     tokio::select! {
-        () = stop.cancelled() => {}
+        () = asked.stop.cancelled() => {}
         ended = &mut server => {
-            stop.cancel();
+            asked.stop.cancel();
+            // Nobody can be told of a build's end any more.
+            asked.hurry.cancel();
             tracing::error!(?ended, "the listener ended");
         }
     }
-    tracing::info!("stopping");
-    let drained = drain(queue, abandon).await;
+    instances.close();
+    sessions.close();
+    let seconds = config.drain_seconds;
+    tracing::info!(
+        builds = scheduling.running(),
+        seconds,
+        "draining; at the next signal the builds that run are given up"
+    );
+    let limit = Duration::from_secs(seconds.into());
+    manager::draining(limit);
+    match (drain::drain(&builds, limit, &asked.hurry).await, scheduling.running()) {
+        (Drained::Done, _) | (_, 0) => tracing::info!("stopping"),
+        (why, builds) => tracing::warn!(builds, ?why, "stopping; builds that run are given up"),
+    }
+    manager::stopping();
+    give_up.cancel();
+    stop.cancel();
+    let finished = drain::finish(all, &abandon).await;
     hang_up.cancel();
     if tokio::time::timeout(HANG_UP, &mut server).await.is_err() {
         server.abort();
@@ -241,7 +267,7 @@ async fn serve(
     if let Some(registry) = registry {
         registry.stop().await;
     }
-    drained
+    finished
 }
 
 /// Traces, where the environment says whereto.
@@ -263,24 +289,6 @@ fn reload(tls: &Tls) {
             tracing::error!(error, "certificate and key stay as they were");
         }
     }
-}
-
-/// Lets builds end, then ends them, then gives up.
-async fn drain(
-    mut queue: tokio::task::JoinHandle<()>,
-    abandon: CancellationToken,
-) -> anyhow::Result<()> {
-    if tokio::time::timeout(DRAIN, &mut queue).await.is_ok() {
-        return Ok(());
-    }
-    abandon.cancel();
-    if tokio::time::timeout(LAST, &mut queue).await.is_err() {
-        bail!(
-            "builds or instances did not end within {} s; the next start ends them",
-            (DRAIN + LAST).as_secs()
-        );
-    }
-    Ok(())
 }
 
 #[allow(unsafe_code)]

@@ -30,7 +30,7 @@ pub(super) struct Ready {
 /// One of the things that a server needs.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(super) struct Checked {
-    /// `store`, `registry`, `builder`, `vms` or `disk`.
+    /// `store`, `server`, `registry`, `builder`, `vms` or `disk`.
     name: &'static str,
     /// Whether it is there.
     ready: bool,

@@ -34,6 +34,7 @@ pub(super) async fn metrics(
     let now = Now {
         builds,
         at: api.now(),
+        instances: api.state.instances.counts(),
         kept: api.state.kept.list(None).len(),
         sessions: api.state.sessions.count(),
     };

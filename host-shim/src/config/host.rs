@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::{ConfigError, MOST_MEMORY_MB, path};
 
-/// Where programs are besides `PATH`: a service's `PATH` often lacks them.
-const USUAL: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
+/// Where programs are besides `PATH`: the Debian package's own, and what a service's `PATH` often lacks.
+const USUAL: [&str; 5] = ["/usr/libexec/kiln", "/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
 
 /// Left for the host itself, in MiB, besides an eighth for what VMs cost beyond their own memory.
 const RESERVE_MB: u64 = 512;

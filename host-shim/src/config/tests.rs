@@ -44,7 +44,7 @@ fn defaults_need_nothing() {
     assert_eq!(config.instance_disks_bytes, 100 << 30);
     let keep = Keep { sessions_days: 90, logs_days: 90, logs_bytes: 20 << 30, builds_days: 0 };
     assert_eq!((config.max_kept, config.keep), (4, keep));
-    assert_eq!(config.max_queue_seconds, 3600);
+    assert_eq!((config.max_queue_seconds, config.drain_seconds), (3600, 5));
     assert_eq!((config.upstream, config.upstream_cache_bytes), (vec![], 20 << 30));
     assert_eq!(config.limits, Limits::default());
     assert_eq!((config.registry, config.egress_permit), (None, vec![]));
@@ -113,6 +113,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         keep_builds_days = 15
         max_queued = 6
         max_queue_seconds = 12
+        drain_seconds = 0
         max_uploads = 8
         max_requests_per_second = 9
         metrics_open = true
@@ -137,6 +138,7 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
     assert_eq!(config.tls, Some(tls));
     assert_eq!((config.max_queue_seconds, config.max_vm_memory_mb), (12, 2000));
+    assert_eq!(config.drain_seconds, 0);
     assert_eq!(
         config.limits,
         Limits {
@@ -218,6 +220,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-queued", "0"], "--max-queued"),
         (["--max-queue-seconds", "0"], "2592000"),
         (["--max-uploads", "0"], "--max-uploads"),
+        (["--drain-seconds", "2592001"], "2592000"),
         (["--upstream-cache-gb", "1048577"], "1048576"),
         (["--builder", ""], "--builder"),
         (["--registry", "ftp://x"], "http(s)"),
@@ -288,7 +291,8 @@ fn programs_are_looked_for() {
     assert_eq!(host.program("f", None, "no-such-program").unwrap(), Path::new("no-such-program"));
 }
 
-const USUALLY_INSTALLED: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
+const USUALLY_INSTALLED: [&str; 5] =
+    ["/usr/libexec/kiln", "/usr/local/bin", "/usr/bin", "/usr/sbin", "/bin"];
 
 #[test]
 fn the_docs_have_every_setting() {

@@ -21,6 +21,7 @@ pub mod signal;
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kiln_protocol::exec::{Exec, Open};
@@ -51,6 +52,8 @@ struct Inner {
     room: Room,
     tokens: Tokens,
     tasks: TaskTracker,
+    /// None is begun any more; those that there are go on.
+    closed: AtomicBool,
     stop: CancellationToken,
     ping: Duration,
 }
@@ -90,10 +93,16 @@ impl Sessions {
             room: Room::default(),
             tokens: Tokens::default(),
             tasks: TaskTracker::new(),
+            closed: AtomicBool::new(false),
             stop: CancellationToken::new(),
             ping,
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// From now on none is begun. Those that there are go on.
+    pub fn close(&self) {
+        self.inner.closed.store(true, Ordering::Relaxed);
     }
 
     /// Takes a place for a session in what is `tenant`'s.
@@ -104,7 +113,7 @@ impl Sessions {
         subject: Subject,
         who: Who,
     ) -> Result<Admitted, NotAdmitted> {
-        if self.inner.stop.is_cancelled() {
+        if self.inner.closed.load(Ordering::Relaxed) {
             return Err(NotAdmitted::Stopping);
         }
         let place = self.inner.room.take(&subject, &who.tenant)?;
@@ -142,6 +151,7 @@ impl Sessions {
             () = stop.cancelled() => {}
             never = self.watch_tokens() => match never {},
         }
+        self.close();
         self.inner.stop.cancel();
         self.inner.tasks.close();
         if tokio::time::timeout(LAST, self.inner.tasks.wait()).await.is_err() {

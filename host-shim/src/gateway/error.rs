@@ -8,6 +8,7 @@ use serde_json::json;
 use super::backing::BackingError;
 use super::path::BadPath;
 use crate::causes::chain;
+use crate::metrics::http::Code;
 use crate::staging::StagingError;
 
 /// What a registry client gets instead of what it asked for.
@@ -63,6 +64,7 @@ impl IntoResponse for Refusal {
             json!({"errors": [{"code": self.code, "message": self.message, "detail": null}]});
         let mut response = Response::new(Body::from(body.to_string()));
         *response.status_mut() = self.status;
+        response.extensions_mut().insert(Code(self.code));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(methods) = self.allow {
@@ -120,5 +122,16 @@ impl From<StagingError> for Refusal {
             }
         };
         Self::new(status, code, message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_carries_its_code_to_who_counts() {
+        let refused = Refusal::from(BadPath::Name).into_response();
+        assert_eq!(refused.extensions().get::<Code>().map(|code| code.0), Some("NAME_INVALID"));
     }
 }

@@ -27,6 +27,7 @@ pub mod reference;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -43,6 +44,7 @@ pub use self::places::Places;
 use self::pull::Resolved;
 use self::quota::{Held, Quota};
 use crate::exec::{Door, Entrance};
+use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
 
 /// An instance's log, in its directory.
@@ -101,11 +103,14 @@ struct Inner {
     /// One directory for each instance.
     dir: PathBuf,
     quota: Quota,
+    metrics: Metrics,
     live: Mutex<HashMap<InstanceId, Live>>,
     /// What the logs of stopped instances take.
     kept: Mutex<HashMap<InstanceId, Held>>,
     tasks: TaskTracker,
-    /// The server ends: nothing is begun any more, and every instance is cancelled with it.
+    /// Nothing is begun any more; what runs goes on.
+    closed: AtomicBool,
+    /// The server ends: every instance is cancelled with it.
     stop: CancellationToken,
 }
 
@@ -121,26 +126,42 @@ struct Live {
 
 impl Instances {
     /// Over a store and a directory. Logs count in the quota until their instance is deleted.
-    pub fn new(store: Arc<dyn Store>, runner: Arc<dyn Runner>, dir: PathBuf, quota: Quota) -> Self {
+    pub fn new(
+        store: Arc<dyn Store>,
+        runner: Arc<dyn Runner>,
+        dir: PathBuf,
+        quota: Quota,
+        metrics: Metrics,
+    ) -> Self {
         let inner = Inner {
             store,
             runner,
             dir,
             quota,
+            metrics,
             live: Mutex::default(),
             kept: Mutex::default(),
             tasks: TaskTracker::new(),
+            closed: AtomicBool::new(false),
             stop: CancellationToken::new(),
         };
         Self { inner: Arc::new(inner) }
     }
 
+    /// From now on none is begun. Those that run go on.
+    pub fn close(&self) {
+        self.inner.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Refuses where none is begun any more.
+    pub fn check_open(&self) -> Result<(), InstanceError> {
+        let closed = self.inner.closed.load(Ordering::Relaxed);
+        if closed { Err(InstanceError::Stopping) } else { Ok(()) }
+    }
+
     /// Stores a new instance and begins to run it.
     pub async fn create(&self, instance: Instance, work: Work) -> Result<(), InstanceError> {
-        let inner = &self.inner;
-        if inner.stop.is_cancelled() {
-            return Err(InstanceError::Stopping);
-        }
+        self.check_open()?;
         let dir = self.dir(&instance.id);
         make_private(&dir).await.map_err(failed("make the directory", &dir))?;
         let created = self.begin(instance, work, &dir).await;
@@ -166,12 +187,13 @@ impl Instances {
             return Err(error.into());
         }
         let log = (log, inner.quota.hold(&instance.tenant));
-        let mut owner =
-            Owner::new(instance, Arc::clone(&inner.store), dir.to_owned(), log, seen, cancel, door);
+        let host = (Arc::clone(&inner.store), inner.metrics.clone());
+        let mut owner = Owner::new(instance, host, dir.to_owned(), log, seen, cancel, door);
         let this = self.clone();
         inner.tasks.spawn(async move {
             let end = this.inner.runner.run(&mut owner, work).await;
             let stopping = this.inner.stop.is_cancelled();
+            this.inner.metrics.instance_ended(&end, owner.cancel().is_cancelled());
             let end = if stopping { end.with_the_server() } else { end };
             let (log, seen) = owner.end(end).await;
             this.inner.kept().insert(id.clone(), log);
@@ -193,6 +215,21 @@ impl Instances {
         remove(&dir).await.map_err(failed("remove the directory", &dir))?;
         self.inner.kept().remove(id);
         Ok(self.inner.store.delete_instance(id).await?)
+    }
+
+    /// How many there are, in the order of [`State::ALL`].
+    pub fn counts(&self) -> [usize; State::ALL.len()] {
+        let mut counts = [0; State::ALL.len()];
+        let states: Vec<State> =
+            self.inner.live().values().map(|live| live.changes.borrow().instance.state).collect();
+        for (state, count) in State::ALL.into_iter().zip(&mut counts) {
+            *count = match state {
+                // Their logs are kept, and none is live.
+                State::Stopped => self.inner.kept().len(),
+                state => states.iter().filter(|of| **of == state).count(),
+            };
+        }
+        counts
     }
 
     /// The way into an instance's VM, while it has one that can be entered.
@@ -264,6 +301,7 @@ impl Instances {
     /// Waits for `stop`, then ends every instance. The runner hurries when it is told to on its own.
     pub async fn run(self, stop: CancellationToken) {
         stop.cancelled().await;
+        self.close();
         self.inner.stop.cancel();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;

@@ -15,6 +15,7 @@ use super::log::{Seen, Writer};
 use super::quota::{Full, Held};
 use crate::causes::chain;
 use crate::exec::Door;
+use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
 
 /// What logs leave free in the file system of the data directory: less than disks do, so that a new disk does not end
@@ -39,6 +40,7 @@ pub enum PrintError {
 pub struct Owner {
     instance: Instance,
     store: Arc<dyn Store>,
+    metrics: Metrics,
     dir: PathBuf,
     log: Writer,
     kept: Held,
@@ -50,15 +52,15 @@ pub struct Owner {
 impl Owner {
     pub(super) fn new(
         instance: Instance,
-        store: Arc<dyn Store>,
+        host: (Arc<dyn Store>, Metrics),
         dir: PathBuf,
         log: (Writer, Held),
         seen: watch::Sender<Seen>,
         cancel: CancellationToken,
         door: Door,
     ) -> Self {
-        let (log, kept) = log;
-        Self { instance, store, dir, log, kept, seen, cancel, door }
+        let ((store, metrics), (log, kept)) = (host, log);
+        Self { instance, store, metrics, dir, log, kept, seen, cancel, door }
     }
 
     /// The instance as it is now.
@@ -85,9 +87,13 @@ impl Owner {
     pub async fn change(&mut self, change: Change) -> Result<(), StoreError> {
         let now = crate::clock::now();
         let id = &self.instance.id;
+        let runs = change == Change::Run;
         self.instance = self.store.change_instance(id, change, now).await?;
         let instance = self.instance.clone();
         self.seen.send_modify(|seen| seen.instance = instance);
+        if runs {
+            self.metrics.instance_runs();
+        }
         Ok(())
     }
 

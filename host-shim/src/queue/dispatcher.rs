@@ -65,6 +65,11 @@ impl Scheduling {
             claiming: Arc::new(Mutex::new(())),
         }
     }
+
+    /// How many builds have a driver.
+    pub fn running(&self) -> usize {
+        self.live.count()
+    }
 }
 
 #[async_trait]

@@ -15,6 +15,7 @@ use kiln_image::registry::{Options, parse_reference};
 use kiln_protocol::job::MAX_EGRESS_CA;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::ready::{Facilities, ROOM};
 use crate::build::{BuildId, Tenant};
@@ -204,9 +205,11 @@ pub(super) fn facilities(
     bundle: &Bundle,
     vmm: &Vmm,
     backing: Backing,
+    draining: CancellationToken,
 ) -> Facilities {
     let Bundle { kernel, initrd, root, .. } = bundle.clone();
     Facilities {
+        draining,
         backing,
         bundle: [("kernel", kernel), ("initrd", initrd), ("root disk", root)],
         programs: [

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use http::Method;
 use rustix::fs::{Access, access, statvfs};
+use tokio_util::sync::CancellationToken;
 
 use crate::api::{Check, Readiness};
 use crate::causes::chain;
@@ -16,6 +17,8 @@ pub(super) const ROOM: u64 = 1 << 30;
 
 /// What builds stand on.
 pub(super) struct Facilities {
+    /// Cancelled when the server is told to stop.
+    pub draining: CancellationToken,
     /// The registry behind the gateway.
     pub backing: Backing,
     /// Kernel, initial RAM disk and root disk, by what they are.
@@ -36,6 +39,7 @@ pub(super) struct Facilities {
 impl Readiness for Facilities {
     async fn checks(&self) -> Vec<Check> {
         vec![
+            Check { name: "server", missing: self.server() },
             Check { name: "registry", missing: self.registry().await },
             Check { name: "builder", missing: self.builder() },
             Check { name: "vms", missing: self.vms() },
@@ -48,6 +52,11 @@ impl Readiness for Facilities {
 type Missing = Option<String>;
 
 impl Facilities {
+    fn server(&self) -> Missing {
+        let why = "the server drains: it ends when the builds that run have ended, and those that wait are kept for the next one";
+        self.draining.is_cancelled().then(|| why.into())
+    }
+
     async fn registry(&self) -> Missing {
         match self.backing.request(Method::GET, Route::Base).send().await {
             Ok(answer) if answer.status().is_success() => None,
@@ -102,6 +111,7 @@ mod tests {
             dir.join(name)
         };
         Facilities {
+            draining: CancellationToken::new(),
             // Nobody listens at port 1.
             backing: Backing::external("http://127.0.0.1:1", None).unwrap(),
             bundle: [("kernel", file("k")), ("initrd", file("i")), ("root disk", file("r"))],
@@ -116,7 +126,7 @@ mod tests {
     async fn missing(facilities: &Facilities) -> Vec<String> {
         let checks = facilities.checks().await;
         let names: Vec<_> = checks.iter().map(|check| check.name).collect();
-        assert_eq!(names, ["registry", "builder", "vms", "disk"]);
+        assert_eq!(names, ["server", "registry", "builder", "vms", "disk"]);
         checks.into_iter().filter_map(|check| check.missing).collect()
     }
 
@@ -144,5 +154,7 @@ mod tests {
             said[2..],
             ["the run directory cannot be written", "the data directory is not there"]
         );
+        broken.draining.cancel();
+        assert!(missing(&broken).await[0].contains("drains"));
     }
 }

@@ -1,22 +1,33 @@
-//! SIGTERM and SIGINT stop the server; at SIGHUP one with TLS reads its certificate again.
+//! SIGTERM and SIGINT stop the server, the second one at once; at SIGHUP one with TLS reads its certificate again.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Cancelled at the first of them.
-pub(super) fn stop() -> std::io::Result<CancellationToken> {
+/// What an operator asks for with SIGTERM and SIGINT.
+#[derive(Clone, Default)]
+pub(super) struct Asked {
+    /// Cancelled at the first of them: to stop.
+    pub stop: CancellationToken,
+    /// Cancelled at the second: to wait for nobody.
+    pub hurry: CancellationToken,
+}
+
+/// Listens from now on.
+pub(super) fn asked() -> std::io::Result<Asked> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = CancellationToken::new();
-    let token = stop.clone();
+    let asked = Asked::default();
+    let Asked { stop, hurry } = asked.clone();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        for token in [stop, hurry] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
         }
-        token.cancel();
     });
-    Ok(stop)
+    Ok(asked)
 }
 
 /// Does something at each SIGHUP, in a thread that may wait for files.

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use kiln::api::Limits;
 use kiln::events::payload;
+use kiln::instances::{Change, End, State};
 use kiln::store::Role;
 use kiln_protocol::event::LogStream;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::support::{Client, form, id_of, refusal, server, server_that, source};
+use crate::support::{Client, Pull, form, id_of, refusal, server, server_that, source};
 
 /// Samples by name and labels as they are written; checked for form on the way.
 struct Metrics(BTreeMap<String, f64>);
@@ -199,4 +200,49 @@ async fn without_a_store_there_is_the_rest() {
     assert_eq!(metrics.get("kiln_build_source_bytes_total"), 1000.0);
     // Nothing is said where nothing is known.
     assert!(!metrics.has("kiln_queue_builds") && !metrics.has("kiln_active_builds"));
+}
+
+#[tokio::test]
+async fn instances_are_counted_by_state_start_and_end() {
+    let server = server().await;
+    let client = server.client("a", Role::Tenant).await;
+    let states = async || {
+        let now = Metrics::of(&client).await;
+        let of = |state: State| now.get(&format!("kiln_instances{{state=\"{state}\"}}"));
+        State::ALL.map(of)
+    };
+    let ends = async || {
+        let now = Metrics::of(&client).await;
+        let of = |outcome| now.get(&format!("kiln_instances_ended_total{{outcome=\"{outcome}\"}}"));
+        (now.get("kiln_instances_started_total"), ["exited", "failed", "cancelled"].map(of))
+    };
+    assert_eq!((states().await, ends().await), ([0.0; 4], (0.0, [0.0; 3])));
+
+    let mut paths = vec![];
+    for name in ["runs", "waits", "fails"] {
+        let body = json!({"image": "app", "name": name});
+        let new = client.request(Method::POST, "/instances").json(&body).send().await.unwrap();
+        paths.push(new.headers()["location"].to_str().unwrap().to_owned());
+    }
+    assert_eq!(states().await, [3.0, 0.0, 0.0, 0.0]);
+    for change in [Change::Initialize, Change::Run] {
+        server.runner.pull("runs", Pull::Change(change)).await;
+    }
+    server.runner.pull("fails", Pull::Change(Change::Initialize)).await;
+    server.runner.pull("fails", Pull::End(End::failed("no VM"))).await;
+    // Their ends are told to who follows them.
+    let logs = |path: &str| format!("{path}/logs?follow=true");
+    client.get(&logs(&paths[2])).await.text().await.unwrap();
+    server.runner.pull("runs", Pull::Print(payload::kiln_log("up"))).await;
+    let mut follow = client.get(&logs(&paths[0])).await;
+    while !String::from_utf8_lossy(&follow.chunk().await.unwrap().unwrap()).contains("up") {}
+    assert_eq!(states().await, [1.0, 0.0, 1.0, 1.0]);
+    assert_eq!(ends().await, (1.0, [0.0, 1.0, 0.0]));
+
+    server.runner.pull("runs", Pull::End(End::exited(3))).await;
+    while follow.chunk().await.unwrap().is_some() {}
+    assert_eq!(client.delete(&paths[1]).await.status(), 204);
+    assert_eq!(states().await, [0.0, 0.0, 0.0, 2.0]);
+    // The puppet's program runs at once, and ends as it is told to.
+    assert_eq!(ends().await, (1.0, [2.0, 1.0, 0.0]));
 }

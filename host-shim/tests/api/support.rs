@@ -125,8 +125,13 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
     let runner = Arc::new(Puppet::default());
     let instances_dir = dir.path().join("instances");
     let quota = Quota::new(QUOTA);
-    let instances =
-        Instances::new(store.clone(), runner.clone(), instances_dir.clone(), quota.clone());
+    let instances = Instances::new(
+        store.clone(),
+        runner.clone(),
+        instances_dir.clone(),
+        quota.clone(),
+        events.metrics().clone(),
+    );
     let registry = crate::registry::start().await;
     let vault = Arc::new(kiln::secrets::load_or_make(dir.path()).unwrap());
     let sessions = Sessions::with_ping(store.clone(), Duration::from_millis(100));

@@ -93,7 +93,11 @@ pub struct Agent {
 impl Agent {
     /// Dials as the agent of the VM in this directory does, and is welcomed.
     pub async fn boot(vm: &Path) -> (Self, Welcome) {
-        let stream = UnixStream::connect(vm.join("sock/v_5001")).await.unwrap();
+        Self::over(UnixStream::connect(vm.join("sock/v_5001")).await.unwrap()).await
+    }
+
+    /// The same over a connection that is there.
+    pub async fn over(stream: UnixStream) -> (Self, Welcome) {
         let (reader, writer) = stream.into_split();
         let mut agent = Self { reader: FrameReader::new(reader), writer };
         let hello = Hello {

@@ -99,6 +99,22 @@ impl Server {
         server
     }
 
+    /// Starts a server that runs this program where it would run QEMU, and where it would run the vsock device. It has no
+    /// images.
+    pub fn start_with_program_on(
+        dir: tempfile::TempDir,
+        builder: &Path,
+        program: &Path,
+        variables: &[(&str, &str)],
+        more: &[&str],
+    ) -> Self {
+        let program = program.to_str().unwrap();
+        let programs = ["--accel", "tcg", "--qemu", program, "--vhost-device-vsock", program];
+        let mut server = Self::serve_in(variables, dir, builder, &[&programs, more].concat());
+        server.token = server.new_token("dev", "admin");
+        server
+    }
+
     /// Kills the server with all that a SIGKILL of it kills, and starts another one in its place.
     pub fn kill_and_restart(mut self) -> Self {
         self.child.kill().unwrap();
@@ -282,11 +298,31 @@ impl Server {
         std::fs::read_to_string(self.dir.path().join("serve.log")).unwrap_or_default()
     }
 
+    /// The directory of a build's VM.
+    pub fn vm(&self, id: &str) -> PathBuf {
+        // There is one server.
+        let mut of_server = std::fs::read_dir(self.dir.path().join("run")).unwrap();
+        of_server.next().unwrap().unwrap().path().join(id)
+    }
+
+    /// Asks the server to stop, and does not wait.
+    pub fn ask_to_stop(&self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    }
+
+    /// Waits for its end, and leaves its directory to the next one.
+    pub fn ended(mut self) -> tempfile::TempDir {
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}\n{}", self.log());
+        assert_no_files(&self.dir.path().join("run"));
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
+    }
+
     /// Stops the server as an operator does, and checks that it leaves nothing.
     pub fn stop(mut self) {
         let started = children_of(self.child.id());
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.ask_to_stop();
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}\n{}", self.log());
         let left: Vec<_> = started.into_iter().filter_map(name_of).collect();
@@ -302,8 +338,7 @@ impl Drop for Server {
             eprintln!("--- the log of kiln serve ---\n{}", self.log());
         }
         if matches!(self.child.try_wait(), Ok(None)) {
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            self.ask_to_stop();
             let _ = self.child.wait();
         }
     }

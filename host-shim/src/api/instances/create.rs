@@ -44,6 +44,7 @@ pub(in crate::api) async fn create_instance(
     ApiJson(body): ApiJson<Map<String, Value>>,
 ) -> Result<Response, ApiError> {
     caller.require(Role::Tenant)?;
+    api.state.instances.check_open()?;
     let wanted = fields::parse(body, &api.state.limits)?;
     let image = Image::parse(&wanted.image, &api.state.public_host, &caller.tenant);
     let image = image.map_err(|error| match &error {
