@@ -289,6 +289,7 @@ impl Follower {
         let body = http::find(&head, b"\r\n\r\n").unwrap_or_default() + 4;
         if let Some(pieces) = &mut self.pieces {
             pieces[0].extend_from_slice(&head[..body]);
+            pieces.push(vec![]);
         }
         self.take(&head[body..])?;
         self.seen.count(&self.seen.begun);

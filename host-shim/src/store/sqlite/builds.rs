@@ -102,31 +102,26 @@ pub(super) fn listing(filter: &Filter) -> QueryBuilder<Sqlite> {
     let mut tags = filter.tags.iter();
     let leading = filter.tenant.as_ref().and_then(|tenant| Some((tenant, tags.next()?)));
     let mut query = QueryBuilder::<Sqlite>::new("SELECT b.* FROM ");
-    let order = match leading {
-        Some((tenant, (name, content))) => {
-            // In this order, whatever SQLite thinks of it.
-            query
-                .push(
-                    "build_tags AS g CROSS JOIN builds AS b ON b.id = g.build_id WHERE g.tenant = ",
-                )
-                .push_bind(tenant.as_str().to_owned())
-                .push(" AND g.name = ")
-                .push_bind(name.clone())
-                .push(" AND g.content = ")
-                .push_bind(content.clone());
-            ("g.created_at", "g.build_id")
-        }
-        None => {
-            query.push("builds AS b WHERE ");
-            match &filter.tenant {
-                Some(tenant) => query.push("b.tenant = ").push_bind(tenant.as_str().to_owned()),
-                None => query.push("1 = 1"),
-            };
-            match filter.status {
-                // There are few, and they have an index without an order: it is not to be looked for elsewhere.
-                Some(Status::Building | Status::Pushing) => ("+b.created_at", "b.id"),
-                _ => ("b.created_at", "b.id"),
-            }
+    let order = if let Some((tenant, (name, content))) = leading {
+        // In this order, whatever SQLite thinks of it.
+        query
+            .push("build_tags AS g CROSS JOIN builds AS b ON b.id = g.build_id WHERE g.tenant = ")
+            .push_bind(tenant.as_str().to_owned())
+            .push(" AND g.name = ")
+            .push_bind(name.clone())
+            .push(" AND g.content = ")
+            .push_bind(content.clone());
+        ("g.created_at", "g.build_id")
+    } else {
+        query.push("builds AS b WHERE ");
+        match &filter.tenant {
+            Some(tenant) => query.push("b.tenant = ").push_bind(tenant.as_str().to_owned()),
+            None => query.push("1 = 1"),
+        };
+        match filter.status {
+            // There are few, and they have an index without an order: it is not to be looked for elsewhere.
+            Some(Status::Building | Status::Pushing) => ("+b.created_at", "b.id"),
+            _ => ("b.created_at", "b.id"),
         }
     };
     if let Some(status) = filter.status {

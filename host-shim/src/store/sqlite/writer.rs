@@ -190,12 +190,12 @@ impl Write {
         let first = turn.members.is_empty();
         // From here on what happens is taken back unless it is committed.
         let mut write = Self { turn, writer, operation, first, ended: false };
-        let begin = if first { "BEGIN IMMEDIATE" } else { "SAVEPOINT member" };
-        let mut begun = write.execute(begin).await;
+        let statement = if first { "BEGIN IMMEDIATE" } else { "SAVEPOINT member" };
+        let mut begun = write.execute(statement).await;
         if first && matches!(begun, Err(sqlx::Error::WorkerCrashed)) {
             let again = write.turn.options.connect().await;
             write.turn.connection = again.map_err(failed(operation))?;
-            begun = write.execute(begin).await;
+            begun = write.execute(statement).await;
         }
         begun.map_err(failed(operation))?;
         Ok(write)
@@ -463,7 +463,7 @@ mod tests {
                     Err(error) => assert!(error.is_cancelled() && kind == 1 && unknown.insert(n)),
                 }
             }
-            let writes = told.len();
+            let how_many = told.len();
             writer.close().await;
             let stored = stored(&dir).await;
             let set: BTreeSet<_> = stored.iter().copied().collect();
@@ -471,7 +471,10 @@ mod tests {
             assert!(told.is_subset(&set), "seed {seed}: lost");
             let more: Vec<_> = set.difference(&told).filter(|n| !unknown.contains(n)).collect();
             assert!(more.is_empty(), "seed {seed}: {more:?} were taken back");
-            assert!(commits.load(Ordering::SeqCst) < writes, "seed {seed}: nobody shared a commit");
+            assert!(
+                commits.load(Ordering::SeqCst) < how_many,
+                "seed {seed}: nobody shared a commit"
+            );
         }
     }
 }
