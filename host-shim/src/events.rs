@@ -1,25 +1,37 @@
 //! The log of a build: events are stored, then readers are woken.
 //!
-//! A reader subscribes before it looks, so that nothing falls between replaying and following, and
-//! reads from the store alone, at its own pace: a wake carries no event, only that there is one. A
-//! slow reader costs one page of events, and nobody waits for it.
+//! ```text
+//! append ─▶ the store ─▶ wake ─▶ the build's reader ─▶ Recent ─▶ followers that are up to date: shared blocks
+//!               └──────────────────────────────────────────────▶ followers that are behind: pages of their own
+//! ```
 //!
-//! A build has a channel only while somebody follows it. See [`payload`] for what events say, and `gaps` for those that
-//! are not kept any more.
+//! Everything is read from the store, in order: a wake carries no event, only that there is one. For those who have seen all
+//! that was stored it is read and made into text once, by a task of the build's, however many they are; they take it at their own pace. Who
+//! comes later, or falls behind what is kept ([`recent`]), reads the store alone until it has come up. So a slow follower
+//! costs a page, and nobody waits for it.
+//!
+//! A follower subscribes before it looks, so that nothing falls between. A build has a channel and its task only while somebody follows
+//! it. See [`payload`] for what events say, and `gaps` for those that are not kept any more.
 
+pub mod blocks;
 mod gaps;
 pub mod payload;
+mod recent;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
-use crate::build::{Build, BuildId, Change, Failure, Millis, Status};
+use self::blocks::Blocks;
+use self::recent::{Look, Recent};
+use crate::build::{Build, BuildId, Change, Failure, Millis};
+use crate::causes::chain;
 use crate::metrics::Metrics;
-use crate::store::{Claimed, Fence, NewEvent, Store, StoreError, StoredEvent};
+use crate::store::{Claimed, Fence, NewEvent, Store, StoreError};
 use crate::traces::Traces;
 
 /// A follower looks at the store again after so long without a wake, and says that it is quiet.
@@ -39,7 +51,16 @@ struct Inner {
     metrics: Metrics,
     traces: Traces,
     /// Of builds that somebody follows.
-    channels: Mutex<HashMap<BuildId, watch::Sender<()>>>,
+    channels: Mutex<HashMap<BuildId, Arc<Channel>>>,
+}
+
+/// What those share who follow one build.
+struct Channel {
+    /// Something was stored: the channel's task looks.
+    stored: watch::Sender<()>,
+    /// There is more in `recent`, or nothing is read for all any more: followers look.
+    more: watch::Sender<()>,
+    recent: Mutex<Recent>,
 }
 
 impl EventLog {
@@ -176,18 +197,31 @@ impl EventLog {
     /// Wakes those who follow a build, after something was stored without this log.
     pub fn wake(&self, id: &BuildId) {
         if let Some(channel) = self.inner.channels().get(id) {
-            channel.send_replace(());
+            channel.stored.send_replace(());
         }
     }
 
     /// Reads a build's events after a number: what is stored, and with `follow` what comes until
-    /// the final status. The build exists; whether it may be read is the caller's business.
+    /// the final status. The build exists; whether it may be read is the caller's business. To be called in a runtime.
     pub fn read(&self, id: &BuildId, after: u64, follow: bool) -> Follower {
-        let wakes = follow.then(|| {
+        let following = follow.then(|| {
             let mut channels = self.inner.channels();
-            channels.entry(id.clone()).or_insert_with(|| watch::Sender::new(())).subscribe()
+            let channel = channels.entry(id.clone()).or_insert_with(|| self.channel(id));
+            let more = channel.more.subscribe();
+            let quiet = Box::pin(sleep(self.inner.quiet));
+            Following { channel: Arc::clone(channel), more, quiet }
         });
-        Follower { log: self.clone(), id: id.clone(), after, wakes, known_final: None }
+        Follower { log: self.clone(), id: id.clone(), after, following, known_final: None }
+    }
+
+    /// A channel with its task, which ends with it.
+    fn channel(&self, id: &BuildId) -> Arc<Channel> {
+        let (stored, looks) = watch::channel(());
+        let (more, recent) = (watch::Sender::new(()), Mutex::default());
+        let channel = Arc::new(Channel { stored, more, recent });
+        let store = Arc::clone(&self.inner.store);
+        tokio::spawn(read_for_all(store, id.clone(), Arc::downgrade(&channel), looks));
+        channel
     }
 
     /// How many builds have a channel, which is how many are followed.
@@ -197,16 +231,65 @@ impl EventLog {
 }
 
 impl Inner {
-    fn channels(&self) -> MutexGuard<'_, HashMap<BuildId, watch::Sender<()>>> {
+    fn channels(&self) -> MutexGuard<'_, HashMap<BuildId, Arc<Channel>>> {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+impl Channel {
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        // Every change is whole when the lock is given back.
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A follower has seen all up to here that was stored.
+    fn begin(&self, at: u64) -> bool {
+        let begun = self.recent().begin(at);
+        if begun {
+            // For what was stored since that follower looked.
+            self.stored.send_replace(());
+        }
+        begun
+    }
+}
+
+/// Reads what is stored of a build, once for all who follow it.
+async fn read_for_all(
+    store: Arc<dyn Store>,
+    id: BuildId,
+    channel: Weak<Channel>,
+    mut stored: watch::Receiver<()>,
+) {
+    // Its sender is the channel's.
+    while stored.changed().await.is_ok() {
+        loop {
+            let Some(channel) = channel.upgrade() else { return };
+            let Some(after) = channel.recent().read() else { break };
+            match store.events_after(&id, after, PAGE).await {
+                Ok(events) if events.is_empty() => break,
+                Ok(events) => match Blocks::new(events) {
+                    // Where something is missing, what is told of it depends on who asks.
+                    Some(blocks) if blocks.seqs().eq(after + 1..=blocks.last()) => {
+                        channel.recent().push(after, blocks);
+                    }
+                    _ => channel.recent().give_up(),
+                },
+                Err(error) => {
+                    // They will find it too, each for itself.
+                    tracing::warn!(build = %id, error = %chain(&error), "cannot read events for those who follow");
+                    channel.recent().give_up();
+                }
+            }
+            channel.more.send_replace(());
+        }
+    }
+}
+
 /// What a follower has found.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Batch {
-    /// The next events, at least one, and what is told of those that are gone.
-    Events(Vec<StoredEvent>),
+    /// The next events, and what is told of those that are gone.
+    Events(Blocks),
     /// Nothing for [`QUIET`].
     Quiet,
     /// There will be no more.
@@ -219,9 +302,17 @@ pub struct Follower {
     id: BuildId,
     after: u64,
     /// `None`: what is stored is all that is wanted.
-    wakes: Option<watch::Receiver<()>>,
+    following: Option<Following>,
     /// Whether the build was final when it was last looked at, if it was.
     known_final: Option<bool>,
+}
+
+/// How a follower hears of more.
+struct Following {
+    channel: Arc<Channel>,
+    more: watch::Receiver<()>,
+    /// Fires at the end of a silence or before.
+    quiet: Pin<Box<Sleep>>,
 }
 
 impl Follower {
@@ -230,21 +321,36 @@ impl Follower {
         let quiet_at = Instant::now() + self.log.inner.quiet;
         let mut silent = false;
         loop {
-            if let Some(wakes) = &mut self.wakes {
+            if let Some(following) = &mut self.following {
                 // Before the look, so that what is stored after it wakes.
-                wakes.mark_unchanged();
+                following.more.mark_unchanged();
+                let look = if silent {
+                    // A writer elsewhere does not wake: the store itself is looked at.
+                    Look::Unknown
+                } else {
+                    following.channel.recent().look(self.after)
+                };
+                match look {
+                    Look::Found(blocks) => return Ok(self.found(blocks)),
+                    Look::Ended => return Ok(Batch::End),
+                    Look::Nothing if self.known_final == Some(false) => {
+                        silent = following.hears_nothing(quiet_at).await;
+                        if silent {
+                            self.known_final = None;
+                        }
+                        continue;
+                    }
+                    Look::Nothing | Look::Unknown => {}
+                }
             }
             let events = self.log.inner.store.events_after(&self.id, self.after, PAGE).await?;
-            if let Some(last) = events.last() {
-                let before = std::mem::replace(&mut self.after, last.seq);
-                let ended =
-                    |e: &StoredEvent| payload::status_of(&e.payload).is_some_and(Status::is_final);
-                if events.iter().any(ended) {
-                    self.known_final = Some(true);
+            if let Some(blocks) = Blocks::new(gaps::told(self.after, events)) {
+                if let Some(following) = self.following.as_ref().filter(|_| silent) {
+                    following.channel.stored.send_replace(());
                 }
-                return Ok(Batch::Events(gaps::told(before, events)));
+                return Ok(self.found(blocks));
             }
-            let Some(wakes) = &mut self.wakes else {
+            let Some(following) = &mut self.following else {
                 return Ok(Batch::End);
             };
             match self.known_final {
@@ -254,17 +360,45 @@ impl Follower {
                 None => {
                     let build = self.log.inner.store.build(&self.id).await?;
                     self.known_final = Some(build.is_none_or(|build| build.status.is_final()));
-                    continue;
                 }
-                Some(false) => {}
+                Some(false) if silent => return Ok(Batch::Quiet),
+                Some(false) => {
+                    let channel = &following.channel;
+                    if !channel.begin(self.after)
+                        && channel.recent().look(self.after) == Look::Unknown
+                    {
+                        // There was more, and it has gone: so has the build, or soon.
+                        self.known_final = None;
+                    }
+                }
             }
-            if silent {
-                return Ok(Batch::Quiet);
-            }
-            silent = tokio::time::timeout_at(quiet_at, wakes.changed()).await.is_err();
-            if silent {
-                // A writer elsewhere does not wake: look at both again.
-                self.known_final = None;
+        }
+    }
+
+    fn found(&mut self, blocks: Blocks) -> Batch {
+        self.after = blocks.last();
+        if blocks.is_final() {
+            self.known_final = Some(true);
+        }
+        Batch::Events(blocks)
+    }
+}
+
+impl Following {
+    /// Waits for more, until then. Whether there was nothing.
+    async fn hears_nothing(&mut self, quiet_at: Instant) -> bool {
+        loop {
+            tokio::select! {
+                biased;
+                // Its sender is the channel's.
+                _ = self.more.changed() => return false,
+                () = self.quiet.as_mut() => {
+                    if Instant::now() >= quiet_at {
+                        return true;
+                    }
+                    // It was set before the last events came: that costs less than to set it for each.
+                    self.quiet.as_mut().reset(quiet_at);
+                }
             }
         }
     }
@@ -272,10 +406,12 @@ impl Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        let Some(wakes) = self.wakes.take() else { return };
+        let Some(following) = self.following.take() else { return };
         let mut channels = self.log.inner.channels();
-        drop(wakes);
-        if channels.get(&self.id).is_some_and(|channel| channel.receiver_count() == 0) {
+        drop(following.more);
+        if following.channel.more.receiver_count() == 0
+            && channels.get(&self.id).is_some_and(|one| Arc::ptr_eq(one, &following.channel))
+        {
             channels.remove(&self.id);
         }
     }

@@ -4,11 +4,14 @@
 //! What a crash, or a disk that failed, left all the same is swept, also while sources come: those are known by name.
 
 use std::collections::HashSet;
+use std::fs::{DirBuilder, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::fs::DirBuilder;
+use tokio::task::spawn_blocking;
 
 use crate::build::BuildId;
 use crate::store::{Store, StoreError};
@@ -24,12 +27,16 @@ struct Inner {
     dir: PathBuf,
     /// Whose sources are coming: from before there is a directory until there is a build, or no directory any more.
     coming: Mutex<HashSet<BuildId>>,
+    /// How many have asked for their directories' names to be on the disk, and up to which of them they are.
+    asked: AtomicU64,
+    synced: tokio::sync::Mutex<u64>,
 }
 
 impl Sources {
     /// Those in a directory, which is made with the first of them.
     pub fn new(dir: PathBuf) -> Self {
-        Self { inner: Arc::new(Inner { dir, coming: Mutex::default() }) }
+        let (coming, synced) = (Mutex::default(), tokio::sync::Mutex::default());
+        Self { inner: Arc::new(Inner { dir, coming, asked: AtomicU64::new(0), synced }) }
     }
 
     /// Where all of them are.
@@ -49,10 +56,26 @@ impl Sources {
         }
         // From here on it is forgotten however this ends; there is nothing to remove yet.
         let mut coming = Coming { sources: self.clone(), id: id.clone(), stays: true };
-        DirBuilder::new().recursive(true).mode(0o700).create(self.root()).await?;
-        DirBuilder::new().mode(0o700).create(self.of(id)).await?;
+        let (root, dir) = (self.root().to_owned(), self.of(id));
+        spawn_blocking(move || make(&root, &dir)).await.map_err(io::Error::other)??;
         coming.stays = false;
         Ok(coming)
+    }
+
+    /// Returns once the names of all directories that were there when it was called are on the disk. Those who ask at one time wait
+    /// for the disk once.
+    pub(crate) async fn sync(&self) -> io::Result<()> {
+        let ours = self.inner.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut synced = self.inner.synced.lock().await;
+        if *synced < ours {
+            // Whoever has asked by now has made its directory.
+            let all = self.inner.asked.load(Ordering::SeqCst);
+            let root = self.root().to_owned();
+            let done = spawn_blocking(move || File::open(root)?.sync_all()).await;
+            done.map_err(io::Error::other)??;
+            *synced = all;
+        }
+        Ok(())
     }
 
     /// Removes the directories that no build needs: of sources that were cut off, and of builds that have ended. How many
@@ -92,6 +115,19 @@ impl Sources {
     }
 }
 
+/// Makes a directory, and where it is to be with the first of them.
+fn make(root: &Path, dir: &Path) -> io::Result<()> {
+    let mut private = DirBuilder::new();
+    private.mode(0o700);
+    match private.create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            private.recursive(true).create(root)?;
+            private.recursive(false).create(dir)
+        }
+        made => made,
+    }
+}
+
 /// A directory whose build is not in the store. It goes when this is dropped, unless it [stays](Self::stay).
 #[derive(Debug)]
 pub(crate) struct Coming {
@@ -104,6 +140,11 @@ impl Coming {
     /// Where it is.
     pub(crate) fn path(&self) -> PathBuf {
         self.sources.of(&self.id)
+    }
+
+    /// Returns once its name is on the disk.
+    pub(crate) async fn sync(&self) -> io::Result<()> {
+        self.sources.sync().await
     }
 
     /// A build stands on it now.
@@ -171,5 +212,26 @@ mod tests {
         store.cancel_queued(&build.id, 20, &[]).await.unwrap();
         assert_eq!(sources.sweep(&store).await.unwrap(), 1);
         assert!(!sources.of(&build.id).exists() && !sources.of(&id("lost")).exists());
+    }
+
+    #[tokio::test]
+    async fn those_who_ask_at_one_time_wait_for_the_disk_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let sources = Sources::new(dir.path().join("builds"));
+        assert!(sources.sync().await.is_err(), "there is nothing yet");
+        let _coming = sources.begin(&id("b1")).await.unwrap();
+        let held = sources.inner.synced.lock().await;
+        let mut asking: Vec<_> = (0..3).map(|_| Box::pin(sources.sync())).collect();
+        for one in &mut asking {
+            assert!(futures_util::poll!(one).is_pending());
+        }
+        drop(held);
+        asking.remove(0).await.unwrap();
+        // The first has done it for the others: they need no disk any more.
+        std::fs::remove_dir_all(sources.root()).unwrap();
+        for one in asking {
+            one.await.unwrap();
+        }
+        assert!(sources.sync().await.is_err(), "what comes later is another matter");
     }
 }

@@ -1,16 +1,7 @@
 //! GET `/builds/{id}/events`: the build's events as an SSE stream.
 //!
-//! Pages are read from the store as the client takes them, so a slow client holds one page and
-//! keeps nobody waiting.
-
-use std::fmt::Write;
-
-use axum::body::{Body, Bytes};
-use axum::extract::{RawQuery, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
-use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+//! What those who follow a build at one time are sent is made once for all of them ([`crate::events`]); each takes it at its own pace, so
+//! a slow client holds what it has not taken yet and keeps nobody waiting.
 
 use super::error::{ApiError, log, shown};
 use super::get_build::{Wanted, find};
@@ -18,10 +9,15 @@ use super::openapi::events::BuildBlock;
 use super::openapi::params::{self, params};
 use super::openapi::problems::{BadRequest, NotFound};
 use super::openapi::schemas;
-use super::{Clock, Shared, query, types};
-use crate::build::Millis;
+use super::{Clock, Shared, query};
+use crate::events::blocks::heartbeat;
 use crate::events::{Batch, Follower};
 use crate::token::Caller;
+use axum::body::{Body, Bytes};
+use axum::extract::{RawQuery, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// How long a client waits before it connects again, in milliseconds.
@@ -98,35 +94,23 @@ impl Reader {
             log(&error);
             std::io::Error::other("the event stream broke")
         })?;
-        let mut text = String::new();
-        match batch {
+        let text = match batch {
             Batch::End => return Ok(None),
-            Batch::Quiet => {
-                self.block(&mut text, None, (self.clock)(), json!({ "type": "heartbeat" }));
-            }
-            Batch::Events(events) => {
-                for event in events {
-                    self.block(&mut text, Some(event.seq), event.at, event.payload);
-                }
-            }
-        }
-        Ok(Some((text.into(), self)))
+            Batch::Quiet => heartbeat((self.clock)()),
+            Batch::Events(blocks) => blocks.text(),
+        };
+        let first = std::mem::take(&mut self.first);
+        Ok(Some((if first { with_retry(&text) } else { text }, self)))
     }
+}
 
-    /// One block. JSON escapes every line break, so that data is always one line.
-    fn block(&mut self, out: &mut String, id: Option<u64>, at: Millis, mut data: Value) {
-        data["timestamp"] = types::rfc3339(at).into();
-        if let Some(id) = id {
-            let _ = writeln!(out, "id: {id}");
-        }
-        if let Some(kind) = data["type"].as_str() {
-            let _ = writeln!(out, "event: {kind}");
-        }
-        if std::mem::take(&mut self.first) {
-            let _ = writeln!(out, "retry: {RETRY}");
-        }
-        let _ = write!(out, "data: {data}\n\n");
-    }
+/// The same blocks, the first of which says when to come back.
+fn with_retry(blocks: &Bytes) -> Bytes {
+    const DATA: &[u8] = b"\ndata: ";
+    // Where the first block's data begins: nothing before it can hold a line break.
+    let at = blocks.windows(DATA.len()).position(|window| window == DATA).map_or(0, |at| at + 1);
+    let (before, after) = blocks.split_at(at);
+    [before, format!("retry: {RETRY}\n").as_bytes(), after].concat().into()
 }
 
 fn parse_follow(text: Option<&str>) -> Result<bool, ApiError> {

@@ -3,6 +3,7 @@
 use sha2::{Digest, Sha256};
 use tokio::fs::{File, OpenOptions};
 use tokio::io::{AsyncWriteExt, BufWriter};
+use tokio::task::spawn_blocking;
 
 use crate::build::BuildId;
 use crate::sources::{Coming, Sources};
@@ -95,12 +96,13 @@ impl Upload {
             return Err(SourceError::NotAnArchive);
         }
         self.file.flush().await?;
-        self.file.get_ref().sync_all().await?;
-        let path = self.dir.path();
-        File::open(&path).await?.sync_all().await?;
-        if let Some(sources) = path.parent() {
-            File::open(sources).await?.sync_all().await?;
-        }
+        let (file, path) = (self.file.into_inner().into_std().await, self.dir.path());
+        let synced = spawn_blocking(move || {
+            file.sync_all()?;
+            std::fs::File::open(path)?.sync_all()
+        });
+        synced.await.map_err(std::io::Error::other)??;
+        self.dir.sync().await?;
         let digest = format!("sha256:{}", hex::encode(self.hasher.finalize()));
         Ok(Received { dir: self.dir, digest, bytes: self.bytes })
     }

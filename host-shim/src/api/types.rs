@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use super::openapi::schemas;
 use super::whole;
 use crate::build::{Build as Stored, Failure, FailureKind, Millis, Pulled, Reached, Status, Usage};
+pub use crate::clock::rfc3339;
 use crate::exec::{Session as StoredSession, Subject};
 use crate::retention;
 use crate::store::{Role, SecretRecord, TokenRecord};
@@ -232,14 +233,6 @@ fn error_text(failure: &Failure) -> String {
         }
         _ => message.clone(),
     }
-}
-
-/// A time as the API writes it.
-pub fn rfc3339(at: Millis) -> String {
-    // Out of range only by a clock that is off by millennia.
-    // Always three digits, so that times sort as texts.
-    let at = jiff::Timestamp::from_millisecond(at).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
-    format!("{at:.3}")
 }
 
 /// Body of POST `/tokens`.

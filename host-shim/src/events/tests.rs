@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::build::{NetworkMode, Request, Tenant};
+use crate::build::{NetworkMode, Request, Status, Tenant};
 use crate::store::sqlite::SqliteStore;
 
 /// Silence that no test reaches unless it wants to.
@@ -56,7 +56,7 @@ async fn all(mut follower: Follower) -> Vec<u64> {
     let mut seen = vec![];
     loop {
         match follower.next().await.unwrap() {
-            Batch::Events(events) => seen.extend(events.iter().map(|e| e.seq)),
+            Batch::Events(blocks) => seen.extend(blocks.seqs()),
             Batch::Quiet => {}
             Batch::End => return seen,
         }
@@ -126,7 +126,7 @@ async fn silence_is_reported_and_other_writers_are_found() {
             Batch::End => panic!("ended"),
         }
     };
-    assert_eq!(found[0].seq, 2);
+    assert_eq!(found.seqs().collect::<Vec<_>>(), [2]);
     b.store.cancel_queued(&b.id, 3, &[]).await.unwrap();
     assert_eq!(all(follower).await, [0; 0], "ends even where no event told of the end");
 }
@@ -142,8 +142,8 @@ async fn a_dropped_read_takes_nothing() {
             _ = follower.next() => unreachable!("ready comes first"),
         }
     }
-    let Batch::Events(events) = follower.next().await.unwrap() else { panic!("no events") };
-    assert_eq!(events[0].seq, 1);
+    let Batch::Events(blocks) = follower.next().await.unwrap() else { panic!("no events") };
+    assert_eq!(blocks.seqs().next(), Some(1));
 }
 
 #[tokio::test]
@@ -164,13 +164,13 @@ enum Told {
 async fn told(mut follower: Follower) -> Vec<Told> {
     let mut told = vec![];
     loop {
-        let Batch::Events(events) = follower.next().await.unwrap() else { return told };
-        for event in events {
-            told.push(match event.payload["from"].as_u64() {
-                None => Told::Event(event.seq),
+        let Batch::Events(blocks) = follower.next().await.unwrap() else { return told };
+        for (seq, data) in blocks.parsed() {
+            told.push(match data["from"].as_u64() {
+                None => Told::Event(seq),
                 Some(from) => {
-                    assert_eq!(event.payload, payload::trimmed(from, event.seq));
-                    Told::Trimmed(from..=event.seq)
+                    assert_eq!(data, payload::trimmed(from, seq));
+                    Told::Trimmed(from..=seq)
                 }
             });
         }
@@ -224,7 +224,7 @@ async fn a_gap_over_pages_is_one_and_may_open_while_it_is_read() {
     b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
     let mut half = b.log.read(&b.id, 0, true);
     let Batch::Events(first) = half.next().await.unwrap() else { panic!("no events") };
-    assert_eq!(first.len(), PAGE as usize);
+    assert_eq!(first.seqs().count(), PAGE as usize);
     trim(&b).await;
     let (from, last) = (u64::from(PAGE) + 1, lines + 2);
     assert_eq!(told(half).await, [Trimmed(from..=last - 1), Event(last)]);
@@ -244,4 +244,101 @@ async fn a_log_that_began_with_lines_begins_with_a_gap() {
     trim(&b).await;
     assert_eq!(told(b.log.read(&b.id, 0, true)).await, [Trimmed(1..=2), Event(3)]);
     assert_eq!(told(b.log.read(&b.id, 1, true)).await, [Trimmed(2..=2), Event(3)]);
+}
+
+/// Numbers that look random.
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_that_come_fall_behind_and_come_again_at_any_moment_see_each_once() {
+    const BATCHES: u64 = 150;
+    for seed in 1..=3_u64 {
+        let b = bench(LONG).await;
+        let stalled = b.log.read(&b.id, 0, true);
+        let mut followers = tokio::task::JoinSet::new();
+        let writer = {
+            let (log, id, mut state) = (b.log.clone(), b.id.clone(), seed);
+            tokio::spawn(async move {
+                let mut last = 1;
+                for _ in 0..BATCHES {
+                    // In the end several times what is kept for all.
+                    let lines = 1 + random(&mut state) % 8;
+                    let text = "x".repeat(usize::try_from(random(&mut state) % 8000).unwrap());
+                    let line = payload::of_host(2, payload::kiln_log(&text));
+                    let stored =
+                        log.append(&id, &vec![line; usize::try_from(lines).unwrap()]).await;
+                    assert_eq!(stored.unwrap(), last + lines);
+                    last += lines;
+                }
+                log.cancel_queued(&id, 3, &cancelled()).await.unwrap();
+                last + 1
+            })
+        };
+        for n in 0..60 {
+            let (log, id, mut state) = (b.log.clone(), b.id.clone(), seed * 1000 + n);
+            followers.spawn(async move {
+                let after = random(&mut state) % 40;
+                let (mut seen, mut at) = (vec![], after);
+                'again: loop {
+                    let mut follower = log.read(&id, at, true);
+                    loop {
+                        // Slower than others, now and then.
+                        for _ in 0..random(&mut state) % 64 {
+                            tokio::task::yield_now().await;
+                        }
+                        match follower.next().await.unwrap() {
+                            Batch::Events(blocks) => {
+                                seen.extend(blocks.seqs());
+                                at = blocks.last();
+                            }
+                            Batch::Quiet => {}
+                            Batch::End => return (after, seen),
+                        }
+                        if random(&mut state).is_multiple_of(8) {
+                            continue 'again;
+                        }
+                    }
+                }
+            });
+            tokio::task::yield_now().await;
+        }
+        let last = writer.await.unwrap();
+        while let Some(result) = followers.join_next().await {
+            let (after, seen) = result.unwrap();
+            assert_eq!(seen, (after + 1..=last).collect::<Vec<_>>(), "seed {seed}");
+        }
+        // It has taken nothing while all that happened.
+        assert_eq!(all(stalled).await, (1..=last).collect::<Vec<_>>(), "seed {seed}");
+        assert_eq!(b.log.channels(), 0);
+    }
+}
+
+#[tokio::test]
+async fn what_is_up_to_date_is_read_and_written_out_once_for_all() {
+    let b = bench(LONG).await;
+    let mut followers: Vec<_> = (0..3).map(|_| b.log.read(&b.id, 1, true)).collect();
+    tokio::select! {
+        biased;
+        _ = followers[0].next() => panic!("there is nothing yet"),
+        () = read_for_all_up_to(&b, 1) => {}
+    }
+    b.log.append(&b.id, &[line(1), line(2)]).await.unwrap();
+    read_for_all_up_to(&b, 3).await;
+    let mut texts = vec![];
+    for follower in &mut followers {
+        let Batch::Events(blocks) = follower.next().await.unwrap() else { panic!("no events") };
+        assert_eq!(blocks.seqs().collect::<Vec<_>>(), [2, 3]);
+        texts.push(blocks.text());
+    }
+    assert!(texts.iter().all(|text| text.as_ptr() == texts[0].as_ptr()), "written out again");
+}
+
+async fn read_for_all_up_to(b: &Bench, last: u64) {
+    let channel = Arc::clone(&b.log.inner.channels()[&b.id]);
+    while channel.recent().read() != Some(last) {
+        tokio::task::yield_now().await;
+    }
 }

@@ -132,10 +132,10 @@ async fn a_follower_of_a_build_under_way_is_told_of_no_other() {
     let mut seen = vec![];
     let mut told = async |least: usize| {
         while seen.len() < least {
-            let Batch::Events(events) = follower.next().await.unwrap() else { panic!("quiet") };
-            seen.extend(events);
+            let Batch::Events(blocks) = follower.next().await.unwrap() else { panic!("quiet") };
+            seen.extend(blocks.parsed());
         }
-        seen.iter().map(|event| event.payload["type"].clone()).collect::<Vec<_>>()
+        seen.iter().map(|(_, data)| data["type"].clone()).collect::<Vec<_>>()
     };
     assert_eq!(told(1).await, ["status"]);
     log.append(&id("active"), &[line("1")]).await.unwrap();

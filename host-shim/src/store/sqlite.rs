@@ -1,8 +1,8 @@
 //! The store in one SQLite file.
 //!
 //! WAL with `synchronous=FULL`: a commit is on the disk when it returns, readers never wait for the
-//! writer. One writing connection, so that writers queue in the process and not in SQLite; another
-//! process (`kiln token create`) may still write between two of its transactions.
+//! writer. One writing connection ([`writer`]), so that writers queue in the process and not in SQLite, and those who queue share a
+//! commit; another process (`kiln token create`) may still write between two of its transactions.
 //!
 //! One file per table: `builds` (with `claims`, which changes them, and `line`, who is next), `events`, `build_logs` (in `retention`,
 //! with what goes in time), `instances`, `secrets`, `sessions`, `tokens`.
@@ -17,6 +17,7 @@ mod secrets;
 mod sessions;
 mod tokens;
 mod unfinished;
+mod writer;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -27,7 +28,9 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{SqlSafeStr, Sqlite, SqlitePool, Transaction};
+use sqlx::{ConnectOptions, SqlSafeStr, SqlitePool};
+
+use self::writer::{Write, Writer};
 
 use super::{
     Claimed, Fence, Filter, FinishedLog, IdempotencyKey, NewEvent, Next, Piece, SecretRecord,
@@ -43,8 +46,10 @@ pub const FILE_NAME: &str = "kiln.db";
 
 /// Two readers keep lists, events and token checks apart; more only cost memory.
 const READERS: u32 = 2;
-/// Page cache of a connection in KiB (negative by SQLite's convention). The default is 2 MiB each.
+/// Page cache of the writer in KiB (negative by SQLite's convention). The default is 2 MiB each.
 const CACHE_SIZE: &str = "-512";
+/// Of a reader: the index by id of some 20,000 builds stays in it.
+const READER_CACHE_SIZE: &str = "-1024";
 /// Statements that a connection keeps prepared; there are about twenty.
 const STATEMENTS: usize = 32;
 /// How long a write waits for another process's.
@@ -56,7 +61,7 @@ const ACQUIRE: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct SqliteStore {
     readers: SqlitePool,
-    writer: SqlitePool,
+    writer: Writer,
 }
 
 impl SqliteStore {
@@ -84,21 +89,19 @@ impl SqliteStore {
             // What is deleted is overwritten: a build's own secrets, sealed as they are, do not stay in free pages.
             .pragma("secure_delete", "ON")
             .pragma("journal_size_limit", "16777216");
-        let writer = SqlitePoolOptions::new()
-            .min_connections(1)
-            .max_connections(1)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .acquire_timeout(ACQUIRE)
-            .connect_with(options.clone())
-            .await
-            .map_err(failed("open its file"))?;
-        migrator().run(&writer).await.map_err(failed("bring its tables up to date"))?;
+        let mut connection = options.connect().await.map_err(failed("open its file"))?;
+        let migrated = migrator().run(&mut connection).await;
+        migrated.map_err(failed("bring its tables up to date"))?;
+        let writer = Writer::new(connection, options.clone());
         let readers = SqlitePoolOptions::new()
+            // A file in this machine does not go away between two questions.
+            .test_before_acquire(false)
             .max_connections(READERS)
             .max_lifetime(None)
             .acquire_timeout(ACQUIRE)
-            .connect_lazy_with(options.pragma("query_only", "true"));
+            .connect_lazy_with(
+                options.pragma("query_only", "true").pragma("cache_size", READER_CACHE_SIZE),
+            );
         Ok(Self { readers, writer })
     }
 
@@ -108,13 +111,9 @@ impl SqliteStore {
         self.writer.close().await;
     }
 
-    /// A transaction that holds the write lock from its start, so that it never has to give up
-    /// half-way because another process wrote after it had read.
-    async fn write(
-        &self,
-        operation: &'static str,
-    ) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed(operation))
+    /// Begins what is to be stored as a whole.
+    async fn write(&self, operation: &'static str) -> Result<Write, StoreError> {
+        self.writer.begin(operation).await
     }
 }
 
@@ -132,6 +131,7 @@ fn migrator() -> Migrator {
         ("token use", include_str!("../../migrations/sqlite/0009_token_use.sql")),
         ("memory", include_str!("../../migrations/sqlite/0010_memory.sql")),
         ("retention", include_str!("../../migrations/sqlite/0011_retention.sql")),
+        ("lists", include_str!("../../migrations/sqlite/0012_lists.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -195,7 +195,7 @@ impl Store for SqliteStore {
         }
         secrets::insert_own(&mut tx, &build.id, own).await?;
         events::append(&mut tx, &build.id, build.attempt, events).await?;
-        tx.commit().await.map_err(failed("store a build"))
+        tx.commit().await
     }
 
     async fn build_by_key(
@@ -241,7 +241,7 @@ impl Store for SqliteStore {
         let claimed = claims::claim(&mut tx, owner, now, most_mb).await?;
         let Some(claimed) = claimed else { return Ok(None) };
         events::append(&mut tx, &claimed.build.id, claimed.build.attempt, events).await?;
-        tx.commit().await.map_err(failed("claim a build"))?;
+        tx.commit().await?;
         Ok(Some(claimed))
     }
 
@@ -261,7 +261,7 @@ impl Store for SqliteStore {
         events::append(&mut tx, id, next.attempt, events).await?;
         secrets::forget_own(&mut tx, &next).await?;
         retention::ended(&mut tx, &next).await?;
-        tx.commit().await.map_err(failed("change a build"))?;
+        tx.commit().await?;
         Ok(next)
     }
 
@@ -277,7 +277,7 @@ impl Store for SqliteStore {
             ..before
         };
         claims::save(&mut tx, &next, fence).await?;
-        tx.commit().await.map_err(failed("annotate a build"))
+        tx.commit().await
     }
 
     async fn cancel_queued(
@@ -296,7 +296,7 @@ impl Store for SqliteStore {
         events::append(&mut tx, id, next.attempt, events).await?;
         secrets::forget_own(&mut tx, &next).await?;
         retention::ended(&mut tx, &next).await?;
-        tx.commit().await.map_err(failed("cancel a build"))?;
+        tx.commit().await?;
         Ok(next)
     }
 
@@ -322,7 +322,7 @@ impl Store for SqliteStore {
             events::append(&mut tx, &id, next.attempt, events).await?;
             secrets::forget_own(&mut tx, &next).await?;
             retention::ended(&mut tx, &next).await?;
-            tx.commit().await.map_err(failed("end a queued build"))?;
+            tx.commit().await?;
             expired.push(id);
         }
         Ok(expired)
@@ -331,7 +331,7 @@ impl Store for SqliteStore {
     async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError> {
         let mut tx = self.write("take over builds").await?;
         let claimed = claims::reclaim(&mut tx, owner).await?;
-        tx.commit().await.map_err(failed("take over builds"))?;
+        tx.commit().await?;
         Ok(claimed)
     }
 
@@ -342,7 +342,7 @@ impl Store for SqliteStore {
             return Err(Refused::Final(status).into());
         }
         let highest = events::append(&mut tx, id, attempt, events).await?;
-        tx.commit().await.map_err(failed("store events"))?;
+        tx.commit().await?;
         Ok(highest)
     }
 
@@ -366,7 +366,7 @@ impl Store for SqliteStore {
     async fn trim_log(&self, id: &BuildId, after: u64, at_most: u32) -> Result<Piece, StoreError> {
         let mut tx = self.write("remove a log").await?;
         let piece = retention::trim(&mut tx, id, after, at_most).await?;
-        tx.commit().await.map_err(failed("remove a log"))?;
+        tx.commit().await?;
         Ok(piece)
     }
 
@@ -381,12 +381,15 @@ impl Store for SqliteStore {
     async fn remove_build(&self, id: &BuildId, at_most: u32) -> Result<bool, StoreError> {
         let mut tx = self.write("remove a build").await?;
         let gone = retention::remove(&mut tx, id, at_most).await?;
-        tx.commit().await.map_err(failed("remove a build"))?;
+        tx.commit().await?;
         Ok(gone)
     }
 
     async fn shrink(&self) -> Result<bool, StoreError> {
-        retention::shrink(&self.writer).await
+        let mut tx = self.write("give back free pages").await?;
+        let done = retention::shrink(&mut tx).await?;
+        tx.commit().await?;
+        Ok(done)
     }
 
     async fn put_secret(
@@ -397,7 +400,9 @@ impl Store for SqliteStore {
         now: Millis,
         at_most: u32,
     ) -> Result<(), StoreError> {
-        secrets::put(&self.writer, tenant, id, sealed, now, at_most).await
+        let mut tx = self.write("store a secret").await?;
+        secrets::put(&mut tx, tenant, id, sealed, now, at_most).await?;
+        tx.commit().await
     }
 
     async fn secret(&self, tenant: &Tenant, id: &SecretId) -> Result<Option<Sealed>, StoreError> {
@@ -409,7 +414,9 @@ impl Store for SqliteStore {
     }
 
     async fn delete_secret(&self, tenant: &Tenant, id: &SecretId) -> Result<(), StoreError> {
-        secrets::delete(&self.writer, tenant, id).await
+        let mut tx = self.write("remove a secret").await?;
+        secrets::delete(&mut tx, tenant, id).await?;
+        tx.commit().await
     }
 
     async fn build_secret(
@@ -426,7 +433,7 @@ impl Store for SqliteStore {
             return Err(StoreError::TooMany { what: "instances", limit: at_most });
         }
         instances::insert(&mut tx, instance).await?;
-        tx.commit().await.map_err(failed("store an instance"))
+        tx.commit().await
     }
 
     async fn instance(&self, id: &InstanceId) -> Result<Option<Instance>, StoreError> {
@@ -446,32 +453,46 @@ impl Store for SqliteStore {
         let mut tx = self.write("change an instance").await?;
         let next = instances::locked(&mut tx, id).await?.apply(change, now)?;
         instances::save(&mut tx, &next).await?;
-        tx.commit().await.map_err(failed("change an instance"))?;
+        tx.commit().await?;
         Ok(next)
     }
 
     async fn delete_instance(&self, id: &InstanceId) -> Result<(), StoreError> {
-        instances::delete(&self.writer, id).await
+        let mut tx = self.write("delete an instance").await?;
+        instances::delete(&mut tx, id).await?;
+        tx.commit().await
     }
 
     async fn insert_session(&self, session: &Session) -> Result<(), StoreError> {
-        sessions::insert(&self.writer, session).await
+        let mut tx = self.write("store a session").await?;
+        sessions::insert(&mut tx, session).await?;
+        tx.commit().await
     }
 
     async fn mark_entered(&self, build: &BuildId) -> Result<(), StoreError> {
-        sessions::mark_entered(&self.writer, build).await
+        let mut tx = self.write("mark a build").await?;
+        sessions::mark_entered(&mut tx, build).await?;
+        tx.commit().await
     }
 
     async fn end_session(&self, id: &str, end: &End) -> Result<(), StoreError> {
-        sessions::end(&self.writer, id, end).await
+        let mut tx = self.write("end a session").await?;
+        sessions::end(&mut tx, id, end).await?;
+        tx.commit().await
     }
 
     async fn end_open_sessions(&self, now: Millis) -> Result<u64, StoreError> {
-        sessions::end_open(&self.writer, now).await
+        let mut tx = self.write("end the sessions of an earlier server").await?;
+        let done = sessions::end_open(&mut tx, now).await?;
+        tx.commit().await?;
+        Ok(done)
     }
 
     async fn forget_sessions(&self, before: Millis, at_most: u32) -> Result<u64, StoreError> {
-        sessions::forget(&self.writer, before, at_most).await
+        let mut tx = self.write("forget old sessions").await?;
+        let done = sessions::forget(&mut tx, before, at_most).await?;
+        tx.commit().await?;
+        Ok(done)
     }
 
     async fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>, StoreError> {
@@ -479,7 +500,9 @@ impl Store for SqliteStore {
     }
 
     async fn insert_token(&self, token: &TokenRecord) -> Result<(), StoreError> {
-        tokens::insert(&self.writer, token).await
+        let mut tx = self.write("store a token").await?;
+        tokens::insert(&mut tx, token).await?;
+        tx.commit().await
     }
 
     async fn token_by_hash(&self, hash: &str) -> Result<Option<TokenRecord>, StoreError> {
@@ -495,20 +518,22 @@ impl Store for SqliteStore {
     }
 
     async fn revoke_token(&self, id: &str) -> Result<(), StoreError> {
-        tokens::revoke(&self.writer, id).await
+        let mut tx = self.write("revoke a token").await?;
+        tokens::revoke(&mut tx, id).await?;
+        tx.commit().await
     }
 
     async fn tokens_used(&self, uses: &[(String, Millis)]) -> Result<(), StoreError> {
         let mut tx = self.write("store when tokens were used").await?;
         tokens::used(&mut tx, uses).await?;
-        tx.commit().await.map_err(failed("store when tokens were used"))
+        tx.commit().await
     }
 
     async fn ready(&self) -> Result<(), StoreError> {
         // Takes the write lock and gives it back: a full disk shows at the first page written, but
         // a lock that is stuck, a file that is gone or read-only shows here.
-        let tx = self.write("begin a write").await?;
-        tx.rollback().await.map_err(failed("begin a write"))
+        drop(self.write("begin a write").await?);
+        Ok(())
     }
 }
 
@@ -559,7 +584,7 @@ mod tests {
         let id = finished(&store, &all).await;
         let size = async || {
             let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
-            sqlx::query(truncate).execute(&store.writer).await.unwrap();
+            sqlx::query(truncate).execute(&mut *store.writer.bare().await).await.unwrap();
             dir.path().join(FILE_NAME).metadata().unwrap().len()
         };
         let before = size().await;
@@ -588,13 +613,54 @@ mod tests {
             "DROP INDEX builds_finished",
             "DELETE FROM _sqlx_migrations WHERE version = 11",
         ] {
-            sqlx::query(undo).execute(&store.writer).await.unwrap();
+            sqlx::query(undo).execute(&mut *store.writer.bare().await).await.unwrap();
         }
         store.close().await;
         let store = SqliteStore::open(dir.path()).await.unwrap();
         assert_eq!(store.log_bytes().await.unwrap(), measured);
         let logs = store.finished_logs(9).await.unwrap();
         assert_eq!(logs, [FinishedLog { id, completed_at: 5 }]);
+    }
+
+    /// A page of a tenant's builds costs by the page.
+    #[tokio::test]
+    async fn lists_are_read_by_their_own_indexes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(dir.path()).await.unwrap();
+        let all = Filter { limit: 9, tenant: Tenant::new("a").ok(), ..Filter::default() };
+        let of = |status| Filter { status: Some(status), ..all.clone() };
+        let tags = [("a".to_owned(), "b".to_owned()), ("c".to_owned(), "d".to_owned())].into();
+        let tagged = Filter { tags, ..of(Status::Failed) };
+        for (filter, by) in [
+            (all.clone(), "SEARCH b USING INDEX builds_of_tenant (tenant=?)"),
+            (
+                of(Status::Ready),
+                "SEARCH b USING INDEX builds_finished_of_tenant (tenant=? AND status=?)",
+            ),
+            (
+                of(Status::Queued),
+                "SEARCH b USING INDEX builds_queued_of_tenant (tenant=? AND status=?)",
+            ),
+            (of(Status::Building), "SEARCH b USING INDEX builds_claimed (tenant=? AND status=?)"),
+            (
+                tagged,
+                "SEARCH g USING COVERING INDEX build_tags_of_tenant (tenant=? AND name=? AND content=?)",
+            ),
+        ] {
+            for before in [None, BuildId::new("b1").ok()] {
+                let listing = builds::listing(&Filter { before: before.clone(), ..filter.clone() });
+                let explain =
+                    sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {}", listing.sql().as_str()));
+                let mut db = store.writer.bare().await;
+                let rows = sqlx::query(explain).fetch_all(&mut *db).await.unwrap();
+                let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
+                // With a cursor it goes on from there.
+                let from = by.strip_suffix(')').unwrap();
+                assert!(plan.iter().any(|line| line.starts_with(from)), "{by}: {plan:#?}");
+                let sorts = plan.iter().any(|line| line.contains("ORDER BY"));
+                assert!(!sorts || filter.status == Some(Status::Building), "{plan:#?}");
+            }
+        }
     }
 
     /// What is done all the time costs by what is active, not by all that ever was.
@@ -628,7 +694,8 @@ mod tests {
             (unfinished::CLAIMED, &["builds_claimed"]),
         ] {
             let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
-            let rows = sqlx::query(explain).fetch_all(&store.writer).await.unwrap();
+            let mut db = store.writer.bare().await;
+            let rows = sqlx::query(explain).fetch_all(&mut *db).await.unwrap();
             let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
             for index in indexes {
                 let by = |plan: &String| plan.split_whitespace().any(|word| word == *index);

@@ -31,13 +31,18 @@ pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(
         return Err(StoreError::Taken("the build's id"));
     }
     for (name, content) in &build.request.tags {
-        sqlx::query("INSERT INTO build_tags (build_id, name, content) VALUES ($1, $2, $3)")
-            .bind(build.id.as_str())
-            .bind(name)
-            .bind(content)
-            .execute(&mut *db)
-            .await
-            .map_err(failed("store a build's tags"))?;
+        sqlx::query(
+            "INSERT INTO build_tags (build_id, name, content, tenant, created_at)
+             VALUES ($1, $2, $3, $4, $5)",
+        )
+        .bind(build.id.as_str())
+        .bind(name)
+        .bind(content)
+        .bind(build.tenant.as_str())
+        .bind(build.created_at)
+        .execute(&mut *db)
+        .await
+        .map_err(failed("store a build's tags"))?;
     }
     Ok(())
 }
@@ -91,15 +96,47 @@ pub(super) async fn get(db: &SqlitePool, id: &BuildId) -> Result<Option<Build>, 
     row.as_ref().map(from_row).transpose()
 }
 
-pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>, StoreError> {
-    let mut query = QueryBuilder::<Sqlite>::new("SELECT b.* FROM builds AS b WHERE 1 = 1");
-    if let Some(tenant) = &filter.tenant {
-        query.push(" AND b.tenant = ").push_bind(tenant.as_str().to_owned());
-    }
+/// The statement of a list. A tenant's is read from its end by an index that has its order: that of the tag where it asks for one, or
+/// else of its status, or of all its builds. Partial indexes hold for their own words alone.
+pub(super) fn listing(filter: &Filter) -> QueryBuilder<Sqlite> {
+    let mut tags = filter.tags.iter();
+    let leading = filter.tenant.as_ref().and_then(|tenant| Some((tenant, tags.next()?)));
+    let mut query = QueryBuilder::<Sqlite>::new("SELECT b.* FROM ");
+    let order = if let Some((tenant, (name, content))) = leading {
+        // In this order, whatever SQLite thinks of it.
+        query
+            .push("build_tags AS g CROSS JOIN builds AS b ON b.id = g.build_id WHERE g.tenant = ")
+            .push_bind(tenant.as_str().to_owned())
+            .push(" AND g.name = ")
+            .push_bind(name.clone())
+            .push(" AND g.content = ")
+            .push_bind(content.clone());
+        ("g.created_at", "g.build_id")
+    } else {
+        query.push("builds AS b WHERE ");
+        match &filter.tenant {
+            Some(tenant) => query.push("b.tenant = ").push_bind(tenant.as_str().to_owned()),
+            None => query.push("1 = 1"),
+        };
+        match filter.status {
+            // There are few, and they have an index without an order: it is not to be looked for elsewhere.
+            Some(Status::Building | Status::Pushing) => ("+b.created_at", "b.id"),
+            _ => ("b.created_at", "b.id"),
+        }
+    };
     if let Some(status) = filter.status {
-        query.push(" AND b.status = ").push_bind(status.as_str());
+        query.push(" AND b.status = '").push(status.as_str()).push("'");
+        match status {
+            Status::Queued => {}
+            Status::Building | Status::Pushing => {
+                query.push(" AND b.status IN ('building', 'pushing')");
+            }
+            Status::Ready | Status::Failed | Status::Cancelled => {
+                query.push(" AND b.completed_at IS NOT NULL");
+            }
+        }
     }
-    for (name, content) in &filter.tags {
+    for (name, content) in tags {
         query
             .push(
                 " AND EXISTS (SELECT 1 FROM build_tags AS t WHERE t.build_id = b.id AND t.name = ",
@@ -109,13 +146,23 @@ pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>,
             .push_bind(content.clone())
             .push(")");
     }
+    let (created_at, id) = order;
     if let Some(before) = &filter.before {
         query
-            .push(" AND (b.created_at, b.id) < (SELECT c.created_at, c.id FROM builds AS c WHERE c.id = ")
+            .push(format!(
+                " AND ({created_at}, {id}) < (SELECT c.created_at, c.id FROM builds AS c WHERE c.id = "
+            ))
             .push_bind(before.as_str().to_owned())
             .push(")");
     }
-    query.push(" ORDER BY b.created_at DESC, b.id DESC LIMIT ").push_bind(i64::from(filter.limit));
+    query
+        .push(format!(" ORDER BY {created_at} DESC, {id} DESC LIMIT "))
+        .push_bind(i64::from(filter.limit));
+    query
+}
+
+pub(super) async fn list(db: &SqlitePool, filter: &Filter) -> Result<Vec<Build>, StoreError> {
+    let mut query = listing(filter);
     let mut rows = query.build().fetch(db);
     let mut listed = Vec::new();
     while let Some(row) = rows.try_next().await.map_err(failed("list builds"))? {

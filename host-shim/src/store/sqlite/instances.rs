@@ -99,7 +99,7 @@ pub(super) async fn save(db: &mut SqliteConnection, instance: &Instance) -> Resu
     Ok(())
 }
 
-pub(super) async fn delete(db: &SqlitePool, id: &InstanceId) -> Result<(), StoreError> {
+pub(super) async fn delete(db: &mut SqliteConnection, id: &InstanceId) -> Result<(), StoreError> {
     let deleted = sqlx::query("DELETE FROM instances WHERE id = $1")
         .bind(id.as_str())
         .execute(db)

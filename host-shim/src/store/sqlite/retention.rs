@@ -158,17 +158,16 @@ pub(super) async fn remove(
 }
 
 /// Gives pages that are free back to the file system; whether there are more.
-pub(super) async fn shrink(db: &SqlitePool) -> Result<bool, StoreError> {
+pub(super) async fn shrink(db: &mut SqliteConnection) -> Result<bool, StoreError> {
     let shrink = "give back free pages";
-    let mut db = db.acquire().await.map_err(failed(shrink))?;
-    let before = free_pages(&mut db).await?;
+    let before = free_pages(db).await?;
     if before == 0 {
         return Ok(false);
     }
     let give = sqlx::AssertSqlSafe(format!("PRAGMA incremental_vacuum({PAGES})"));
     sqlx::query(give).execute(&mut *db).await.map_err(failed(shrink))?;
     // Where none is given back, it would not be the next time either.
-    Ok((1..before).contains(&free_pages(&mut db).await?))
+    Ok((1..before).contains(&free_pages(db).await?))
 }
 
 async fn free_pages(db: &mut SqliteConnection) -> Result<i64, StoreError> {

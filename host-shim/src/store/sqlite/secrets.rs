@@ -11,7 +11,7 @@ use crate::secrets::Sealed;
 use crate::store::{SecretRecord, StoreError};
 
 pub(super) async fn put(
-    db: &SqlitePool,
+    db: &mut SqliteConnection,
     tenant: &Tenant,
     id: &SecretId,
     sealed: &Sealed,
@@ -64,7 +64,7 @@ pub(super) async fn all(db: &SqlitePool, tenant: &Tenant) -> Result<Vec<SecretRe
 }
 
 pub(super) async fn delete(
-    db: &SqlitePool,
+    db: &mut SqliteConnection,
     tenant: &Tenant,
     id: &SecretId,
 ) -> Result<(), StoreError> {

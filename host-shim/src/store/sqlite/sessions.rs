@@ -2,7 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{QueryBuilder, Row, Sqlite, SqlitePool};
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use super::builds::{json, parsed};
 use super::failed;
@@ -11,7 +11,7 @@ use crate::exec::{End, How, Session, Subject, Who};
 use crate::instances::InstanceId;
 use crate::store::{Role, SessionFilter, StoreError};
 
-pub(super) async fn insert(db: &SqlitePool, session: &Session) -> Result<(), StoreError> {
+pub(super) async fn insert(db: &mut SqliteConnection, session: &Session) -> Result<(), StoreError> {
     let (build, instance) = match &session.subject {
         Subject::Build(id) => (Some(id.as_str()), None),
         Subject::Instance(id) => (None, Some(id.as_str())),
@@ -47,7 +47,10 @@ pub(super) async fn insert(db: &SqlitePool, session: &Session) -> Result<(), Sto
 }
 
 /// Marks a build for ever, if it runs: what is done in a failed step that stays changes nothing of the build.
-pub(super) async fn mark_entered(db: &SqlitePool, build: &BuildId) -> Result<(), StoreError> {
+pub(super) async fn mark_entered(
+    db: &mut SqliteConnection,
+    build: &BuildId,
+) -> Result<(), StoreError> {
     let marked = sqlx::query(
         "UPDATE builds SET entered = (entered OR status IN ('building', 'pushing')) WHERE id = $1",
     )
@@ -59,7 +62,7 @@ pub(super) async fn mark_entered(db: &SqlitePool, build: &BuildId) -> Result<(),
 }
 
 /// Records an end, once.
-pub(super) async fn end(db: &SqlitePool, id: &str, end: &End) -> Result<(), StoreError> {
+pub(super) async fn end(db: &mut SqliteConnection, id: &str, end: &End) -> Result<(), StoreError> {
     let ended = sqlx::query(
         "UPDATE sessions SET ended_at = $1, how = $2, exit_code = $3, why = $4
          WHERE id = $5 AND ended_at IS NULL",
@@ -76,7 +79,7 @@ pub(super) async fn end(db: &SqlitePool, id: &str, end: &End) -> Result<(), Stor
 }
 
 /// Ends what an earlier server left open. How many there were.
-pub(super) async fn end_open(db: &SqlitePool, now: Millis) -> Result<u64, StoreError> {
+pub(super) async fn end_open(db: &mut SqliteConnection, now: Millis) -> Result<u64, StoreError> {
     let ended = sqlx::query("UPDATE sessions SET ended_at = $1, how = $2 WHERE ended_at IS NULL")
         .bind(now)
         .bind(How::ServerStopped.as_str())
@@ -91,7 +94,7 @@ pub(super) const FORGET: &str = "DELETE FROM sessions WHERE id IN
      (SELECT id FROM sessions WHERE started_at < $1 AND ended_at < $1 ORDER BY started_at, id LIMIT $2)";
 
 pub(super) async fn forget(
-    db: &SqlitePool,
+    db: &mut SqliteConnection,
     before: Millis,
     at_most: u32,
 ) -> Result<u64, StoreError> {

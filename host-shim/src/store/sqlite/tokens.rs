@@ -1,14 +1,17 @@
 //! The table `tokens`.
 
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, Sqlite, SqlitePool, Transaction};
+use sqlx::{Row, SqliteConnection, SqlitePool};
 
 use super::builds::parsed;
 use super::failed;
 use crate::build::{Millis, Tenant};
 use crate::store::{Role, StoreError, TokenRecord};
 
-pub(super) async fn insert(db: &SqlitePool, token: &TokenRecord) -> Result<(), StoreError> {
+pub(super) async fn insert(
+    db: &mut SqliteConnection,
+    token: &TokenRecord,
+) -> Result<(), StoreError> {
     let inserted = sqlx::query(
         "INSERT INTO tokens (id, hash, name, tenant, role, created_at, expires_at, revoked)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
@@ -56,7 +59,7 @@ pub(super) async fn all(db: &SqlitePool) -> Result<Vec<TokenRecord>, StoreError>
     rows.iter().map(from_row).collect()
 }
 
-pub(super) async fn revoke(db: &SqlitePool, id: &str) -> Result<(), StoreError> {
+pub(super) async fn revoke(db: &mut SqliteConnection, id: &str) -> Result<(), StoreError> {
     let revoked = sqlx::query("UPDATE tokens SET revoked = TRUE WHERE id = $1")
         .bind(id)
         .execute(db)
@@ -66,7 +69,7 @@ pub(super) async fn revoke(db: &SqlitePool, id: &str) -> Result<(), StoreError> 
 }
 
 pub(super) async fn used(
-    tx: &mut Transaction<'_, Sqlite>,
+    db: &mut SqliteConnection,
     uses: &[(String, Millis)],
 ) -> Result<(), StoreError> {
     for (id, at) in uses {
@@ -76,7 +79,7 @@ pub(super) async fn used(
         )
         .bind(id)
         .bind(at)
-        .execute(&mut **tx)
+        .execute(&mut *db)
         .await
         .map_err(failed("store when tokens were used"))?;
     }
