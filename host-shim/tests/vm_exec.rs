@@ -4,10 +4,14 @@
 
 mod support;
 
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use support::{BASE, Server, text};
 
@@ -122,6 +126,11 @@ fn vm_a_running_build_is_entered() {
     assert!(out.status.success() && text(out.stdout).starts_with("/dev/pts/"));
     let out = output(exec(&server, &id, &["--timeout", "1"], &["sleep", "1000"]));
     assert_eq!(out.status.code(), Some(124), "{}", text(out.stderr));
+    // A signal is the command's, which ends as it likes.
+    let waits = "trap 'exit 9' TERM; echo begun; while :; do sleep 1 & wait; done";
+    let mut child = begun(exec(&server, &id, &[], &["sh", "-c", waits]));
+    kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(9), "{}", server.log());
     // The VM itself has another root than the step.
     let out = output(exec(&server, &id, &["--vm"], &["cat", "/proc/1/comm"]));
     assert!(out.status.success(), "{}", text(out.stderr));
@@ -329,6 +338,15 @@ fn vm_a_running_image_is_entered() {
     server.stop();
 }
 
+/// Names, modes and times. No umask gives these modes; of the set-user-id bit nothing arrives. A directory is behind what is in it.
+const ENTRIES: [(&str, u32, u64); 5] = [
+    ("run", 0o750, 1_000_000_000),
+    ("odd", 0o604, 981_173_106),
+    ("sub/own", 0o4755, 1),
+    ("sub/same", 0o4755, 1),
+    ("sub", 0o1777, 1_234_567_890),
+];
+
 #[test]
 fn vm_files_are_copied_both_ways() {
     let server = Server::start();
@@ -342,11 +360,34 @@ fn vm_files_are_copied_both_ways() {
     let bytes = every_byte();
     std::fs::write(at("in/sub/file"), &bytes).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", at("in/link")).unwrap();
+    for name in ["run", "odd", "sub/own"] {
+        std::fs::write(at("in").join(name), name).unwrap();
+    }
+    std::fs::hard_link(at("in/sub/own"), at("in/sub/same")).unwrap();
+    for (name, mode, seconds) in ENTRIES {
+        let file = std::fs::File::open(at("in").join(name)).unwrap();
+        file.set_permissions(Permissions::from_mode(mode)).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+    }
     // Relative to the step's directory, then absolute, through a link of the container's.
     ended(&server, &cp(&[&here("in"), &there("new")]), 0, "");
     let look = ["sh", "-c", "readlink new/link; stat -c '%u %s' new/sub/file; ln -s /srv /tmp/l"];
     ended(&server, &output(exec(&server, &id, &[], &look)), 0, "/etc/passwd\n0 1048576\n");
+    let look = "cd new; stat -c '%n %a %Y' run odd sub/own sub/same sub; [ sub/own -ef sub/same ] && \
+        chmod 4755 sub/own && cat run odd sub/same";
+    let modes: String = ENTRIES
+        .map(|(name, mode, seconds)| format!("{name} {:o} {seconds}\n", mode & 0o1777))
+        .concat();
+    let out = output(exec(&server, &id, &[], &["sh", "-c", look]));
+    ended(&server, &out, 0, &(modes + "runoddsub/own"));
     ended(&server, &cp(&[&there("/tmp/l/work/new/."), &here("out")]), 0, "");
+    let arrived = |name: &str| std::fs::metadata(at("out").join(name)).unwrap();
+    for (name, mode, seconds) in ENTRIES {
+        let is = (arrived(name).mode() & 0o7777, arrived(name).mtime());
+        assert_eq!(is, (mode & 0o1777, i64::try_from(seconds).unwrap()), "{name}");
+    }
+    assert_eq!(arrived("sub/own").ino(), arrived("sub/same").ino());
+    assert_eq!(std::fs::read(at("out/sub/same")).unwrap(), b"sub/own");
     assert!(std::fs::read(at("out/sub/file")).unwrap() == bytes);
     assert_eq!(std::fs::read_link(at("out/link")).unwrap().to_str(), Some("/etc/passwd"));
     let out = cp(&[&there("/etc/passwd"), "-"]);

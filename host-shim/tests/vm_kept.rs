@@ -12,14 +12,17 @@ use std::time::{Duration, Instant};
 use kiln_protocol::frame::{self, FrameReader};
 use kiln_protocol::hello::{Hello, HelloReply, MAGIC, RejectReason, Resume, TOKEN_LEN};
 use kiln_protocol::port;
+use kiln_protocol::preamble::{Channel, Preamble};
 use kiln_protocol::version::{Features, SUPPORTED};
 use serde_json::{Value, json};
 use support::{BASE, Server, text};
 
-/// Ends with 42 after half of its work.
+/// Ends with 42 after half of its work, as a user of its own.
 const STEP: &str = "
 ENV COLOR=green
 WORKDIR /srv/work
+RUN chown www-data:www-data .
+USER www-data
 RUN echo half > half.txt && test -e whole.txt || exit 42
 RUN echo never
 ";
@@ -104,6 +107,12 @@ fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
 
     let look = exec(&server, &id, &[], "pwd; cat half.txt; echo $COLOR; exit 7");
     said(&server, &look, 7, "/srv/work\nhalf\ngreen\n");
+    // It is the step's user, and somebody else where that is said.
+    let who = "id -un; id -gn; echo $HOME; stat -c %U half.txt; ls /root";
+    let out = exec(&server, &id, &[], who);
+    said(&server, &out, 2, "www-data\nwww-data\n/var/www\nwww-data\n");
+    assert!(text(out.stderr).contains("Permission denied"));
+    said(&server, &exec(&server, &id, &["-u", "root"], who), 0, "root\nroot\n/root\nwww-data\n");
     // The failed command, again: it fails as it did, and works once its cause is gone.
     let again = "echo half > half.txt && test -e whole.txt || exit 42";
     said(&server, &exec(&server, &id, &[], again), 42, "");
@@ -130,7 +139,8 @@ fn vm_a_failed_step_is_entered_while_another_build_has_its_place() {
     until_paused(qemu);
     fs::write(&file, "other").unwrap();
     said(&server, &server.run(&["cp", here, &there]), 0, "");
-    said(&server, &exec(&server, &id, &[], "cat half.txt"), 0, "other");
+    let copied = exec(&server, &id, &[], "cat half.txt; stat -c ' %U' half.txt");
+    said(&server, &copied, 0, "other www-data\n");
     // What is entered after its end is not marked as a build that was meddled with.
     let build = server.show(&id);
     assert_eq!((&build["status"], &build["entered"]), (&json!("failed"), &json!(false)));
@@ -233,15 +243,31 @@ fn forged(server: &Server, id: &str, resume: Option<Resume>) -> Option<HelloRepl
         image: String::new(),
         resume,
     };
-    let port = port::CONTROL.to_string();
+    let heard = dialled(server, id, port::CONTROL, &frame::encode(&hello).unwrap());
+    let read = async { FrameReader::new(&heard[..]).read().await.unwrap() };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    (!heard.is_empty()).then(|| runtime.block_on(read))
+}
+
+/// What root in a VM hears that dials a port of the host's and says this.
+fn dialled(server: &Server, id: &str, port: u32, said: &[u8]) -> Vec<u8> {
+    let port = port.to_string();
     let mut dials = server.kiln(&["exec", "--vm", "-i", id, "--", "perl", "-e", DIALS, &port]);
     let mut child = dials.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(&frame::encode(&hello).unwrap()).unwrap();
+    child.stdin.take().unwrap().write_all(said).unwrap();
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", server.log());
-    let read = async { FrameReader::new(&out.stdout[..]).read().await.unwrap() };
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    (!out.stdout.is_empty()).then(|| runtime.block_on(read))
+    out.stdout
+}
+
+/// A request to the registry as the agent forwards it: with the nonce of the VM, which root in it can get hold of.
+fn pull(server: &Server, id: &str) -> Vec<u8> {
+    let notes = server.data().with_file_name("run").join(id).join("session.json");
+    let notes: Value = serde_json::from_slice(&fs::read(notes).unwrap()).unwrap();
+    let nonce: Vec<u8> = serde_json::from_value(notes["nonce"].clone()).unwrap();
+    let preamble = Preamble::new(Channel::Registry, nonce.try_into().unwrap()).encode();
+    let request = "GET /v2/base/debian/tags/list HTTP/1.1\r\nHost: registry.kiln\r\n\r\n";
+    [&preamble[..], request.as_bytes()].concat()
 }
 
 /// Root in a VM has all that its agent has, but the token of the connection that is open.
@@ -259,6 +285,9 @@ fn vm_what_an_entered_vm_forges_is_refused() {
         let heard = forged(&server, &id, resume);
         assert!(matches!(&heard, Some(HelloReply::Reject(r)) if r.reason == why), "{heard:?}");
     }
+    let pull = pull(&server, &id);
+    let answer = dialled(&server, &id, port::REGISTRY, &pull);
+    assert!(answer.starts_with(b"HTTP/1.1 200 "), "{}", text(answer));
     // The agent's own connection is still the build's.
     let _ = exec(&server, &id, &[], "echo go > /tmp/go");
     follow.drain();
@@ -270,6 +299,8 @@ fn vm_what_an_entered_vm_forges_is_refused() {
     for resume in [None, guessed] {
         assert_eq!(forged(&server, &id, resume), None, "{}", server.log());
     }
+    // Neither does the registry answer what it answered before.
+    assert_eq!(text(dialled(&server, &id, port::REGISTRY, &pull)), "", "{}", server.log());
     said(&server, &exec(&server, &id, &[], "echo still there"), 0, "still there\n");
     assert_eq!(server.show(&id), build);
     server.stop();

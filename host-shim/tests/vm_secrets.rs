@@ -6,15 +6,24 @@ mod support;
 
 use std::process::Stdio;
 
+use kiln_protocol::secret::MAX_SECRET_VALUE;
+use sha2::{Digest as _, Sha256};
+use support::holders::{Holder, holders};
 use support::image::Image;
 use support::{Server, sha256, text};
 
 /// Spaces, a NUL, bytes that are no UTF-8, and a newline at the end.
 const FILE: &[u8] = b" hunter2-file\0\xff \n";
 const TENANT: &str = "hunter2-of-the-tenant";
+/// What that is afterwards.
+const CHANGED: &str = "hunter2-of-the-tenant, changed";
 const ENVIRONMENT: &str = "hunter2-of-the-environment\n";
+/// In the midst of the largest secret.
+const LARGE: &str = "hunter2-of-the-large";
+/// No secret: a step writes it to the image; the Dockerfile has it in capitals.
+const PUBLIC: &str = "published in a layer only";
 
-/// Values are compared by their sums, which are in the history.
+/// Values are compared by their sums, which are in the history; of the one that changes the log has the sum.
 const DOCKERFILE: &str = r#"FROM scratch
 COPY --chmod=755 busybox /bin/busybox
 SHELL ["/bin/busybox", "sh", "-ec"]
@@ -24,8 +33,12 @@ RUN --mount=type=secret,id=file \
 RUN --mount=type=secret,id=file,target=/else/where,mode=0444,uid=7,gid=8 \
     [ "$(sha256sum </else/where)" = "@FILE@  -" ] && [ "$(stat -c '%a %u:%g' /else/where)" = "444 7:8" ]
 RUN --mount=type=secret,id=tenant,env=TOKEN \
-    [ "$(printf %s "$TOKEN" | sha256sum)" = "@TENANT@  -" ] && [ ! -e /run/secrets/tenant ] && [ ! -e /dev/kiln-secret-variables ]
+    [ ! -e /run/secrets/tenant ] && [ ! -e /dev/kiln-secret-variables ] && printf %s "$TOKEN" | sha256sum
+RUN --mount=type=secret,id=large --mount=type=secret,id=file --mount=type=secret,id=tenant \
+    [ "$(sha256sum </run/secrets/large)" = "@LARGE@  -" ] && [ "$(sha256sum </run/secrets/file)" = "@FILE@  -" ] && \
+    [ "$(stat -c %s /run/secrets/large)" = 524288 ] && sha256sum </run/secrets/tenant
 RUN [ -z "$TOKEN" ] && [ ! -e /run/secrets/file ] && [ ! -s /else/where ]
+RUN echo "@PUBLIC@" | tr A-Z a-z >/public
 RUN [ "$(printf %s "$EVERY" | sha256sum)" = "@ENVIRONMENT@  -" ]
 RUN --mount=type=secret,id=other [ ! -e /run/secrets/other ]
 "#;
@@ -35,40 +48,65 @@ fn vm_secrets_reach_the_steps_that_ask_and_nothing_else() {
     let server = Server::start();
     set(&server, "tenant", TENANT);
     let busybox = std::fs::read("/bin/busybox").unwrap();
+    let large = large();
     let dockerfile = DOCKERFILE
         .replace("@FILE@", &sha256(FILE))
-        .replace("@TENANT@", &sha256(TENANT.as_bytes()))
+        .replace("@LARGE@", &sha256(&large))
+        .replace("@PUBLIC@", &PUBLIC.to_uppercase())
         .replace("@ENVIRONMENT@", &sha256(ENVIRONMENT.as_bytes()));
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("value"), FILE).unwrap();
+    let file = |id: &str, value: &[u8]| {
+        std::fs::write(dir.path().join(id), value).unwrap();
+        format!("id={id},src={}", dir.path().join(id).display())
+    };
+    let (file, large) = (file("file", FILE), file("large", &large));
     let source = support::source(&[("Dockerfile", dockerfile.as_bytes()), ("busybox", &busybox)]);
-    let out = server
-        .kiln(&["build", source.path().to_str().unwrap(), "--progress", "plain", "--cpus", "1"])
-        .args(["--secret", &format!("id=file,src={}", dir.path().join("value").display())])
-        .args([
-            "--secret",
-            "id=tenant",
-            "--secret",
-            "id=environment,env=KILN_TEST_VALUE,env_var=EVERY",
-        ])
-        .env("KILN_TEST_VALUE", ENVIRONMENT)
-        .output()
-        .unwrap();
-    let log = text(out.stderr);
-    assert!(out.status.success(), "{log}\n{}", server.log());
+    let build = || {
+        let flags = ["--progress", "plain", "--cpus", support::CPUS, "--secret", &file];
+        let out = server
+            .kiln(&[&["build", source.path().to_str().unwrap()][..], &flags].concat())
+            .args(["--secret", &large, "--secret", "id=tenant"])
+            .args(["--secret", "id=environment,env=KILN_TEST_VALUE,env_var=EVERY"])
+            .env("KILN_TEST_VALUE", ENVIRONMENT)
+            .output()
+            .unwrap();
+        let log = text(out.stderr);
+        assert!(out.status.success(), "{log}\n{}", server.log());
+        (log, text(out.stdout).trim().to_owned())
+    };
+    let (log, image) = build();
     assert!(!log.contains("hunter2-file"), "{log}");
+    let sums = [TENANT, CHANGED].map(|value| sha256(value.as_bytes()));
+    let seen = |log: &str| [0, 1].map(|n| log.matches(&sums[n]).count());
+    assert_eq!(seen(&log), [2, 0], "{log}");
+
+    // Another value: the same build once more has that, and nothing of the one before.
+    set(&server, "tenant", CHANGED);
+    let (log, _) = build();
+    assert_eq!(seen(&log), [0, 2], "{log}");
 
     // The image has none of it: no file, no variable, no trace in its history.
-    let image = Image::copy(&server, text(out.stdout).trim());
-    for secret in ["hunter2-file", TENANT, "hunter2-of-the-environment"] {
+    let image = Image::copy(&server, &image);
+    let secrets = ["hunter2-file", TENANT, "hunter2-of-the-environment", LARGE];
+    for secret in secrets {
         assert!(!image.holds(secret.as_bytes()), "{secret} is in the image");
     }
-    // Nor has the server's disk.
-    for secret in ["hunter2-file", TENANT, "hunter2-of-the-environment"] {
-        let found = holders(&server.data(), secret.as_bytes());
-        assert!(found.is_empty(), "{secret} is in {found:?}");
-    }
+    // Nor has the server's disk, where the image's layers are found packed.
+    let found = holders(&server.data(), &[&secrets[..], &[PUBLIC]].concat());
+    let public = |holder: &Holder| holder.packed && holder.text == PUBLIC;
+    assert!(!found.is_empty() && found.iter().all(public), "{found:?}");
+    assert!(image.holds(PUBLIC.as_bytes()));
     server.stop();
+}
+
+/// As long as a secret can be, with every byte in it and no newline at its end.
+fn large() -> Vec<u8> {
+    let mut value: Vec<u8> =
+        (0_u32..1 << 14).flat_map(|n| Sha256::digest(n.to_be_bytes()).to_vec()).collect();
+    assert_eq!(value.len(), MAX_SECRET_VALUE);
+    value[300_000..][..LARGE.len()].copy_from_slice(LARGE.as_bytes());
+    *value.last_mut().unwrap() = 0xff;
+    value
 }
 
 /// What steps print of a secret, in the forms that docs/SECRETS.md lists, and in two writes.
@@ -108,7 +146,7 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
     assert!(log.contains("raw <***>"), "{log}");
     assert!(server.log().contains("a step was refused"), "{}", server.log());
     assert!(log.contains("the secret short is not masked"), "{log}");
-    for form in [
+    let forms = [
         canary,
         "hunter2%2Fcanary",
         "68756e746572322f",
@@ -117,16 +155,21 @@ fn vm_what_a_build_prints_of_its_secrets_is_masked_everywhere() {
         "odW50ZXIyL2Nh",
         ADDRESS,
         &ADDRESS.to_lowercase(),
-    ] {
+    ];
+    for form in forms {
         assert!(!server.log().contains(form), "{form}:\n{}", server.log());
         assert!(!log.contains(form), "{form}:\n{log}");
-        let found = holders(&server.data(), form.as_bytes());
-        assert!(found.is_empty(), "{form} is in {found:?}");
     }
+    // The log is there, and what it has of them is not.
+    let found = holders(&server.data(), &[&forms[..], &["raw <***>"]].concat());
+    assert!(
+        !found.is_empty() && found.iter().all(|holder| holder.text == "raw <***>"),
+        "{found:?}"
+    );
     server.stop();
 }
 
-/// In a file, as it is or packed in base64; and in the image's configuration, by the build's own arguments.
+/// In a file, as it is, in base64, hex or URL-encoded; and in the image's configuration, by the build's own arguments.
 #[test]
 fn vm_an_image_that_holds_a_secret_is_not_published() {
     let server = Server::start();
@@ -156,11 +199,19 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
     let packed =
         "RUN --mount=type=secret,id=key mkdir -p /etc; base64 </run/secrets/key >/etc/npmrc";
     leaks(packed, &[], "file `etc/npmrc`");
-    // Of neither is anything left on the server, staging and database included.
-    for form in [value, "aHVudGVyMi9jYW5hcnkrdmFsdW"] {
-        let found = holders(&server.data(), form.as_bytes());
-        assert!(found.is_empty(), "{form} is in {found:?}");
-    }
+    let encoded = "RUN --mount=type=secret,id=key sed 's|/|%2f|; s|+|%2b|' /run/secrets/key >/url";
+    leaks(encoded, &[], "file `url`");
+    let digits = "RUN --mount=type=secret,id=key od -An -tx1 /run/secrets/key | tr -d ' \\n' >/hex";
+    leaks(digits, &[], "file `hex`");
+    // Of none is anything left on the server, staging and database included.
+    let hex = hex::encode(value);
+    let forms =
+        [value, "aHVudGVyMi9jYW5hcnkrdmFsdW", &hex, "hunter2%2fcanary%2bvalue", "hunter2%2Fcanary"];
+    let base = "PRETTY_NAME=\"Debian";
+    let found = holders(&server.data(), &[&forms[..], &[base]].concat());
+    // What is packed is looked through: so is the base image, a file of which is found.
+    let published = |holder: &Holder| holder.packed && holder.text == base;
+    assert!(!found.is_empty() && found.iter().all(published), "{found:?}");
     // The argument is the user's own, and kept with the build.
     let argument = format!("KEY={value}");
     for line in ["ENV TOKEN=$KEY", "LABEL token=$KEY"] {
@@ -175,11 +226,11 @@ fn vm_an_image_that_holds_a_secret_is_not_published() {
         .output()
         .unwrap();
     assert!(!inspected.status.success());
-    // Not even its name. The base image was published, so that there is something to look through.
+    // Not even its name, where the base image has one.
     let repositories = server.data().join("registry/storage/docker/registry/v2/repositories");
     let of_tenant = |tenant: &str, name: &str| repositories.join(tenant).join(name).exists();
     assert!(of_tenant("base", "debian") && !of_tenant("dev", "leak"));
-    let found = holders(&server.data().join("registry"), value.as_bytes());
+    let found = holders(&server.data().join("registry"), &forms);
     assert!(found.is_empty(), "{found:?}");
     server.stop();
 }
@@ -203,25 +254,4 @@ fn set(server: &Server, id: &str, value: &str) {
     assert!(child.wait().unwrap().success());
     let listed = text(server.run(&["secret", "ls"]).stdout);
     assert!(listed.contains(id) && !listed.contains(value), "{listed}");
-}
-
-/// Files below a directory that hold these bytes.
-fn holders(dir: &std::path::Path, bytes: &[u8]) -> Vec<std::path::PathBuf> {
-    let mut found = vec![];
-    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        let path = entry.path();
-        let kind = entry.file_type().unwrap();
-        // Empty disks of many GiB.
-        if path.ends_with("templates") {
-            continue;
-        }
-        if kind.is_dir() {
-            found.extend(holders(&path, bytes));
-        } else if kind.is_file()
-            && std::fs::read(&path).unwrap().windows(bytes.len()).any(|window| window == bytes)
-        {
-            found.push(path);
-        }
-    }
-    found
 }

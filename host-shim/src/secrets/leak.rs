@@ -161,6 +161,63 @@ mod tests {
         assert_eq!(leak(&gzip(&archive(&[("a", b"hunter2/canary")]))), None);
     }
 
+    /// With signs that URLs do not have, and digits of base64 in which the alphabets differ wherever it stands.
+    const EVERY: &[u8] = b"hunter2/canary+value>>>???~~~";
+
+    /// As other programs write it: bytes in one notation or the other, URLs with what they leave.
+    fn forms() -> Vec<(&'static str, Vec<u8>)> {
+        use base64::Engine as _;
+        use base64::engine::general_purpose::{STANDARD, URL_SAFE, URL_SAFE_NO_PAD};
+        let hex = |digit: fn(&u8) -> String| EVERY.iter().map(digit).collect::<String>();
+        let mut forms = vec![
+            ("raw", EVERY.to_vec()),
+            ("hex", hex(|byte| format!("{byte:02x}")).into()),
+            ("HEX", hex(|byte| format!("{byte:02X}")).into()),
+            ("RFC 3986", b"hunter2%2Fcanary%2Bvalue%3E%3E%3E%3F%3F%3F~~~".to_vec()),
+            ("rfc 3986", b"hunter2%2fcanary%2bvalue%3e%3e%3e%3f%3f%3f~~~".to_vec()),
+            ("forms", b"hunter2%2Fcanary%2Bvalue%3E%3E%3E%3F%3F%3F%7E%7E%7E".to_vec()),
+        ];
+        for before in [&b""[..], b"x", b"xy"] {
+            let whole = [before, EVERY, b"."].concat();
+            let (standard, url) = (STANDARD.encode(&whole), URL_SAFE.encode(&whole));
+            assert_ne!(standard, url);
+            let bare = URL_SAFE_NO_PAD.encode(&whole);
+            forms.extend(
+                [("base64", standard), ("base64url", url), ("unpadded", bare)]
+                    .map(|(name, text)| (name, text.into_bytes())),
+            );
+        }
+        forms
+    }
+
+    /// Each of them, in each kind of layer, whole in what is read at once and cut at its ends and in the middle.
+    #[test]
+    fn every_form_is_found_in_every_kind_of_layer() {
+        let mut masker = Masker::default();
+        masker.add("npm", EVERY).unwrap();
+        let gate = masker.into_gate();
+        let packings: [fn(&[u8]) -> Vec<u8>; 3] =
+            [<[u8]>::to_vec, gzip, |tar| zstd::encode_all(tar, 1).unwrap()];
+        for (name, form) in forms() {
+            for read in [0, 1, form.len() / 2, form.len() - 1] {
+                // Behind two headers of 512 bytes.
+                let before = vec![b'='; CHUNK - 2 * 512 - read];
+                let tar = |form: &[u8]| {
+                    let content = [&before[..], form, &[b'='; 100]].concat();
+                    archive(&[("clean", b""), ("etc/npmrc", &content)])
+                };
+                let mut other = form.clone();
+                other[form.len() / 2] = b'=';
+                for pack in packings {
+                    let search =
+                        |tar: Vec<u8>| in_layer(&gate, file(&pack(&tar)), &bounds(1 << 30));
+                    assert_eq!(search(tar(&form)).unwrap(), at("etc/npmrc"), "{name}, {read}");
+                    assert_eq!(search(tar(&other)).unwrap(), None, "{name}, {read}");
+                }
+            }
+        }
+    }
+
     /// At every place in the chunks that are read.
     #[test]
     fn a_secret_is_found_across_reads() {

@@ -1,4 +1,6 @@
-//! Secrets over the API: values go in, and come out for a build's VM alone.
+//! Secrets over the API, and by `kiln secret`: values go in, and come out for a build's VM alone.
+
+use std::process::{Output, Stdio};
 
 use kiln::build::{Build, Status, Tenant};
 use kiln::secrets::{self, Sealed};
@@ -7,6 +9,8 @@ use kiln_protocol::secret::{MAX_SECRET_VALUE, MAX_SECRETS, SecretAnswer, SecretI
 use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
 
 use crate::support::{Client, Server, form, id_of, refusal, server};
 
@@ -195,4 +199,128 @@ async fn a_tenant_has_at_most_so_many_secrets() {
     assert_eq!(put(&acme, "s0", b"another").await.status(), 204);
     let other = server.client("other", Role::Tenant).await;
     assert_eq!(put(&other, "s0", b"x").await.status(), 204);
+}
+
+/// `kiln secret ARGS…` with these bytes on its standard input.
+async fn kiln(client: &Client<'_>, args: &[&str], input: &[u8]) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .arg("secret")
+        .args(args)
+        .env("KILN_URL", client.url(""))
+        .env("KILN_TOKEN", client.authorization().unwrap().strip_prefix("Bearer ").unwrap())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let feed = async move {
+        // It need not read what it does not want.
+        let _ = stdin.write_all(input).await;
+    };
+    tokio::join!(feed, child.wait_with_output()).1.unwrap()
+}
+
+#[track_caller]
+fn ended(output: &Output, code: i32, stdout: &str, stderr: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), stdout, "{said}");
+    assert!(if stderr.is_empty() { said.is_empty() } else { said.contains(stderr) }, "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cli_values_are_set_from_files_and_from_standard_input() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, value: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, value).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // As long as it may be, and with every byte; nothing is trimmed, and nothing is a value as well.
+    let most: Vec<u8> = (0..=u8::MAX).cycle().take(MAX_SECRET_VALUE).collect();
+    let (src, src_most) = (file("value", VALUE), file("most", &most));
+    for (id, more, input) in [
+        ("file", &["--src", &src][..], &b"not this"[..]),
+        ("stdin", &[], VALUE),
+        ("most", &["--src", &src_most], b""),
+        ("most.stdin", &[], &most),
+        ("empty", &[], b""),
+        ("empty", &["--src", "/dev/null"], b""),
+    ] {
+        ended(&kiln(&acme, &[&["set", id], more].concat(), input).await, 0, "", "");
+    }
+    let declared = ["file", "stdin", "most", "most.stdin", "empty"].map(|id| json!({"id": id}));
+    let form = Form::new().text("secrets", json!(declared).to_string());
+    let made = acme.submit(form.part("source", crate::support::source())).await;
+    let build = server.store.build(&id_of(&made)).await.unwrap().unwrap();
+    for (id, expected) in
+        [("file", VALUE), ("stdin", VALUE), ("most", &most), ("most.stdin", &most), ("empty", b"")]
+    {
+        assert!(value(asked(&server, &build, id).await) == expected, "{id}");
+    }
+    // What is there is replaced.
+    ended(&kiln(&acme, &["set", "stdin"], b"another").await, 0, "", "");
+    assert_eq!(value(asked(&server, &build, "stdin").await), b"another");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cli_values_that_cannot_be_are_refused() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    let dir = tempfile::tempdir().unwrap();
+    let more = vec![7; MAX_SECRET_VALUE + 1];
+    let (path, none) = (dir.path().join("more"), dir.path().join("none"));
+    std::fs::write(&path, &more).unwrap();
+    let at = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let too_large = "kiln: the secret has more than 524288 bytes\n";
+    ended(&kiln(&acme, &["set", "more"], &more).await, 2, "", too_large);
+    ended(&kiln(&acme, &["set", "more", "--src", &at(&path)], b"").await, 2, "", too_large);
+    // Of one that never ends no more is read.
+    ended(&kiln(&acme, &["set", "more", "--src", "/dev/zero"], b"").await, 2, "", too_large);
+    let missing = kiln(&acme, &["set", "more", "--src", &at(&none)], b"x").await;
+    ended(&missing, 2, "", &format!("the secret's file {}: No such file", none.display()));
+    for args in [&["set", ".hidden"][..], &["set", "a/b"], &["rm", "a b"], &["set"], &[]] {
+        assert_eq!(kiln(&acme, args, b"x").await.status.code(), Some(2), "{args:?}");
+    }
+    assert_eq!(acme.json("/secrets").await, json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cli_secrets_are_listed_and_removed() {
+    let server = server().await;
+    let acme = server.client("acme", Role::Tenant).await;
+    ended(&kiln(&acme, &["ls"], b"").await, 0, "ID  CREATED  UPDATED\n", "");
+    for id in ["npm.token", "a"] {
+        ended(&kiln(&acme, &["set", id], b"hunter2-of-acme").await, 0, "", "");
+    }
+    let listed = acme.json("/secrets").await;
+    let row = |n: usize| {
+        let field = |name: &str| listed[n][name].as_str().unwrap().to_owned();
+        (field("id"), field("created_at"), field("updated_at"))
+    };
+    let ((a, a_created, a_updated), (npm, npm_created, npm_updated)) = (row(0), row(1));
+    let width = a_created.len().max(npm_created.len());
+    let line =
+        |id: &str, created: &str, updated: &str| format!("{id:9}  {created:width$}  {updated}\n");
+    let table = [
+        line("ID", "CREATED", "UPDATED"),
+        line(&a, &a_created, &a_updated),
+        line(&npm, &npm_created, &npm_updated),
+    ];
+    ended(&kiln(&acme, &["ls"], b"").await, 0, &table.concat(), "");
+    // Nobody else sees it, or removes it.
+    let other = server.client("other", Role::Tenant).await;
+    ended(&kiln(&other, &["ls"], b"").await, 0, "ID  CREATED  UPDATED\n", "");
+    ended(&kiln(&other, &["rm", "a"], b"").await, 1, "", "kiln: there is no such secret");
+    let reader = server.client("acme", Role::Reader).await;
+    ended(&kiln(&reader, &["ls"], b"").await, 3, "", "kiln: ");
+
+    ended(&kiln(&acme, &["rm", "a"], b"").await, 0, "", "");
+    ended(&kiln(&acme, &["rm", "a"], b"").await, 1, "", "kiln: there is no such secret");
+    let left = acme.json("/secrets").await;
+    assert_eq!((&left[0]["id"], left.as_array().unwrap().len()), (&json!("npm.token"), 1));
 }

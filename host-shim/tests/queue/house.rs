@@ -47,6 +47,15 @@ impl House {
 
     /// The same, in which no build waits longer than that.
     pub async fn that(max_vms: usize, longest: Duration) -> Self {
+        Self::of(max_vms, longest, 0).await
+    }
+
+    /// The same, in which so many VMs of builds that failed may stay.
+    pub async fn keeping(max_vms: usize, most: usize) -> Self {
+        Self::of(max_vms, Duration::from_secs(3600), most).await
+    }
+
+    async fn of(max_vms: usize, longest: Duration, most_kept: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let [qemu, vsock_device] = programs(dir.path());
@@ -74,7 +83,7 @@ impl House {
             store: store.clone(),
             events,
             vmm: Vmm::new(config).await.unwrap(),
-            kept: Kept::new(0),
+            kept: Kept::new(most_kept),
             capacity: Capacity::new(MEMORY_MB, dir.path().into()),
             // Nobody is there.
             backing: Backing::external("http://127.0.0.1:1", None).unwrap(),
@@ -127,6 +136,12 @@ impl House {
         self.insert(name, tenant, 10, kiln::clock::now(), request).await
     }
 
+    /// One that wants so much memory and whose VM stays when a step fails.
+    pub async fn kept(&self, name: &str, tenant: &str, memory_mb: u32) -> BuildId {
+        let request = Request { memory_mb, keep_failed_seconds: 600, ..request() };
+        self.insert(name, tenant, 10, kiln::clock::now(), request).await
+    }
+
     async fn insert(
         &self,
         name: &str,
@@ -175,7 +190,7 @@ impl House {
         }
     }
 
-    fn vm(&self, id: &BuildId) -> PathBuf {
+    pub fn vm(&self, id: &BuildId) -> PathBuf {
         self.dir.path().join("run").join(id.as_str())
     }
 

@@ -9,4 +9,5 @@ mod ends;
 mod faulty;
 mod guest;
 mod house;
+mod kept;
 mod waiting;

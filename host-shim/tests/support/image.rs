@@ -92,9 +92,15 @@ impl Image {
         std::fs::read_dir(self.dir.path()).unwrap().any(|entry| {
             let content = std::fs::read(entry.unwrap().path()).unwrap();
             let mut unpacked = vec![];
-            let is_layer = content.starts_with(&[0x1f, 0x8b]);
-            if is_layer {
-                flate2::read::MultiGzDecoder::new(&content[..]).read_to_end(&mut unpacked).unwrap();
+            match content[..] {
+                [0x1f, 0x8b, ..] => {
+                    let mut layer = flate2::read::MultiGzDecoder::new(&content[..]);
+                    layer.read_to_end(&mut unpacked).unwrap();
+                }
+                [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+                    unpacked = zstd::decode_all(&content[..]).unwrap();
+                }
+                _ => {}
             }
             within(&content) || within(&unpacked)
         })

@@ -11,6 +11,7 @@
     missing_docs
 )]
 
+pub mod holders;
 pub mod image;
 
 use std::io::{BufRead, BufReader, Read};
