@@ -98,6 +98,7 @@ impl Driver {
         journal: Arc<Journal>,
     ) -> Attended {
         let Beginning { nonce, tokens, source } = begin;
+        let goes_on = tokens.is_some();
         let started = vm.started().into();
         let params = session::Params {
             job: job(&self.workshop, &self.build),
@@ -119,7 +120,7 @@ impl Driver {
             journal,
         )
         .with_egress(record);
-        if tokens.is_some() {
+        if goes_on {
             sink = sink.begun_before();
         }
         let allowed = sink.timeout();
