@@ -91,7 +91,13 @@ fn api(dir: &Path, store: &Arc<dyn Store>, events: &EventLog) -> anyhow::Result<
         Retention::new(Arc::clone(&store), kept.clone(), sources.clone(), metrics, keep);
     let instances_dir = dir.join("instances");
     let quota = Quota::new(1 << 30);
-    let instances = Instances::new(Arc::clone(&store), Arc::new(Nobody), instances_dir, quota);
+    let instances = Instances::new(
+        Arc::clone(&store),
+        Arc::new(Nobody),
+        instances_dir,
+        quota,
+        kiln::metrics::Metrics::default(),
+    );
     Ok(router(ApiState {
         sessions: Sessions::new(Arc::clone(&store)),
         vault: Arc::new(kiln::secrets::load_or_make(dir).context("no key")?),
