@@ -262,7 +262,7 @@ fn dialled(server: &Server, id: &str, port: u32, said: &[u8]) -> Vec<u8> {
 
 /// A request to the registry as the agent forwards it: with the nonce of the VM, which root in it can get hold of.
 fn pull(server: &Server, id: &str) -> Vec<u8> {
-    let notes = server.data().with_file_name("run").join(id).join("session.json");
+    let notes = server.vm(id).join("session.json");
     let notes: Value = serde_json::from_slice(&fs::read(notes).unwrap()).unwrap();
     let nonce: Vec<u8> = serde_json::from_value(notes["nonce"].clone()).unwrap();
     let preamble = Preamble::new(Channel::Registry, nonce.try_into().unwrap()).encode();

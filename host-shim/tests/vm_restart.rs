@@ -69,10 +69,16 @@ fn vm_a_build_goes_on_when_its_server_is_killed() {
     assert!(provenance(&build).is_string());
     assert_eq!(provenance(&build), provenance(&expected));
     let ((log, ids), (of_other, _)) = (told(&server, &id), told(&server, &undisturbed));
-    assert_eq!(log, of_other);
+    assert_eq!(without_ids(&log), without_ids(&of_other));
     assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>());
     assert!(!runs(vm[0]), "{}", server.log());
     server.stop();
+}
+
+/// Each image has the time in it, and so an id and digests of its own.
+fn without_ids(log: &str) -> String {
+    let words = log.split_inclusive(|c: char| !c.is_ascii_hexdigit());
+    words.map(|word| if word.len() > 12 { "ID\n" } else { word }).collect()
 }
 
 fn runs(pid: i32) -> bool {

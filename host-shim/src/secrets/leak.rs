@@ -193,11 +193,11 @@ mod tests {
     /// Each of them, in each kind of layer, whole in what is read at once and cut at its ends and in the middle.
     #[test]
     fn every_form_is_found_in_every_kind_of_layer() {
+        type Pack = fn(&[u8]) -> Vec<u8>;
         let mut masker = Masker::default();
         masker.add("npm", EVERY).unwrap();
         let gate = masker.into_gate();
-        let packings: [fn(&[u8]) -> Vec<u8>; 3] =
-            [<[u8]>::to_vec, gzip, |tar| zstd::encode_all(tar, 1).unwrap()];
+        let packings: [Pack; 3] = [<[u8]>::to_vec, gzip, |tar| zstd::encode_all(tar, 1).unwrap()];
         for (name, form) in forms() {
             for read in [0, 1, form.len() / 2, form.len() - 1] {
                 // Behind two headers of 512 bytes.

@@ -323,13 +323,28 @@ impl Server {
     /// Stops the server as an operator does, and checks that it leaves nothing.
     pub fn stop(mut self) {
         let started = children_of(self.child.id());
+        let unfinished = self.unfinished();
         self.ask_to_stop();
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}\n{}", self.log());
         let left: Vec<_> = started.into_iter().filter_map(name_of).collect();
         assert!(left.is_empty(), "processes are left: {left:?}");
         assert_no_files(&self.dir.path().join("run"));
+        // What it did not wait for is in the queue again, with its source.
+        for id in unfinished {
+            let _ = std::fs::remove_file(self.data().join("builds").join(id).join("source"));
+        }
         assert_no_files(&self.data().join("builds"));
+    }
+
+    /// Builds that wait or run.
+    fn unfinished(&self) -> Vec<String> {
+        let listed = ["queued", "building", "pushing"].map(|status| {
+            let out = self.run(&["ls", "--limit", "200", "--status", status, "--format", "json"]);
+            serde_json::from_slice::<Vec<Value>>(&out.stdout).unwrap_or_default()
+        });
+        let ids = listed.iter().flatten().map(|build| build["id"].as_str().unwrap().to_owned());
+        ids.collect()
     }
 }
 
