@@ -7,7 +7,7 @@
 //!
 //! Everything is read from the store, in order: a wake carries no event, only that there is one. For those who have seen all
 //! that was stored it is read and made into text once, by a task of the build's, however many they are; they take it at their own pace. Who
-//! comes later, or falls behind what is kept ([`recent`]), reads the store alone until it has come up. So a slow follower
+//! comes later, or falls behind what is kept (`recent`), reads the store alone until it has come up. So a slow follower
 //! costs a page, and nobody waits for it.
 //!
 //! A follower subscribes before it looks, so that nothing falls between. A build has a channel and its task only while somebody follows

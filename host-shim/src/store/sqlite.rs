@@ -1,7 +1,7 @@
 //! The store in one SQLite file.
 //!
 //! WAL with `synchronous=FULL`: a commit is on the disk when it returns, readers never wait for the
-//! writer. One writing connection ([`writer`]), so that writers queue in the process and not in SQLite, and those who queue share a
+//! writer. One writing connection (`writer`), so that writers queue in the process and not in SQLite, and those who queue share a
 //! commit; another process (`kiln token create`) may still write between two of its transactions.
 //!
 //! One file per table: `builds` (with `claims`, which changes them, and `line`, who is next), `events`, `build_logs` (in `retention`,
