@@ -2,11 +2,11 @@
 
 use clap::builder::NonEmptyStringValueParser;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::Client;
 use super::error::{CliError, print_line};
-use super::escape::escape_json;
+use super::format::{Format, print_json};
 use super::table::table;
 
 /// Failed builds that can still be entered
@@ -41,12 +41,6 @@ enum Verb {
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
-    Table,
-    Json,
-}
-
 #[derive(Debug, Deserialize)]
 struct Lease {
     id: String,
@@ -59,10 +53,7 @@ struct Lease {
 /// Runs the command.
 pub async fn run(client: &Client, args: KeptArgs) -> Result<(), CliError> {
     match args.verb {
-        Verb::Ls { format: Format::Json } => {
-            let leases: Value = client.get(&["kept"]).await?;
-            print_line(&escape_json(&leases.to_string())).map(drop)
-        }
+        Verb::Ls { format: Format::Json } => print_json(&client.get(&["kept"]).await?),
         Verb::Ls { format: Format::Table } => {
             let leases: Vec<Lease> = client.get(&["kept"]).await?;
             print_line(&listing(&leases)).map(drop)

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::client::Client;
 use super::error::{CliError, print_line};
-use super::escape::escape_json;
+use super::format::{Format, print_json};
 use super::table::table;
 use super::view::{BuildView, duration};
 use crate::build::Status;
@@ -28,25 +28,16 @@ pub struct LsArgs {
     format: Format,
 }
 
-/// How a list is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-#[expect(missing_docs, reason = "clap would take it for help")]
-pub enum Format {
-    Table,
-    Json,
-}
-
 /// Runs the command.
 pub async fn run(client: &Client, args: LsArgs) -> Result<(), CliError> {
     let builds = collect(client, args.status.as_deref(), args.limit as usize).await?;
-    let text = match args.format {
-        Format::Json => escape_json(&Value::Array(builds).to_string()).into_owned(),
+    match args.format {
+        Format::Json => print_json(&Value::Array(builds)),
         Format::Table => {
             let views = builds.iter().map(BuildView::of).collect::<Result<Vec<_>, _>>()?;
-            listing(&views, Timestamp::now())
+            print_line(&listing(&views, Timestamp::now())).map(drop)
         }
-    };
-    print_line(&text).map(drop)
+    }
 }
 
 async fn collect(

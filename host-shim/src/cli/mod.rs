@@ -26,6 +26,7 @@ pub mod exec;
 pub mod fields;
 pub mod flag_names;
 pub mod follow;
+pub mod format;
 pub mod gc;
 pub mod instances;
 pub mod interrupt;

@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 
 use super::client::Client;
 use super::error::{CliError, print_line};
+use super::format::{Format, print_json};
 use super::secret_flag;
 use super::table::table;
 
@@ -32,7 +33,11 @@ enum SecretCommand {
         src: Option<PathBuf>,
     },
     /// List secrets, without their values
-    Ls,
+    Ls {
+        /// A table, or a JSON array of the API's secrets
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+    },
     /// Remove a secret
     Rm {
         /// What builds call it
@@ -64,7 +69,8 @@ pub async fn run(client: &Client, args: SecretArgs) -> Result<(), CliError> {
             }
             Ok(client.put(&["secrets", id.as_str()], value.to_vec()).await?)
         }
-        SecretCommand::Ls => {
+        SecretCommand::Ls { format: Format::Json } => print_json(&client.get(&["secrets"]).await?),
+        SecretCommand::Ls { format: Format::Table } => {
             let known: Vec<Known> = client.get(&["secrets"]).await?;
             let rows = known.into_iter().map(|one| [one.id, one.created_at, one.updated_at]);
             print_line(&table(["ID", "CREATED", "UPDATED"], rows)).map(drop)

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::client::Client;
 use super::error::{CliError, print_line};
-use super::escape::escape_json;
+use super::format::{Format, print_json};
 use super::table::table;
 use super::view::duration;
 
@@ -27,23 +27,16 @@ pub struct SessionsArgs {
     format: Format,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
-    Table,
-    Json,
-}
-
 /// Runs the command.
 pub async fn run(client: &Client, args: SessionsArgs) -> Result<(), CliError> {
     let sessions = collect(client, args.id.as_deref(), args.limit as usize).await?;
-    let text = match args.format {
-        Format::Json => escape_json(&Value::Array(sessions).to_string()).into_owned(),
+    match args.format {
+        Format::Json => print_json(&Value::Array(sessions)),
         Format::Table => {
             let views = sessions.iter().map(View::of).collect::<Result<Vec<_>, _>>()?;
-            listing(&views)
+            print_line(&listing(&views)).map(drop)
         }
-    };
-    print_line(&text).map(drop)
+    }
 }
 
 /// Builds and instances have one kind of id, and never the same one: what is not of the one is of the other.

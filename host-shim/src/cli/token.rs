@@ -14,6 +14,7 @@ use super::client::Client;
 use super::error::{CliError, print_line};
 use super::escape::escape;
 use super::fields;
+use super::format::{Format, print_json};
 use super::table::table;
 use crate::build::Tenant;
 
@@ -49,7 +50,11 @@ pub enum TokenCommand {
     /// Make a token and print it; it is shown only now
     Create(NewToken),
     /// List tokens
-    List,
+    List {
+        /// A table, or a JSON array of the API's tokens
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+    },
     /// Revoke a token at once
     Revoke {
         /// The token's id, as `kiln token list` shows it
@@ -118,8 +123,8 @@ impl KnownToken {
 pub trait Tokens {
     /// Makes one.
     async fn create(&self, new: &NewToken) -> Result<MadeToken, CliError>;
-    /// All that the caller may see.
-    async fn list(&self) -> Result<Vec<KnownToken>, CliError>;
+    /// All that the caller may see, as the API lists them.
+    async fn list(&self) -> Result<Value, CliError>;
     /// Revokes one.
     async fn revoke(&self, id: &str) -> Result<(), CliError>;
 }
@@ -131,8 +136,12 @@ pub async fn run(tokens: &impl Tokens, command: TokenCommand) -> Result<(), CliE
             let made = tokens.create(&new).await?;
             print_line(&escape(&made.token)).map(drop)
         }
-        TokenCommand::List => {
-            print_line(&listing(tokens.list().await?, Timestamp::now())).map(drop)
+        TokenCommand::List { format: Format::Json } => print_json(&tokens.list().await?),
+        TokenCommand::List { format: Format::Table } => {
+            let known = Vec::<KnownToken>::deserialize(tokens.list().await?).map_err(|error| {
+                CliError::host(format!("the server's tokens are not understood: {error}"))
+            })?;
+            print_line(&listing(known, Timestamp::now())).map(drop)
         }
         TokenCommand::Revoke { id } => tokens.revoke(&id).await,
     }
@@ -159,7 +168,7 @@ impl Tokens for Client {
         Ok(self.post(&["tokens"], &body).await?)
     }
 
-    async fn list(&self) -> Result<Vec<KnownToken>, CliError> {
+    async fn list(&self) -> Result<Value, CliError> {
         Ok(self.get(&["tokens"]).await?)
     }
 

@@ -312,6 +312,7 @@ async fn cli_secrets_are_listed_and_removed() {
         line(&npm, &npm_created, &npm_updated),
     ];
     ended(&kiln(&acme, &["ls"], b"").await, 0, &table.concat(), "");
+    ended(&kiln(&acme, &["ls", "--format", "json"], b"").await, 0, &format!("{listed}\n"), "");
     // Nobody else sees it, or removes it.
     let other = server.client("other", Role::Tenant).await;
     ended(&kiln(&other, &["ls"], b"").await, 0, "ID  CREATED  UPDATED\n", "");

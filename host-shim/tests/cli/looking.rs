@@ -1,7 +1,7 @@
 //! `ls`, `show`, `logs`, `cancel`, `token`.
 
 use axum::http::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
 use super::server::{Delete, Ending, Script, Server, problem, sse};
@@ -150,6 +150,10 @@ async fn tokens_are_made_listed_and_revoked() {
     ended(&output(kiln(&server, &create)).await, 0, "kiln_dev\n", &[]);
     let list = output(kiln(&server, &["token", "list"])).await;
     assert!(stdout(&list).contains("t1  valid  dev     admin  ci\\x1b[2J"), "{}", stdout(&list));
+    let json = output(kiln(&server, &["token", "list", "--format", "json"])).await;
+    let listed: Value = serde_json::from_str(&stdout(&json)).unwrap();
+    assert_eq!(listed[0]["name"], "ci\u{1b}[2J");
+    assert!(!stdout(&json).contains('\u{1b}'), "{}", stdout(&json));
     ended(&output(kiln(&server, &["token", "revoke", "t1"])).await, 0, "", &[]);
     ended(&output(kiln(&server, &["token", "revoke", "t9"])).await, 1, "", &["kiln: "]);
 }

@@ -21,6 +21,10 @@ async fn tokens_are_made_listed_and_revoked_in_a_directory() {
     assert!(listed.contains(&format!("{id}  valid  dev ")), "{listed}");
     assert!(listed.contains("LAST USED") && listed.contains("  never"), "{listed}");
 
+    let json = stdout(&run(&on(&["list", "--format", "json"])).await);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json[0]["id"], &json[0]["expired"]), (&id.clone().into(), &false.into()));
+
     let mut revoke = on(&["revoke"]);
     revoke.push(&id);
     ended(&run(&revoke).await, 0, "", &[]);

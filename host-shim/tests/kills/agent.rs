@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_protocol::event::{Built, Event, Log, LogStream, NumberedEvent, Outcome, Phase};
@@ -50,7 +51,8 @@ impl Place {
         self.dir.metadata().unwrap().ino()
     }
 
-    fn is_gone(&self) -> bool {
+    /// No directory has it any more.
+    pub fn is_gone(&self) -> bool {
         use std::os::unix::fs::MetadataExt;
         self.dir.metadata().unwrap().nlink() == 0
     }
@@ -89,7 +91,7 @@ fn become_user(uid: u32) -> io::Result<()> {
 
 /// An agent with its build.
 pub struct Agent {
-    place: Place,
+    place: Arc<Place>,
     name: String,
     token: Option<[u8; TOKEN_LEN]>,
     nonce: [u8; TOKEN_LEN],
@@ -107,7 +109,7 @@ impl<E: std::error::Error> From<E> for Broken {
 }
 
 impl Agent {
-    pub fn new(place: Place, name: String) -> Self {
+    pub fn new(place: Arc<Place>, name: String) -> Self {
         Self { place, name, token: None, nonce: [0; TOKEN_LEN], acknowledged: 0, outcome: None }
     }
 

@@ -136,13 +136,17 @@ fn source() -> Vec<u8> {
 
 /// Boots an agent for each VM that appears.
 async fn boot(home: Arc<Home>, stop: CancellationToken) {
-    let (agents, mut known) = (TaskTracker::new(), HashSet::new());
+    let (agents, mut known) = (TaskTracker::new(), Vec::<Arc<Place>>::new());
     while !stop.is_cancelled() {
+        // A file system may give the number of a directory that is gone to the next one, unless somebody holds it.
+        known.retain(|place| !place.is_gone());
         let vms = home.run_dir().and_then(|dir| std::fs::read_dir(dir).ok());
         for vm in vms.into_iter().flatten().flatten() {
             let Some(place) = Place::of(&vm.path()) else { continue };
-            if known.insert(place.number()) {
-                let name = vm.file_name().to_string_lossy().into_owned();
+            if known.iter().all(|known| known.number() != place.number()) {
+                let (place, name) =
+                    (Arc::new(place), vm.file_name().to_string_lossy().into_owned());
+                known.push(Arc::clone(&place));
                 agents.spawn(Agent::new(place, name).run());
             }
         }

@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::cli::client::Client;
 use crate::cli::error::{CliError, print_line};
-use crate::cli::escape::escape_json;
-use crate::cli::ls::{Format, age};
+use crate::cli::format::{Format, print_json};
+use crate::cli::ls::age;
 use crate::cli::table::table;
 use crate::instances::State;
 
@@ -38,14 +38,13 @@ struct View {
 /// Runs the command.
 pub async fn run(client: &Client, args: LsArgs) -> Result<(), CliError> {
     let instances = client.instances(args.state.as_deref()).await?;
-    let text = match args.format {
-        Format::Json => escape_json(&Value::Array(instances).to_string()).into_owned(),
+    match args.format {
+        Format::Json => print_json(&Value::Array(instances)),
         Format::Table => {
             let views = instances.iter().map(view).collect::<Result<Vec<_>, _>>()?;
-            listing(views, Timestamp::now())
+            print_line(&listing(views, Timestamp::now())).map(drop)
         }
-    };
-    print_line(&text).map(drop)
+    }
 }
 
 fn view(instance: &Value) -> Result<View, CliError> {

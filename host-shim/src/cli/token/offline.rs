@@ -3,10 +3,13 @@
 
 use std::path::Path;
 
-use super::{KnownToken, MadeToken, NewToken, Tokens};
-use crate::api::types::rfc3339;
+use serde_json::{Value, json};
+
+use super::{MadeToken, NewToken, Tokens};
+use crate::api::types::Token;
 use crate::causes::chain;
 use crate::cli::error::CliError;
+use crate::clock;
 use crate::store::sqlite::{FILE_NAME, SqliteStore};
 use crate::store::{Role, Store};
 use crate::token::{self, CreateError};
@@ -48,20 +51,10 @@ impl Tokens for Offline {
         Ok(MadeToken { id: record.id, token })
     }
 
-    async fn list(&self) -> Result<Vec<KnownToken>, CliError> {
+    async fn list(&self) -> Result<Value, CliError> {
         let tokens = self.0.tokens().await;
         let tokens = tokens.map_err(because("cannot list the tokens"))?;
-        let known = tokens.into_iter().map(|token| KnownToken {
-            id: token.id,
-            tenant: token.tenant.to_string(),
-            role: token.role.to_string(),
-            name: token.name,
-            created_at: Some(rfc3339(token.created_at)),
-            expires_at: token.expires_at.map(rfc3339),
-            revoked: token.revoked,
-            last_used_at: token.last_used_at.map(rfc3339),
-        });
-        Ok(known.collect())
+        Ok(tokens.iter().map(|token| json!(Token::new(token, clock::now()))).collect())
     }
 
     async fn revoke(&self, id: &str) -> Result<(), CliError> {
