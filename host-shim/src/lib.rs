@@ -23,6 +23,7 @@ pub mod exec;
 pub mod gateway;
 pub mod instances;
 pub mod kept;
+pub mod lock;
 pub mod metrics;
 mod points;
 pub mod publish;

@@ -9,10 +9,12 @@
 //! reaches it around the gateway, no port can be taken by somebody else while it restarts, and no
 //! password has to be checked at every request. As root Kiln gives it the identity of the package's
 //! own user, without capabilities. It dies with Kiln (`PR_SET_PDEATHSIG`); one that an earlier Kiln
-//! left behind is swept by its recorded pid and start time.
+//! left behind is swept by its recorded pid and start time. Where one did not end by `stop`, the files that it had made and not
+//! written are removed before the next.
 
 mod child;
 mod files;
+mod torn;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -191,6 +193,8 @@ impl Supervisor {
                 () = self.cancel.cancelled() => return,
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
+            // On this thread, which has nothing else to do.
+            self.files.sweep();
         }
     }
 

@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use async_trait::async_trait;
 use kiln_image::bundle::Bundle;
 use kiln_image::pull::pull_bundle;
 use kiln_image::registry::{Options, parse_reference};
 use kiln_protocol::job::MAX_EGRESS_CA;
-use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +22,7 @@ use crate::config::{ConfigError, ServeConfig};
 use crate::gateway::managed::Managed;
 use crate::gateway::rights::{Authorizer, Caller};
 use crate::gateway::{Backing, Upstreams, upstream};
+use crate::lock;
 use crate::queue::Egress;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
@@ -39,29 +39,20 @@ pub(super) fn raise_descriptor_limit() {
 }
 
 /// One server for a data directory: the lock is held as long as the process lives.
-pub(super) fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
+pub(super) fn lock(data_dir: &Path) -> anyhow::Result<File> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(data_dir)
         .with_context(|| format!("cannot make the data directory {}", data_dir.display()))?;
     let path = data_dir.join("lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("cannot open {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!(
-                "another kiln serve uses {}; stop it, or choose another --data-dir",
-                data_dir.display()
-            )
-        }
-        Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
-    }
+    let lock = lock::exclusive(&path).with_context(|| format!("cannot lock {}", path.display()))?;
+    lock.with_context(|| {
+        format!(
+            "another kiln serve uses {}; stop it, or choose another --data-dir",
+            data_dir.display()
+        )
+    })
 }
 
 /// What VMs run, its digests checked: from a directory, or pulled from a registry into the data directory.

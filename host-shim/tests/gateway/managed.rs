@@ -74,6 +74,22 @@ async fn one_that_is_killed_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Managed::start(dir.path()).await.unwrap();
     let first = pid(dir.path());
+    // What it had made and not written when it was killed makes it fail at all that it links to.
+    let tag = dir
+        .path()
+        .join("storage/docker/registry/v2/repositories/dev/app/_manifests/tags/v1/current/link");
+    std::fs::create_dir_all(tag.parent().unwrap()).unwrap();
+    std::fs::write(&tag, "").unwrap();
+    let owner = std::fs::metadata(dir.path().join("storage")).unwrap();
+    let made = tag.ancestors().take_while(|path| !path.ends_with("storage"));
+    made.for_each(|path| {
+        std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid())).unwrap();
+    });
+    let status = async || {
+        let route = Route::parse("/v2/dev/app/manifests/v1").unwrap();
+        registry.backing().request(Method::GET, route).send().await.unwrap().status().as_u16()
+    };
+    assert_eq!(status().await, 500);
     let open = connection(dir.path());
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     ended(open).await;
@@ -85,6 +101,7 @@ async fn one_that_is_killed_comes_back() {
     };
     tokio::time::timeout(PATIENCE, back).await.unwrap();
     assert_ne!(pid(dir.path()), first);
+    assert_eq!(status().await, 404);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Gid, Pid, Uid};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -20,6 +20,18 @@ const LAST_WORDS: usize = 1024;
 /// Read at a time.
 const CHUNK: usize = 8 * 1024;
 
+/// What becomes the program of its further arguments, as this user without rights, and ends with the thread that starts it.
+pub(super) fn setpriv(identity: Option<(Uid, Gid)>) -> std::process::Command {
+    let mut command = std::process::Command::new("setpriv");
+    if let Some((uid, gid)) = identity {
+        command
+            .args(["--reuid", &uid.to_string(), "--regid", &gid.to_string(), "--clear-groups"])
+            .args(["--bounding-set=-all", "--inh-caps=-all"]);
+    }
+    command.args(["--no-new-privs", "--pdeathsig", "KILL"]);
+    command
+}
+
 pub(super) struct Child {
     process: tokio::process::Child,
     pid: u32,
@@ -29,8 +41,7 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Starts it. `setpriv` (of util-linux) drops rights, ties its life to this thread's and then
-    /// becomes the registry.
+    /// Starts it: `setpriv` (of util-linux) becomes the registry.
     pub fn spawn(program: &Path, files: &Files) -> Result<Self, ManagedError> {
         let failed = |source| ManagedError::Io {
             operation: "start",
@@ -38,14 +49,8 @@ impl Child {
             source,
         };
         let (reader, writer) = std::io::pipe().map_err(failed)?;
-        let mut command = Command::new("setpriv");
-        if let Some((uid, gid)) = files.identity {
-            command
-                .args(["--reuid", &uid.to_string(), "--regid", &gid.to_string(), "--clear-groups"])
-                .args(["--bounding-set=-all", "--inh-caps=-all"]);
-        }
+        let mut command = Command::from(setpriv(files.identity));
         command
-            .args(["--no-new-privs", "--pdeathsig", "KILL"])
             .arg(program)
             .args(["serve", "config.yml"])
             .current_dir(files.dir())

@@ -16,12 +16,14 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, User, chown, geteuid};
 
-use super::ManagedError;
+use super::{ManagedError, torn};
+use crate::lock;
 
 /// The socket, in `run/`.
 pub(super) const SOCKET_NAME: &str = "registry.sock";
@@ -29,6 +31,8 @@ pub(super) const SOCKET_NAME: &str = "registry.sock";
 const USER: &str = "docker-registry";
 /// Where `log` becomes `log.1`.
 const MAX_LOG_BYTES: u64 = 1024 * 1024;
+/// How long a process may take to end that was killed.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Paths are relative to DIR, the child's working directory: so it needs no right to DIR's parents.
 /// The level `info` is what makes it say that it listens.
@@ -64,19 +68,11 @@ impl Files {
         // The child must get through to its own directories, and nobody needs to list this one.
         make_dir(dir, 0o711)?;
         let lock_path = dir.join("lock");
-        let lock = create(&lock_path).map_err(ManagedError::io("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(ManagedError::InUse(dir.display().to_string()));
-            }
-            Err(std::fs::TryLockError::Error(e)) => {
-                return Err(ManagedError::io("lock", &lock_path)(e));
-            }
-        }
+        let lock = lock::exclusive(&lock_path)
+            .map_err(ManagedError::io("lock", &lock_path))?
+            .ok_or_else(|| ManagedError::InUse(dir.display().to_string()))?;
         let secret = uuid::Uuid::new_v4().simple().to_string();
         let mut files = Self { dir: dir.to_owned(), identity: None, secret, _lock: lock };
-        files.sweep();
         for part in ["storage", "run"] {
             make_dir(&dir.join(part), 0o700)?;
         }
@@ -87,6 +83,7 @@ impl Files {
         std::fs::write(&config, CONFIG)
             .and_then(|()| std::fs::set_permissions(&config, Permissions::from_mode(0o644)))
             .map_err(ManagedError::io("write", &config))?;
+        files.sweep();
         Ok(files)
     }
 
@@ -127,8 +124,9 @@ impl Files {
         let _ = std::fs::remove_file(self.dir.join("pid"));
     }
 
-    /// Kills the child of a Kiln that was killed, if the kernel has not done so.
-    fn sweep(&self) {
+    /// After a child that was not stopped: kills the one of a Kiln that was killed, if the kernel has not done so, and
+    /// removes what it left half written.
+    pub fn sweep(&self) {
         let Ok(text) = std::fs::read_to_string(self.dir.join("pid")) else { return };
         let mut numbers = text.split_whitespace().map(str::parse::<u64>);
         let (Some(Ok(pid)), Some(Ok(start))) = (numbers.next(), numbers.next()) else { return };
@@ -138,6 +136,12 @@ impl Files {
         {
             tracing::warn!(pid, "ending a registry that an earlier server left behind");
             let _ = kill(Pid::from_raw(raw), Signal::SIGKILL);
+            await_end(pid, start);
+        }
+        match torn::remove(&self.dir, self.identity) {
+            Ok(0) => {}
+            Ok(files) => tracing::warn!(files, "removed what a killed registry had not written"),
+            Err(error) => tracing::warn!(%error, "what a killed registry had not written stays"),
         }
         self.forget();
     }
@@ -174,11 +178,23 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
 }
 
-/// When a process started, in ticks since boot: tells it from a later one with the same pid.
+/// When a process started that has not ended, in ticks since boot: tells it from a later one with the same pid.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything. The start is field 22, the 20th after it.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    // The name, in parentheses, may hold anything. After it come the state and, 19 fields on, the start.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// Until a process that was killed is gone, or a moment has passed: nothing else writes in its directories then.
+fn await_end(pid: u32, start: u64) {
+    let begun = Instant::now();
+    while start_time(pid) == Some(start) && begun.elapsed() < END_PATIENCE {
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A log of at most two files of [`MAX_LOG_BYTES`].
