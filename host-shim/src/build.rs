@@ -196,10 +196,25 @@ pub struct Request {
     /// How long a failed step stays to be entered, in seconds; 0 when it does not.
     #[serde(default)]
     pub keep_failed_seconds: u32,
+    /// Among the tenant's queued builds, 0 to 100: higher ones go first.
+    #[serde(default = "normal", skip_serializing_if = "is_normal")]
+    pub priority: u32,
     /// SHA-256 over every byte of the source as it was sent, `sha256:…`.
     pub source_digest: String,
     /// Length of the source in bytes.
     pub source_bytes: u64,
+}
+
+/// The priority of a build that asks for none.
+pub const NORMAL_PRIORITY: u32 = 50;
+
+fn normal() -> u32 {
+    NORMAL_PRIORITY
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+fn is_normal(priority: &u32) -> bool {
+    *priority == NORMAL_PRIORITY
 }
 
 /// Why a build failed. Shown as it is by the API.

@@ -39,7 +39,7 @@ use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
-use crate::queue::{Capacity, Dispatcher, Scheduling, Workshop, adopt, recover};
+use crate::queue::{Capacity, Dispatcher, Reserve, Scheduling, Workshop, adopt, recover};
 use crate::retention::Retention;
 use crate::sources::Sources;
 use crate::token::Uses;
@@ -113,6 +113,7 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
     let sources = Sources::new(config.data_dir.join("builds"));
     let events = EventLog::traced(Arc::clone(&store), QUIET, traces);
     let kept = Kept::new(config.max_kept);
+    let reserve = Reserve::new(&config.data_dir);
     let capacity = Capacity::new(config.max_vm_memory_mb, config.data_dir.clone());
     let workshop = Arc::new(Workshop {
         store: Arc::clone(&store),
@@ -120,6 +121,7 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         vmm,
         kept: kept.clone(),
         capacity: capacity.clone(),
+        reserve: reserve.clone(),
         backing: backing.clone(),
         upstreams: parts::upstreams(&config)?,
         vault: Arc::clone(&vault),
@@ -214,8 +216,9 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
     let inside = sessions.clone().run(stop.clone());
     let noting = uses.run(store, stop.clone());
     let collecting = retention.run(stop.clone());
+    let reserving = reserve.keep(stop.clone());
     let all = tokio::spawn(async move {
-        tokio::join!(built.wait(), running, inside, collecting, noting);
+        tokio::join!(built.wait(), running, inside, collecting, noting, reserving);
         // After the builds, whose VMs it takes.
         kept.close().await;
     });

@@ -16,6 +16,9 @@ use tokio::task::spawn_blocking;
 use crate::build::BuildId;
 use crate::store::{Store, StoreError};
 
+/// What has to be free where sources come.
+const ROOM: u64 = 64 << 20;
+
 /// The directories of a server's builds. Cheap to clone; clones know the same sources.
 #[derive(Clone, Debug)]
 pub struct Sources {
@@ -37,6 +40,14 @@ impl Sources {
     pub fn new(dir: PathBuf) -> Self {
         let (coming, synced) = (Mutex::default(), tokio::sync::Mutex::default());
         Self { inner: Arc::new(Inner { dir, coming, asked: AtomicU64::new(0), synced }) }
+    }
+
+    /// Whether another source may come. What is left below that is for the builds that there are: they have to store how they end.
+    pub(crate) fn have_room(&self) -> bool {
+        // Before the first of them there is no directory but the one that it will be in.
+        let dir = std::iter::once(self.root()).chain(self.root().parent());
+        let disk = dir.into_iter().find_map(|dir| rustix::fs::statvfs(dir).ok());
+        disk.is_none_or(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= ROOM)
     }
 
     /// Where all of them are.
@@ -83,6 +94,7 @@ impl Sources {
     pub async fn sweep(&self, store: &dyn Store) -> Result<u64, StoreError> {
         let io = |source: io::Error| StoreError::Database {
             operation: "sweep partial sources",
+            disk: None,
             source: source.into(),
         };
         let mut removed = 0;

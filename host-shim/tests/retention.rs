@@ -32,6 +32,7 @@ async fn ended(store: &SqliteStore, name: &str, days: i64) {
         cpus: 1,
         disk_gb: 1,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: "sha256:00".into(),
         source_bytes: 1,
     };

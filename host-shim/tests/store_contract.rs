@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -59,6 +60,7 @@ fn build(name: &str, owner: &str, at: i64) -> Build {
         cpus: 2,
         disk_gb: 10,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: "sha256:00".into(),
         source_bytes: u64::from(u32::MAX) + 1,
     };
@@ -284,6 +286,28 @@ async fn a_claim_within_a_memory_takes_the_next_whose_oldest_build_fits() {
     assert_eq!(next().await, Next { id: id("behind"), memory_mb: 256 });
 }
 
+#[tokio::test]
+async fn a_priority_moves_a_build_among_its_tenants_own() {
+    let place = Place::new();
+    let store = place.open().await;
+    let put_with = async |name: &str, owner: &str, at: i64, priority: u32| {
+        let mut one = build(name, owner, at);
+        one.request.priority = priority;
+        put(&*store, &one).await;
+    };
+    put_with("usual", "a", 1, 50).await;
+    put_with("idle", "a", 2, 0).await;
+    put_with("urgent", "a", 3, 100).await;
+    put_with("of-b", "b", 4, 50).await;
+    assert_eq!(store.next_queued().await.unwrap().unwrap().id, id("urgent"));
+    for (n, name) in (1..).zip(["urgent", "of-b", "usual", "idle"]) {
+        assert_eq!(store.queue_position(&id(name)).await.unwrap(), Some(n), "{name}");
+    }
+    for name in ["urgent", "of-b", "usual", "idle"] {
+        assert_eq!(claim(&*store).await.build.id.as_str(), name);
+    }
+}
+
 /// A small generator, so that a failure names a seed that repeats it.
 struct Dice(u64);
 
@@ -303,7 +327,8 @@ async fn claims_follow_the_line_and_numbers_come_true() {
         let place = Place::new();
         let store = place.open().await;
         let mut dice = Dice(seed);
-        let mut queued: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        // Of each tenant, its next one first.
+        let mut queued: BTreeMap<&str, BTreeSet<(Reverse<u32>, String)>> = BTreeMap::new();
         let mut active: Vec<Claimed> = vec![];
         let mut turns: BTreeMap<&str, i64> = BTreeMap::new();
         let (mut made, mut turn) = (0_i64, 0);
@@ -314,8 +339,10 @@ async fn claims_follow_the_line_and_numbers_come_true() {
                     let owner = names[dice.below(names.len())];
                     let name = format!("{made:03}");
                     // Two of one moment now and then.
-                    put(&*store, &build(&name, owner, made / 2)).await;
-                    queued.entry(owner).or_default().push(name);
+                    let mut one = build(&name, owner, made / 2);
+                    one.request.priority = [0, 50, 100][dice.below(3)];
+                    put(&*store, &one).await;
+                    queued.entry(owner).or_default().insert((Reverse(one.request.priority), name));
                     made += 1;
                 }
                 2 if !active.is_empty() => {
@@ -327,13 +354,13 @@ async fn claims_follow_the_line_and_numbers_come_true() {
                     let of = |owner: &str| {
                         active.iter().filter(|c| c.build.tenant.as_str() == owner).count()
                     };
-                    let at = |name: &String| name.parse::<i64>().unwrap() / 2;
+                    let at = |(_, name): &(_, String)| name.parse::<i64>().unwrap() / 2;
                     let next = queued
                         .iter()
                         .filter(|(_, builds)| !builds.is_empty())
                         .map(|(owner, builds)| {
                             let turn = turns.get(owner).copied().unwrap_or(0);
-                            (of(owner), turn, at(&builds[0]), *owner)
+                            (of(owner), turn, builds.iter().map(at).min(), *owner)
                         })
                         .min();
                     let claimed = store.claim("me", 50, &[]).await.unwrap();
@@ -342,7 +369,7 @@ async fn claims_follow_the_line_and_numbers_come_true() {
                         continue;
                     };
                     let claimed = claimed.unwrap();
-                    let expected = queued.get_mut(owner).unwrap().remove(0);
+                    let (_, expected) = queued.get_mut(owner).unwrap().pop_first().unwrap();
                     assert_eq!(claimed.build.id.as_str(), expected, "seed {seed:#x}, step {step}");
                     turn += 1;
                     turns.insert(owner, turn);
@@ -352,7 +379,7 @@ async fn claims_follow_the_line_and_numbers_come_true() {
         }
         // What is left, in the order of its numbers.
         let mut numbers = BTreeMap::new();
-        for name in queued.values().flatten() {
+        for (_, name) in queued.values().flatten() {
             numbers.insert(store.queue_position(&id(name)).await.unwrap().unwrap(), name.clone());
         }
         let left = queued.values().flatten().count();

@@ -1,4 +1,5 @@
 //! What becomes of builds in real VMs when their server is killed: they go on with the next one, or are built again.
+//! `KILN_TEST_VM_KILLS` says how often one that goes on is killed (2).
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -44,6 +45,7 @@ fn told(server: &Server, id: &str) -> (String, Vec<u64>) {
 
 #[test]
 fn vm_a_build_goes_on_when_its_server_is_killed() {
+    let kills = std::env::var("KILN_TEST_VM_KILLS").map_or(2, |n| n.parse::<u32>().unwrap());
     let mut server = Server::start();
     let undisturbed = waiting(&server);
     tell(&server, &undisturbed);
@@ -53,7 +55,7 @@ fn vm_a_build_goes_on_when_its_server_is_killed() {
     let id = waiting(&server);
     let vm = server.processes("qemu-system-x86_64");
     assert_eq!(vm.len(), 1);
-    for _ in 0..2 {
+    for _ in 0..kills {
         server = server.kill_and_restart();
         // No child of this server's.
         assert!(runs(vm[0]), "{}", server.log());

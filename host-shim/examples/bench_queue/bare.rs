@@ -49,6 +49,7 @@ pub fn request(source_bytes: u64) -> Request {
         cpus: 2,
         disk_gb: 10,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: format!("sha256:{}", "0".repeat(64)),
         source_bytes,
     }

@@ -113,6 +113,9 @@ async fn admit(
     };
     if !again {
         check_queue(api, tenant).await?;
+        if !api.state.sources.have_room() {
+            return Err(ApiError::no_room());
+        }
     }
     Ok((api.uploads.enter(tenant)?, in_flight))
 }
@@ -184,8 +187,7 @@ impl From<SourceError> for ApiError {
             SourceError::TooLarge(_) => Self::too_large(error.to_string()),
             SourceError::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => {
                 log(&error);
-                let message = "the host has no room for the source; ask its operator";
-                Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
+                Self::no_room()
             }
             SourceError::Io(_) => Self::internal(&error),
         }

@@ -10,7 +10,7 @@ use super::health::Checked;
 use crate::build::Refused;
 use crate::causes::chain;
 use crate::metrics::http::Code;
-use crate::store::StoreError;
+use crate::store::{Disk, StoreError};
 use crate::token::AuthError;
 
 /// The media type of refusals.
@@ -99,6 +99,12 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "forbidden", message)
     }
 
+    /// Nothing was changed.
+    pub(super) fn no_room() -> Self {
+        let message = "the host's disk is full; try again later, and tell its operator";
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
+    }
+
     /// No such build, or none that this caller may know of.
     pub(super) fn no_such_build() -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", "there is no such build")
@@ -184,7 +190,17 @@ impl From<StoreError> for ApiError {
             | StoreError::Taken(_)
             | StoreError::Fenced => Self::conflict("conflict", error.to_string()),
             StoreError::TooMany { .. } => Self::too_many("too_many", error.to_string(), TRY_AGAIN),
-            StoreError::Database { .. } => Self::internal(&error),
+            StoreError::Database { disk: Some(Disk::Full), .. } => {
+                log(&error);
+                Self::no_room()
+            }
+            StoreError::Database { disk: Some(Disk::ReadOnly), .. } => {
+                log(&error);
+                let message = "the host's data directory cannot be written; tell its operator";
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "read_only", message)
+                    .retry_after(TRY_AGAIN)
+            }
+            StoreError::Database { disk: None, .. } => Self::internal(&error),
         }
     }
 }

@@ -16,7 +16,7 @@ use kiln_protocol::job::{MAX_BUILD_ARGS, MAX_BUILD_ARGS_BYTES, MAX_DOCKERFILE, M
 
 use super::Limits;
 use super::error::{ApiError, shown};
-use crate::build::{ImageName, Request, Tenant};
+use crate::build::{ImageName, NORMAL_PRIORITY, Request, Tenant};
 
 /// The part that is not text.
 pub(super) const SOURCE: &str = "source";
@@ -54,8 +54,11 @@ const DISK: Number =
 const KEEP: Number =
     Number { name: "keep_failed_seconds", default: 0, least: 0, most: |_| MAX_KEEP_SECONDS };
 
+const PRIORITY: Number =
+    Number { name: "priority", default: NORMAL_PRIORITY, least: 0, most: |_| 100 };
+
 /// Every part that holds a number.
-const NUMBERS: [Number; 5] = [TIMEOUT, MEMORY, CPUS, DISK, KEEP];
+const NUMBERS: [Number; 6] = [TIMEOUT, MEMORY, CPUS, DISK, KEEP, PRIORITY];
 
 impl Number {
     fn range(&self, limits: &Limits) -> RangeInclusive<u32> {
@@ -69,7 +72,7 @@ impl Number {
 }
 
 /// Every text part there is.
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 20] = [
     "dockerfile",
     "target",
     "image_name",
@@ -85,6 +88,7 @@ const NAMES: [&str; 19] = [
     "network_mode",
     "allowed_domains",
     "keep_failed_seconds",
+    "priority",
     "builder_id",
     "global_cache_key",
     "is_admin_build",
@@ -138,6 +142,7 @@ impl Fields {
             cpus: number(CPUS)?,
             disk_gb: number(DISK)?,
             keep_failed_seconds: number(KEEP)?,
+            priority: number(PRIORITY)?,
             source_digest: String::new(),
             source_bytes: 0,
         })

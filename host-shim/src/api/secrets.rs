@@ -12,7 +12,8 @@ use super::body::Whole;
 use super::error::{ApiError, shown};
 use super::openapi::params::{self, params};
 use super::openapi::problems::{
-    BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unprocessable,
+    BadRequest, Conflict, Forbidden, NoRoom, NotFound, Stalled, TooLarge, Unavailable,
+    Unprocessable,
 };
 use super::openapi::schemas;
 use super::types::Secret;
@@ -32,7 +33,7 @@ const MAX_SECRETS: u32 = 1000;
 #[utoipa::path(
     put, path = "/secrets/{id}", tag = "secrets", params(Named),
     request_body(content = inline(Option<Raw>), content_type = "application/octet-stream"),
-    responses((status = 204, description = "It is set."), BadRequest, Forbidden, Stalled, Conflict, TooLarge, Unprocessable),
+    responses((status = 204, description = "It is set."), BadRequest, Forbidden, Stalled, Conflict, TooLarge, Unprocessable, Unavailable, NoRoom),
 )]
 pub(super) async fn put_secret(
     State(api): State<Shared>,

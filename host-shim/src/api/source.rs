@@ -12,6 +12,8 @@ use crate::sources::{Coming, Sources};
 pub const SOURCE_FILE: &str = "source";
 /// Bytes that are gathered before they are written: a write is a trip to another thread.
 const BUFFER: usize = 256 * 1024;
+/// After so many bytes is looked whether there is room for more.
+const LOOK: u64 = 8 << 20;
 /// Bytes that tell what an archive is: a tar's first header.
 const HEAD: usize = 512;
 
@@ -23,6 +25,7 @@ pub(super) struct Upload {
     head: Vec<u8>,
     bytes: u64,
     limit: u64,
+    sources: Sources,
 }
 
 /// A source that is on the disk.
@@ -68,14 +71,19 @@ impl Upload {
             head: Vec::with_capacity(HEAD),
             bytes: 0,
             limit,
+            sources: sources.clone(),
         })
     }
 
     /// Takes the next bytes.
     pub(super) async fn write(&mut self, chunk: &[u8]) -> Result<(), SourceError> {
+        let before = self.bytes / LOOK;
         self.bytes += chunk.len() as u64;
         if self.bytes > self.limit {
             return Err(SourceError::TooLarge(self.limit));
+        }
+        if self.bytes / LOOK > before && !self.sources.have_room() {
+            return Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into());
         }
         if self.head.len() < HEAD {
             let missing = HEAD - self.head.len();

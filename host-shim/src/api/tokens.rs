@@ -10,7 +10,8 @@ use super::body::ApiJson;
 use super::error::ApiError;
 use super::openapi::params::{self, params};
 use super::openapi::problems::{
-    BadRequest, Forbidden, NotFound, Stalled, TooLarge, Unprocessable, UnsupportedMediaType,
+    BadRequest, Forbidden, NoRoom, NotFound, Stalled, TooLarge, Unavailable, Unprocessable,
+    UnsupportedMediaType,
 };
 use super::openapi::schemas;
 use super::types::{NewToken, Token, role_names};
@@ -25,7 +26,7 @@ use crate::token::{self, Caller, CreateError};
     post, path = "/tokens", tag = "tokens", request_body = NewToken,
     responses(
         (status = 201, description = "It is made.", body = Token),
-        BadRequest, Forbidden, Stalled, TooLarge, UnsupportedMediaType, Unprocessable,
+        BadRequest, Forbidden, Stalled, TooLarge, UnsupportedMediaType, Unprocessable, Unavailable, NoRoom,
     ),
 )]
 pub(super) async fn create_token(

@@ -22,6 +22,7 @@ pub(crate) fn request() -> Request {
         cpus: 2,
         disk_gb: 10,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: "sha256:00".into(),
         source_bytes: 1,
     }

@@ -67,6 +67,9 @@ pub struct BuildArgs {
     /// When a step fails, keep its VM for so long, to be entered with kiln exec
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     keep_failed: Option<u32>,
+    /// Among your queued builds, 0 to 100: higher ones go first [default: 50]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=100))]
+    priority: Option<u32>,
     /// Print the build's id and do not wait
     #[arg(long)]
     detach: bool,
@@ -266,5 +269,6 @@ fn form_fields(args: &BuildArgs) -> Fields {
     field("cpus", args.cpus.map(|n| n.to_string()));
     field("disk_gb", args.disk.map(|n| n.to_string()));
     field("keep_failed_seconds", args.keep_failed.map(|n| n.to_string()));
+    field("priority", args.priority.map(|n| n.to_string()));
     fields
 }

@@ -16,9 +16,10 @@ const NAMES: [(&str, &str); 8] = [
 ];
 
 /// Names that are words too: they are a field's at the beginning.
-const WORDS: [(&str, &str); 5] = [
+const WORDS: [(&str, &str); 6] = [
     ("cpus", "--cpus"),
     ("dockerfile", "-f"),
+    ("priority", "--priority"),
     ("secrets", "--secret"),
     ("tags", "--tag"),
     ("target", "--target"),

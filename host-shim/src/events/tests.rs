@@ -35,6 +35,7 @@ async fn bench(quiet: Duration) -> Bench {
         cpus: 1,
         disk_gb: 1,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: String::new(),
         source_bytes: 0,
     };

@@ -20,6 +20,7 @@ mod leaks;
 mod live;
 mod outcome;
 mod recover;
+mod reserve;
 mod sink;
 mod workshop;
 
@@ -29,4 +30,5 @@ pub use capacity::{Capacity, Memory};
 pub use dispatcher::{Dispatcher, Scheduling};
 pub use driver::{Driver, Egress};
 pub use live::Live;
+pub use reserve::Reserve;
 pub use workshop::Workshop;

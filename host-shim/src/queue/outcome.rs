@@ -8,6 +8,7 @@ pub(super) use self::denied::denied;
 use super::sink::LogLimit;
 use crate::build::{Build, Change, Failure, FailureKind, GuestSays, Pulled};
 use crate::session::End;
+use crate::store::{Disk, StoreError};
 
 /// What the driver does next.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,11 +71,19 @@ pub(super) fn next(end: End) -> Next {
             FailureKind::LogLimit,
             format!("{error}; print less, or ask the host's operator for more"),
         ),
+        End::Store(error) if is_full(&error) => fail(
+            FailureKind::Internal,
+            "the host's disk is full: what the build printed could not be stored; tell the host's operator, and submit it again".into(),
+        ),
         End::Store(error) => fail(
             FailureKind::Internal,
             format!("the host could not store the build's events: {error:#}"),
         ),
     }
+}
+
+fn is_full(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(StoreError::Database { disk: Some(Disk::Full), .. }))
 }
 
 /// Holds a build to the base that it asks for: the host knows what was pulled.
@@ -166,6 +175,14 @@ mod tests {
         assert_eq!(kind(End::Version("x".into())), Some(FailureKind::ProtocolMismatch));
         assert_eq!(kind(End::Outcome(Outcome::Cancelled)), Some(FailureKind::Internal));
         assert_eq!(kind(End::Store(LogLimit(1).into())), Some(FailureKind::LogLimit));
+        let full = |disk| {
+            let failed = StoreError::Database { operation: "write", disk, source: "no".into() };
+            match next(End::Store(failed.into())) {
+                Next::Fail(failure) => failure.message.contains("disk is full"),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(full(Some(Disk::Full)) && !full(None));
         assert_eq!(kind(End::Store(anyhow::anyhow!("x"))), Some(FailureKind::Internal));
         assert_eq!(next(End::Cancelled(None)), Next::Cancel);
     }

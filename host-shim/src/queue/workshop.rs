@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::capacity::Capacity;
 use super::driver::Egress;
+use super::reserve::Reserve;
 use crate::build::Build;
 use crate::events::EventLog;
 use crate::gateway::{Backing, Upstreams};
@@ -25,6 +26,8 @@ pub struct Workshop {
     pub kept: Kept,
     /// The host's memory and disk for VMs.
     pub capacity: Capacity,
+    /// Room for what has to be stored.
+    pub reserve: Reserve,
     /// The registry behind the gateway.
     pub backing: Backing,
     /// The other registries that builds pull from.

@@ -1,7 +1,8 @@
 //! Who is next: the order of queued builds, fair between tenants. Pure.
 //!
 //! Next is, of the tenants that wait, the one with the fewest builds under way; among those, the one whose build was claimed
-//! longest ago; among those that never had one, the one that waits longest. Of that tenant it is the oldest build.
+//! longest ago; among those that never had one, the one that waits longest. Of that tenant it is the build with the highest
+//! priority, and of those the oldest: a priority moves nothing of another tenant's.
 //!
 //! So with one VM tenants take turns, with more they share them, and a tenant's hundred builds delay another's one by no
 //! more than the next end of one of them.

@@ -217,6 +217,15 @@ pub struct TokenRecord {
     pub last_used_at: Option<Millis>,
 }
 
+/// Why a disk takes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// It is full.
+    Full,
+    /// It is not to be written.
+    ReadOnly,
+}
+
 /// A store that failed, or refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -248,6 +257,8 @@ pub enum StoreError {
     Database {
         /// What was tried.
         operation: &'static str,
+        /// What the disk has to do with it.
+        disk: Option<Disk>,
         /// Why it failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,

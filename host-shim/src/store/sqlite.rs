@@ -9,6 +9,7 @@
 
 mod builds;
 mod claims;
+mod disk;
 mod events;
 mod instances;
 mod line;
@@ -132,6 +133,7 @@ fn migrator() -> Migrator {
         ("memory", include_str!("../../migrations/sqlite/0010_memory.sql")),
         ("retention", include_str!("../../migrations/sqlite/0011_retention.sql")),
         ("lists", include_str!("../../migrations/sqlite/0012_lists.sql")),
+        ("priority", include_str!("../../migrations/sqlite/0013_priority.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -156,7 +158,10 @@ fn failed<E>(operation: &'static str) -> impl FnOnce(E) -> StoreError
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    move |source| StoreError::Database { operation, source: source.into() }
+    move |source| {
+        let source = source.into();
+        StoreError::Database { operation, disk: disk::trouble(source.as_ref()), source }
+    }
 }
 
 /// A row that this program cannot have written.
@@ -684,7 +689,7 @@ mod tests {
             (line::NEXT, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
             (line::LINE, &["builds_queued_of_tenant", "builds_claimed", "builds_turns_of_tenant"]),
             (claims::RECLAIM, &["builds_claimed"]),
-            (builds::QUEUED_COUNT, &["builds_queued_of_tenant"]),
+            (builds::QUEUED_COUNT, &["builds_line_of_tenant"]),
             (builds::QUEUED_BEFORE, &["builds_queued"]),
             (sessions::FORGET, &["sessions_newest"]),
             (retention::LOG_BYTES, &["build_logs_finished"]),

@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::qemu_args::CONSOLE_BYTES;
 
@@ -55,13 +56,18 @@ pub(crate) enum QmpError {
     Refused(String),
 }
 
+/// How long a guest waits whose disk found no room on the host's, before it tries again.
+const ROOM_PAUSE: Duration = Duration::from_secs(2);
+
 /// A client. Dropping it closes the connection.
 #[derive(Debug)]
 pub(crate) struct Qmp {
-    commands: tokio::sync::Mutex<Commands>,
+    commands: Arc<tokio::sync::Mutex<Commands>>,
     monitor: watch::Receiver<Monitor>,
     waiting: Waiting,
-    _reader: AbortOnDropHandle<()>,
+    /// The guest waits for room on the host's disk.
+    full: watch::Sender<()>,
+    _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 #[derive(Debug)]
@@ -79,9 +85,12 @@ impl Qmp {
         let (reader, writer) = stream.into_split();
         let (told, monitor) = watch::channel(Monitor::Running);
         let waiting = Waiting::default();
-        let task = tokio::spawn(read(reader, told, Arc::clone(&waiting)));
-        let commands = tokio::sync::Mutex::new(Commands { writer, next_id: 1 });
-        Self { commands, monitor, waiting, _reader: AbortOnDropHandle::new(task) }
+        let full = watch::Sender::new(());
+        let commands = Arc::new(tokio::sync::Mutex::new(Commands { writer, next_id: 1 }));
+        let tries = try_again(Arc::clone(&commands), full.subscribe()).in_current_span();
+        let reads = read(reader, told, full.clone(), Arc::clone(&waiting));
+        let tasks = [tokio::spawn(reads), tokio::spawn(tries)].map(AbortOnDropHandle::new);
+        Self { commands, monitor, waiting, full, _tasks: tasks }
     }
 
     /// Without this QEMU tells no events.
@@ -108,10 +117,14 @@ impl Qmp {
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
 
-    /// Whether the guest runs: one that ended while nobody listened told nobody.
+    /// Whether the guest runs: one that ended, or began to wait for room, while nobody listened told nobody.
     pub(crate) async fn is_running(&self) -> Result<bool, QmpError> {
         let answer = self.command("query-status", &json!({})).await?;
-        Ok(answer["status"] == "running")
+        let waits = answer["status"] == "io-error";
+        if waits {
+            self.full.send_replace(());
+        }
+        Ok(waits || answer["status"] == "running")
     }
 
     async fn command(&self, name: &str, arguments: &Value) -> Result<Value, QmpError> {
@@ -145,7 +158,32 @@ async fn write_line(writer: &mut OwnedWriteHalf, message: &Value) -> Result<(), 
     written.map_err(|_| QmpError::Deadline)?.map_err(|e| QmpError::Lost(e.to_string()))
 }
 
-async fn read(stream: OwnedReadHalf, told: watch::Sender<Monitor>, waiting: Waiting) {
+/// QEMU stops a guest whose disk cannot grow, and does what the guest asked of it once it may go on: where there is room
+/// again the guest never knows, and where there is none it is stopped again.
+async fn try_again(commands: Arc<tokio::sync::Mutex<Commands>>, mut full: watch::Receiver<()>) {
+    let mut told = false;
+    // Its sender is the client's.
+    while full.changed().await.is_ok() {
+        if !std::mem::replace(&mut told, true) {
+            tracing::error!(
+                "the host's disk is full: a VM waits until there is room. Make some: kiln gc"
+            );
+        }
+        tokio::time::sleep(ROOM_PAUSE).await;
+        let line = json!({"execute": "cont", "id": 0});
+        if write_line(&mut commands.lock().await.writer, &line).await.is_err() {
+            // Whoever waits for the guest's end is told by the reader.
+            return;
+        }
+    }
+}
+
+async fn read(
+    stream: OwnedReadHalf,
+    told: watch::Sender<Monitor>,
+    full: watch::Sender<()>,
+    waiting: Waiting,
+) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     let why = loop {
@@ -169,6 +207,9 @@ async fn read(stream: OwnedReadHalf, told: watch::Sender<Monitor>, waiting: Wait
                 if let Some((_, sender)) = slot.take_if(|(expected, _)| *expected == id) {
                     let _ = sender.send(answer);
                 }
+            }
+            Ok(Message::Full) => {
+                full.send_replace(());
             }
             Ok(Message::Ignored) => {}
             Err(why) => break why,
@@ -213,7 +254,12 @@ async fn read_line(
 #[derive(Debug, PartialEq)]
 enum Message {
     Ended(GuestEnd),
-    Answer { id: u64, answer: Result<Value, String> },
+    /// It was stopped because its disk found no room.
+    Full,
+    Answer {
+        id: u64,
+        answer: Result<Value, String>,
+    },
     Ignored,
 }
 
@@ -239,6 +285,10 @@ fn parse(line: &[u8]) -> Result<Message, String> {
                 _ => GuestEnd::Other,
             })
         }
+        (Some("BLOCK_IO_ERROR"), ..) => match data {
+            Some(data) if data["action"] == "stop" && data["nospace"] == true => Message::Full,
+            _ => Message::Ignored,
+        },
         (Some("GUEST_PANICKED"), ..) => Message::Ended(GuestEnd::Reset),
         (None, Some(id), _, Some(error)) => {
             let why = error["desc"].as_str().unwrap_or("no reason").chars().take(200).collect();
@@ -316,6 +366,40 @@ mod tests {
         assert_eq!(qmp.take_console().await.unwrap(), "real");
         assert!(matches!(qmp.take_console().await, Err(QmpError::Refused(why)) if why == "no"));
         drop(peer.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_whose_disk_found_no_room_is_let_try_again() {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let qmp = Qmp::new(ours);
+        let mut peer = BufReader::new(peer);
+        let full = r#"{"event": "BLOCK_IO_ERROR", "data": {"device": "", "operation": "write", "action": "stop", "nospace": true}}"#;
+        let other = full.replace("true", "false");
+        for _ in 0..2 {
+            send(peer.get_mut(), &other).await;
+            send(peer.get_mut(), full).await;
+            // More than one of its requests failed.
+            send(peer.get_mut(), full).await;
+            let mut line = String::new();
+            peer.read_line(&mut line).await.unwrap();
+            assert_eq!(line.trim(), r#"{"execute":"cont","id":0}"#);
+            send(peer.get_mut(), r#"{"return": {}, "id": 0}"#).await;
+        }
+        // One that was stopped while nobody listened.
+        let asks = async {
+            let mut line = String::new();
+            peer.read_line(&mut line).await.unwrap();
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!(asked["execute"], "query-status");
+            let answer =
+                json!({"return": {"status": "io-error", "running": false}, "id": asked["id"]});
+            send(peer.get_mut(), &answer.to_string()).await;
+            line.clear();
+            peer.read_line(&mut line).await.unwrap();
+            assert_eq!(line.trim(), r#"{"execute":"cont","id":0}"#);
+        };
+        let (running, ()) = tokio::join!(qmp.is_running(), asks);
+        assert!(running.unwrap());
     }
 
     #[tokio::test(start_paused = true)]

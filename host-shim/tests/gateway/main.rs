@@ -4,6 +4,7 @@
 mod clients;
 mod guests;
 mod managed;
+mod matrix;
 mod publish;
 mod support;
 mod upstream;

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 /// Lines that each build prints.
 pub const LINES: u64 = 20;
@@ -97,6 +98,11 @@ pub struct Agent {
     nonce: [u8; TOKEN_LEN],
     acknowledged: u64,
     outcome: Option<Outcome>,
+    lines: u64,
+    /// Of a line, at least.
+    width: usize,
+    /// Told when it may print.
+    may_print: Option<oneshot::Receiver<()>>,
 }
 
 /// The connection broke.
@@ -110,7 +116,15 @@ impl<E: std::error::Error> From<E> for Broken {
 
 impl Agent {
     pub fn new(place: Arc<Place>, name: String) -> Self {
-        Self { place, name, token: None, nonce: [0; TOKEN_LEN], acknowledged: 0, outcome: None }
+        let (nonce, acknowledged) = ([0; TOKEN_LEN], 0);
+        let (token, outcome, may_print) = (None, None, None);
+        let (lines, width) = (LINES, 0);
+        Self { place, name, token, nonce, acknowledged, outcome, lines, width, may_print }
+    }
+
+    /// One with so many lines that are so long, and which prints nothing until it is told to.
+    pub fn printing(self, lines: u64, width: usize, may_print: oneshot::Receiver<()>) -> Self {
+        Self { lines, width, may_print: Some(may_print), ..self }
     }
 
     /// Until its host has said Finish, or its VM is gone.
@@ -156,10 +170,13 @@ impl Agent {
                 }
             }
         }
-        for seq in self.acknowledged + 1..=LINES + 2 {
+        if let Some(may_print) = self.may_print.take() {
+            may_print.await?;
+        }
+        for seq in self.acknowledged + 1..=self.lines + 2 {
             let event = match seq {
                 1 => Event::Phase(Phase::Building),
-                seq if seq < LINES + 2 => line(seq - 1),
+                seq if seq < self.lines + 2 => line(seq - 1, self.width),
                 _ => Event::Phase(Phase::Pushing),
             };
             let event = NumberedEvent { seq, at_ms: 1, event };
@@ -243,8 +260,8 @@ impl Agent {
     }
 }
 
-fn line(number: u64) -> Event {
-    let content = format!("line {number}").into_bytes();
+fn line(number: u64, width: usize) -> Event {
+    let content = format!("{:width$}", format!("line {number}")).into_bytes();
     Event::Log(Log { stream: LogStream::Stdout, step: None, partial: false, content })
 }
 

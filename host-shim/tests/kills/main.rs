@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod agent;
+mod full;
 mod machine;
 mod server;
 

@@ -28,6 +28,10 @@ impl Home {
         Self { dir, programs }
     }
 
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
     /// The directories of its VMs.
     pub fn run_dir(&self) -> Option<PathBuf> {
         let mut all = std::fs::read_dir(self.dir.path().join("run")).ok()?;

@@ -65,7 +65,11 @@ impl Faulty {
 }
 
 fn broken<T>() -> Result<T, StoreError> {
-    Err(StoreError::Database { operation: "write", source: "database or disk is full".into() })
+    Err(StoreError::Database {
+        operation: "write",
+        disk: None,
+        source: "database or disk is full".into(),
+    })
 }
 
 impl Faulty {

@@ -11,7 +11,7 @@ use kiln::events::{Batch, EventLog, payload};
 use kiln::gateway::Backing;
 use kiln::gateway::upstream::Upstreams;
 use kiln::kept::Kept;
-use kiln::queue::{Capacity, Dispatcher, Egress, Scheduling, Workshop};
+use kiln::queue::{Capacity, Dispatcher, Egress, Reserve, Scheduling, Workshop};
 use kiln::secrets::Vault;
 use kiln::store::Store;
 use kiln::store::sqlite::SqliteStore;
@@ -85,6 +85,7 @@ impl House {
             vmm: Vmm::new(config).await.unwrap(),
             kept: Kept::new(most_kept),
             capacity: Capacity::new(MEMORY_MB, dir.path().into()),
+            reserve: Reserve::new(&at("data")),
             // Nobody is there.
             backing: Backing::external("http://127.0.0.1:1", None).unwrap(),
             vault: Arc::new(Vault::new(&[1; 32]).unwrap()),
@@ -241,6 +242,7 @@ pub fn request() -> Request {
         cpus: 1,
         disk_gb: 1,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: "sha256:00".into(),
         source_bytes: 1,
     }

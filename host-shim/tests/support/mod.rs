@@ -50,8 +50,16 @@ impl Server {
 
     /// Keeps everything of the server's in a directory below this one.
     pub fn start_in(dir: &Path, flags: &[&str]) -> Self {
-        let mut server =
-            Self::serve(tempfile::tempdir_in(dir).unwrap(), &state().join("builder"), flags);
+        Self::start_on_with(tempfile::tempdir_in(dir).unwrap(), flags)
+    }
+
+    /// Keeps everything of the server's in this directory.
+    pub fn start_on(dir: tempfile::TempDir) -> Self {
+        Self::start_on_with(dir, &[])
+    }
+
+    fn start_on_with(dir: tempfile::TempDir, flags: &[&str]) -> Self {
+        let mut server = Self::serve(dir, &state().join("builder"), flags);
         server.token = server.new_token("dev", "admin");
         server.publish_base(&state());
         server

@@ -20,6 +20,7 @@ fn code(pairs: &[(&'static str, &str)]) -> &'static str {
 fn without_any_field_there_are_defaults() {
     let r = request(&[]).unwrap();
     assert_eq!((r.timeout_seconds, r.memory_mb, r.cpus, r.disk_gb), (600, 2048, 2, 10));
+    assert_eq!(r.priority, 50);
     assert_eq!(
         (r.network, r.dockerfile, r.target, r.image_name),
         (NetworkMode::Open, None, None, None)
@@ -38,11 +39,12 @@ fn numbers_hold_at_their_bounds_and_break_beyond() {
         ("memory_mb", 256, limits.max_memory_mb),
         ("cpus", 1, limits.max_cpus),
         ("disk_gb", 1, limits.max_disk_gb),
+        ("priority", 0, 100),
     ] {
         for good in [least, most] {
             assert_eq!(code(&[(name, &good.to_string())]), "fine", "{name} {good}");
         }
-        for bad in [(least - 1).to_string(), (most + 1).to_string()] {
+        for bad in [(i64::from(least) - 1).to_string(), (most + 1).to_string()] {
             assert_eq!(code(&[(name, &bad)]), "invalid_field", "{name} {bad}");
         }
         for bad in ["", " 1", "+1", "1.0", "1s", "-1", "0x10", "99999999999999999999", "ten"] {

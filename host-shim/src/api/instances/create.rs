@@ -13,7 +13,7 @@ use super::{Instance, fields};
 use crate::api::body::ApiJson;
 use crate::api::error::{ApiError, TRY_AGAIN, shown};
 use crate::api::openapi::problems::{
-    BadGateway, BadRequest, Conflict, Forbidden, NotFound, Stalled, TooLarge, Unavailable,
+    BadGateway, BadRequest, Conflict, Forbidden, NoRoom, NotFound, Stalled, TooLarge, Unavailable,
     Unprocessable, UnsupportedMediaType,
 };
 use crate::api::{Api, Shared};
@@ -35,7 +35,7 @@ use crate::token::Caller;
         (status = 201, description = "It is stored, and will run.", body = Instance, headers(
             ("location" = String, description = "The instance's path.")
         )),
-        BadRequest, Forbidden, NotFound, Stalled, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, BadGateway, Unavailable,
+        BadRequest, Forbidden, NotFound, Stalled, Conflict, TooLarge, UnsupportedMediaType, Unprocessable, BadGateway, Unavailable, NoRoom,
     ),
 )]
 pub(in crate::api) async fn create_instance(

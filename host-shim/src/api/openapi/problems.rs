@@ -64,7 +64,7 @@ problems! {
     Internal 500 "The host failed; its log says why, under this answer's x-request-id. `internal`";
     BadGateway 502 "What the host asked did not answer as it should. `registry_failed`, `copy_failed`";
     Unavailable 503 (RETRY_AFTER.as_str())
-        "Not now. `busy`, `stopping`, `not_open`, `not_ready`, `still_cancelling`, `still_stopping`";
+        "Not now. `busy`, `stopping`, `not_open`, `not_ready`, `still_cancelling`, `still_stopping`, `read_only`";
     NoRoom 507 "The host's disk is full. `disk_full`";
 }
 

@@ -13,7 +13,7 @@ impl Driver {
         change: Change,
         first: &[NewEvent],
     ) -> Result<(), StoreError> {
-        let mut tries = Tries::new(self.abandon.clone());
+        let mut tries = Tries::new(self.abandon.clone(), self.workshop.reserve.clone());
         loop {
             let now = crate::clock::now();
             let next = self.build.apply(change.clone(), now)?;
@@ -46,7 +46,7 @@ impl Driver {
 
     /// Stores what is known of the build besides its state: tried until it is stored.
     pub(super) async fn annotate(&mut self) -> Result<(), StoreError> {
-        let mut tries = Tries::new(self.abandon.clone());
+        let mut tries = Tries::new(self.abandon.clone(), self.workshop.reserve.clone());
         while let Err(error) = self.workshop.store.annotate(&self.build, self.fence).await {
             self.place = None;
             tries.after(error).await?;

@@ -6,7 +6,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::causes::chain;
-use crate::store::StoreError;
+use crate::queue::reserve::Reserve;
+use crate::store::{Disk, StoreError};
 
 /// The pause after a first failure, and the longest one. A disk that is full has room again when somebody makes some.
 const PAUSE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(30);
@@ -16,14 +17,15 @@ pub(super) struct Tries {
     pause: Duration,
     /// The server ends: one more try, and then the next start's recovery has the build.
     abandon: CancellationToken,
+    reserve: Reserve,
     failed: bool,
     last: bool,
 }
 
 impl Tries {
-    pub(super) fn new(abandon: CancellationToken) -> Self {
+    pub(super) fn new(abandon: CancellationToken, reserve: Reserve) -> Self {
         let last = abandon.is_cancelled();
-        Self { pause: *PAUSE.start(), abandon, failed: false, last }
+        Self { pause: *PAUSE.start(), abandon, reserve, failed: false, last }
     }
 
     /// Whether a try has failed: what it wrote may be stored all the same.
@@ -33,7 +35,12 @@ impl Tries {
 
     /// Waits before the next try. Gives back what is no failure of the database, and what there is no time for.
     pub(super) async fn after(&mut self, error: StoreError) -> Result<(), StoreError> {
-        if self.last || !matches!(error, StoreError::Database { .. }) {
+        let StoreError::Database { disk, .. } = error else { return Err(error) };
+        if disk == Some(Disk::Full) && self.reserve.give() {
+            self.failed = true;
+            return Ok(());
+        }
+        if self.last {
             return Err(error);
         }
         self.failed = true;
@@ -54,12 +61,16 @@ mod tests {
     use super::*;
 
     fn failure() -> StoreError {
-        StoreError::Database { operation: "write", source: "the disk is full".into() }
+        StoreError::Database { operation: "write", disk: None, source: "it is broken".into() }
+    }
+
+    fn tries(abandon: CancellationToken) -> Tries {
+        Tries::new(abandon, Reserve::new(std::path::Path::new("/nowhere")))
     }
 
     #[tokio::test(start_paused = true)]
     async fn pauses_grow_and_have_a_bound() {
-        let mut tries = Tries::new(CancellationToken::new());
+        let mut tries = self::tries(CancellationToken::new());
         let mut pauses = vec![];
         for _ in 0..12 {
             let begun = Instant::now();
@@ -72,8 +83,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_full_disk_gets_what_was_kept_for_it_and_is_tried_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = dir.path().join("reserve");
+        std::fs::write(&kept, "room").unwrap();
+        // Also where there is no time for a pause.
+        let abandon = CancellationToken::new();
+        abandon.cancel();
+        let mut tries = Tries::new(abandon, Reserve::new(dir.path()));
+        let full = || StoreError::Database {
+            operation: "write",
+            disk: Some(Disk::Full),
+            source: "it is full".into(),
+        };
+        let begun = Instant::now();
+        tries.after(full()).await.unwrap();
+        assert!(!kept.exists() && tries.have_failed());
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        assert!(tries.after(full()).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn only_the_database_is_tried_again() {
-        let mut tries = Tries::new(CancellationToken::new());
+        let mut tries = self::tries(CancellationToken::new());
         assert!(matches!(tries.after(StoreError::Fenced).await, Err(StoreError::Fenced)));
         assert!(!tries.have_failed());
     }
@@ -81,7 +113,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_end_of_the_server_ends_a_pause_and_leaves_one_try() {
         let abandon = CancellationToken::new();
-        let mut tries = Tries::new(abandon.clone());
+        let mut tries = self::tries(abandon.clone());
         for _ in 0..9 {
             tries.after(failure()).await.unwrap();
         }
@@ -94,6 +126,6 @@ mod tests {
         waited.unwrap();
         assert_eq!(begun.elapsed(), Duration::from_secs(1));
         assert!(tries.after(failure()).await.is_err());
-        assert!(Tries::new(abandon).after(failure()).await.is_err());
+        assert!(self::tries(abandon).after(failure()).await.is_err());
     }
 }

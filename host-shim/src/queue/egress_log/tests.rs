@@ -39,6 +39,7 @@ async fn bench(reach: Reach) -> Bench {
         cpus: 1,
         disk_gb: 1,
         keep_failed_seconds: 0,
+        priority: 50,
         source_digest: String::new(),
         source_bytes: 0,
     };

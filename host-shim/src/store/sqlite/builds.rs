@@ -12,8 +12,8 @@ use crate::store::{Filter, IdempotencyKey, StoreError};
 
 pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(), StoreError> {
     let inserted = sqlx::query(
-        "INSERT INTO builds (id, tenant, status, request, created_at, attempt, used, pulled, memory_mb)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING",
+        "INSERT INTO builds (id, tenant, status, request, created_at, attempt, used, pulled, memory_mb, priority)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING",
     )
     .bind(build.id.as_str())
     .bind(build.tenant.as_str())
@@ -24,6 +24,7 @@ pub(super) async fn insert(db: &mut SqliteConnection, build: &Build) -> Result<(
     .bind(json(&build.usage)?)
     .bind(json(&build.pulled)?)
     .bind(i64::from(build.request.memory_mb))
+    .bind(i64::from(build.request.priority))
     .execute(&mut *db)
     .await
     .map_err(failed("store a build"))?;

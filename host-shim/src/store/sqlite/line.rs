@@ -43,15 +43,15 @@ macro_rules! oldest {
     };
 }
 
-/// Of a tenant that waits: what its oldest build wants, in MiB.
+/// Of a tenant that waits: what its first build wants, in MiB.
 macro_rules! wants {
     () => {
         "(SELECT h.memory_mb FROM builds AS h
-          WHERE h.status = 'queued' AND h.tenant = w.tenant ORDER BY h.created_at, h.id LIMIT 1)"
+          WHERE h.status = 'queued' AND h.tenant = w.tenant ORDER BY h.priority DESC, h.created_at, h.id LIMIT 1)"
     };
 }
 
-/// The oldest build of the tenant that is next, of those that wait for whom this holds.
+/// The first build of the tenant that is next, of those that wait for whom this holds.
 macro_rules! next {
     ($columns:literal, $holds:expr) => {
         concat!(
@@ -69,7 +69,7 @@ macro_rules! next {
             ", ",
             oldest!(),
             ", w.tenant LIMIT 1)
-             ORDER BY b.created_at, b.id LIMIT 1"
+             ORDER BY b.priority DESC, b.created_at, b.id LIMIT 1"
         )
     };
 }
@@ -100,7 +100,8 @@ pub(super) const LINE: &str = concat!(
     " AS oldest,
      (SELECT COUNT(*) FROM builds AS q WHERE q.status = 'queued' AND q.tenant = w.tenant) AS queued,
      (SELECT COUNT(*) FROM builds AS e
-      WHERE e.status = 'queued' AND e.tenant = b.tenant AND (e.created_at, e.id) < (b.created_at, b.id)) AS ahead
+      WHERE e.status = 'queued' AND e.tenant = b.tenant
+        AND (e.priority > b.priority OR e.priority = b.priority AND (e.created_at, e.id) < (b.created_at, b.id))) AS ahead
      FROM builds AS b, waiting AS w
      WHERE b.id = $1 AND b.status = 'queued' AND w.tenant IS NOT NULL"
 );
