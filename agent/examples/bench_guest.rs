@@ -21,6 +21,8 @@ use tokio_vsock::{VsockAddr, VsockStream};
 
 #[path = "../src/events.rs"]
 mod events;
+#[path = "../src/init/heap.rs"]
+mod heap;
 #[path = "../src/runtime/lines.rs"]
 mod lines;
 #[path = "../src/session/link.rs"]
@@ -49,6 +51,7 @@ const LINE: &str =
     "   Compiling something-of-some-length v0.12.3 (/src/crates/something) [1234/5678]";
 
 fn main() -> anyhow::Result<()> {
+    heap::keep();
     let pairs: usize = std::env::var("kiln_pairs").context("kiln_pairs=N is missing")?.parse()?;
     let modules::Modules { drivers, file_systems: _ } = modules::open()?;
     modules::load(drivers)?;

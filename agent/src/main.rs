@@ -77,6 +77,7 @@ fn main() -> ExitCode {
         return exec::leader::leader_main();
     }
     if std::process::id() == 1 {
+        init::heap::keep();
         return init::run(agent);
     }
     eprintln!(

@@ -26,6 +26,7 @@
 mod cgroups;
 pub mod clock;
 mod devices;
+pub mod heap;
 mod modules;
 pub mod net;
 mod root;
