@@ -1,6 +1,7 @@
 //! A `kiln serve` that is killed and started again on the same directories. Not the released program: only the one of the
 //! tests can end at named points.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -91,9 +92,15 @@ impl Home {
 
     /// Processes whose program is of this home, by name.
     pub fn processes(&self) -> Vec<PathBuf> {
-        let all = std::fs::read_dir("/proc").unwrap().flatten();
-        let programs = all.filter_map(|one| std::fs::read_link(one.path().join("exe")).ok());
-        programs.filter(|program| program.starts_with(self.dir.path())).collect()
+        self.running().into_values().collect()
+    }
+
+    fn running(&self) -> BTreeMap<i32, PathBuf> {
+        let all = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|one| {
+            let pid = one.file_name().to_str()?.parse().ok()?;
+            Some((pid, std::fs::read_link(one.path().join("exe")).ok()?))
+        });
+        all.filter(|(_, program)| program.starts_with(self.dir.path())).collect()
     }
 }
 
@@ -101,6 +108,13 @@ impl Drop for Home {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("--- the log of kiln serve ---\n{}", self.log());
+            // Fake VMs outlive their server, which is what is tested; they are not to outlive a test that failed.
+            for pid in self.running().into_keys() {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
         }
     }
 }

@@ -16,11 +16,11 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Gid, Pid, Uid, User, chown, geteuid};
+use nix::unistd::{Gid, Uid, User, chown, geteuid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{ManagedError, torn};
 use crate::lock;
@@ -32,7 +32,7 @@ const USER: &str = "docker-registry";
 /// Where `log` becomes `log.1`.
 const MAX_LOG_BYTES: u64 = 1024 * 1024;
 /// How long a process may take to end that was killed.
-const END_PATIENCE: Duration = Duration::from_secs(2);
+const END_PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
 /// Paths are relative to DIR, the child's working directory: so it needs no right to DIR's parents.
 /// The level `info` is what makes it say that it listens.
@@ -131,12 +131,14 @@ impl Files {
         let mut numbers = text.split_whitespace().map(str::parse::<u64>);
         let (Some(Ok(pid)), Some(Ok(start))) = (numbers.next(), numbers.next()) else { return };
         if let Ok(pid) = u32::try_from(pid)
-            && let Ok(raw) = i32::try_from(pid)
+            && let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw)
+            && let Ok(process) = pidfd_open(raw, PidfdFlags::empty())
             && start_time(pid) == Some(start)
         {
             tracing::warn!(pid, "ending a registry that an earlier server left behind");
-            let _ = kill(Pid::from_raw(raw), Signal::SIGKILL);
-            await_end(pid, start);
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+            // Nobody else writes in its directories then.
+            let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&END_PATIENCE));
         }
         match torn::remove(&self.dir, self.identity) {
             Ok(0) => {}
@@ -178,23 +180,11 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
 }
 
-/// When a process started that has not ended, in ticks since boot: tells it from a later one with the same pid.
+/// When a process started, in ticks since boot: tells it from a later one with the same pid.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything. After it come the state and, 19 fields on, the start.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
-}
-
-/// Until a process that was killed is gone, or a moment has passed: nothing else writes in its directories then.
-fn await_end(pid: u32, start: u64) {
-    let begun = Instant::now();
-    while start_time(pid) == Some(start) && begun.elapsed() < END_PATIENCE {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    // The name, in parentheses, may hold anything. The start is field 22, the 20th after it.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// A log of at most two files of [`MAX_LOG_BYTES`].
