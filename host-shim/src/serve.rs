@@ -39,7 +39,7 @@ use crate::instances::quota::Quota;
 use crate::instances::{Instances, Machines, Places};
 use crate::kept::Kept;
 use crate::metrics;
-use crate::queue::{Capacity, Dispatcher, Reserve, Scheduling, Workshop, adopt, recover};
+use crate::queue::{BEAT, Capacity, Dispatcher, Reserve, Scheduling, Workshop, adopt, recover};
 use crate::retention::Retention;
 use crate::sources::Sources;
 use crate::token::Uses;
@@ -130,11 +130,12 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         kernel_digest: bundle.manifest.files.kernel.digest.to_string(),
         log_limit: config.log_limit_bytes,
         egress: parts::egress(&config)?,
+        beat: BEAT,
     });
     let owner = format!("{}-{}", std::process::id(), hex::encode(crate::random::bytes::<8>()));
     let max_vms = config.max_vms as usize;
     let room = Arc::new(Semaphore::new(max_vms));
-    let claimed = store.reclaim(&owner).await;
+    let claimed = store.reclaim(&owner, crate::clock::now()).await;
     let claimed = claimed.context("cannot take over the builds of an earlier server")?;
     let (adopted, left) = adopt(&workshop, claimed, &room).await;
     let swept = workshop.vmm.sweep().await?;

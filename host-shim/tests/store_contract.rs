@@ -6,6 +6,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::slice;
 use std::sync::Arc;
 
 use kiln::build::{
@@ -16,8 +17,8 @@ use kiln::exec::{self, How, Session, Subject, Who};
 use kiln::instances::instance::{self, End, Instance, InstanceId, State};
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{
-    Claimed, Fence, Filter, FinishedLog, IdempotencyKey, MAX_PAGE_BYTES, MAX_PIECE_BYTES, NewEvent,
-    Next, Piece, Role, SessionFilter, Store, StoreError, TokenRecord,
+    Claimed, Fence, Filter, FinishedLog, IdempotencyKey, LEASE, MAX_PAGE_BYTES, MAX_PIECE_BYTES,
+    NewEvent, Next, Piece, Role, SessionFilter, Store, StoreError, TokenRecord,
 };
 use serde_json::json;
 
@@ -139,7 +140,7 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
     );
 
     // What was claimed by the process before has a new claim, and the old one is worth nothing.
-    let again = store.reclaim("me, later").await.unwrap();
+    let again = store.reclaim("me, later", 70).await.unwrap();
     assert_eq!(again.len(), 1);
     assert!(again[0].fence > claimed.fence);
     let late = store.change(&first.id, claimed.fence, Change::Cancel, 70, &[]).await;
@@ -157,7 +158,46 @@ async fn a_build_comes_back_as_it_was_after_a_restart() {
         .unwrap();
     assert_eq!((failed.failure.as_ref(), failed.completed_at), (Some(&failure), Some(80)));
     assert_eq!(store.build(&first.id).await.unwrap(), Some(failed));
-    assert!(store.reclaim("me, later still").await.unwrap().is_empty());
+    assert!(store.reclaim("me, later still", 70).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_claim_is_a_lease() {
+    let place = Place::new();
+    let store = place.open().await;
+    let b1 = id("b1");
+    put(&*store, &build("b1", "acme", 10)).await;
+    let lease = i64::try_from(LEASE.as_millis()).unwrap();
+    let first = store.claim("one", 50, &[]).await.unwrap().unwrap();
+    assert_eq!(store.lapsed(50 + lease).await.unwrap(), []);
+    assert_eq!(store.lapsed(51 + lease).await.unwrap(), slice::from_ref(&b1));
+
+    // While it is renewed nobody takes it over.
+    store.renew(&b1, first.fence, 100).await.unwrap();
+    assert_eq!(store.lapsed(100 + lease).await.unwrap(), []);
+    assert!(store.take_over(&b1, "two", 100 + lease).await.unwrap().is_none());
+    let second = store.take_over(&b1, "two", 101 + lease).await.unwrap().unwrap();
+    assert!(second.fence > first.fence);
+    assert_eq!(second.build, first.build);
+    // One alone takes it over, and has a lease as well.
+    assert!(store.take_over(&b1, "three", 101 + lease).await.unwrap().is_none());
+    assert_eq!(store.lapsed(101 + 2 * lease).await.unwrap(), []);
+    let late = store.renew(&b1, first.fence, 200).await;
+    assert!(matches!(late, Err(StoreError::Fenced)), "{late:?}");
+    assert_eq!(store.lapsed(102 + 2 * lease).await.unwrap(), slice::from_ref(&b1));
+
+    // A new server does not wait for leases to run out.
+    let third = store.reclaim("four", 102 + 2 * lease).await.unwrap().remove(0);
+    assert_eq!(store.lapsed(102 + 3 * lease).await.unwrap(), []);
+    // What waits, and what has ended, is nobody's.
+    store.change(&b1, third.fence, Change::Requeue, 60, &[]).await.unwrap();
+    assert_eq!(store.lapsed(i64::MAX).await.unwrap(), []);
+    let again = claim(&*store).await;
+    store.change(&b1, again.fence, Change::Cancel, 60, &[]).await.unwrap();
+    assert_eq!(store.lapsed(i64::MAX).await.unwrap(), []);
+    assert!(store.take_over(&b1, "five", i64::MAX).await.unwrap().is_none());
+    let late = store.renew(&b1, again.fence, 300).await;
+    assert!(matches!(late, Err(StoreError::Refused(_))), "{late:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@ use super::admission::{self, Passing, Verdict};
 use super::capacity::Memory;
 use super::driver::Driver;
 use super::expiry;
+use super::lease;
 use super::live::Live;
 use super::recover::Adopted;
 use super::workshop::Workshop;
@@ -64,6 +65,11 @@ impl Scheduling {
             store,
             claiming: Arc::new(Mutex::new(())),
         }
+    }
+
+    /// Whether a build has a driver.
+    pub(super) fn drives(&self, id: &BuildId) -> bool {
+        self.live.has(id)
     }
 
     /// How many builds have a driver.
@@ -132,6 +138,8 @@ impl Dispatcher {
         }
         drivers.spawn(expiry::run(Arc::clone(&self.workshop), self.longest, stop.clone()));
         let scheduling = self.scheduling.clone();
+        let (workshop, owner) = (Arc::clone(&self.workshop), self.owner.clone());
+        drivers.spawn(lease::run(workshop, scheduling.clone(), owner, stop.clone()));
         let mut freed = self.workshop.capacity.freed();
         loop {
             let permit = tokio::select! {

@@ -23,6 +23,7 @@ use super::base;
 use super::capacity::Memory;
 use super::journal::{Journal, Notes};
 use super::leaks::{self, Searched};
+use super::lease;
 use super::live::Entry;
 use super::outcome::{self, Next};
 use super::workshop::Workshop;
@@ -101,8 +102,14 @@ impl Driver {
     /// Drives the build to its end.
     #[tracing::instrument(name = "build", skip_all, fields(build = %self.build.id, tenant = %self.build.tenant))]
     pub async fn run(mut self) {
-        // What a panic leaves half done is the VM's, which goes with it: the build itself is changed as a whole.
-        let ended = match AssertUnwindSafe(self.drive()).catch_unwind().await {
+        let (workshop, id, fence) = (Arc::clone(&self.workshop), self.build.id.clone(), self.fence);
+        let driven = tokio::select! {
+            biased;
+            // What a panic leaves half done is the VM's, which goes with it: the build itself is changed as a whole.
+            driven = AssertUnwindSafe(self.drive()).catch_unwind() => driven,
+            () = lease::hold(&workshop, &id, fence) => Ok(Err(StoreError::Fenced)),
+        };
+        let ended = match driven {
             Ok(ended) => ended,
             Err(_) => self.broke_down().await,
         };

@@ -60,6 +60,11 @@ impl Live {
         self.lock().get(id)?.door.entrance()
     }
 
+    /// Whether a build is live.
+    pub fn has(&self, id: &BuildId) -> bool {
+        self.lock().contains_key(id)
+    }
+
     /// How many builds are live.
     pub fn count(&self) -> usize {
         self.lock().len()

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::capacity::Capacity;
 use super::driver::Egress;
@@ -44,6 +45,8 @@ pub struct Workshop {
     pub log_limit: u64,
     /// What steps may reach.
     pub egress: Egress,
+    /// How often a driver renews its claim: [`BEAT`](super::BEAT).
+    pub beat: Duration,
 }
 
 impl Workshop {

@@ -10,6 +10,7 @@ pub mod line;
 pub mod sqlite;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_protocol::secret::SecretId;
@@ -18,6 +19,9 @@ use crate::build::{Build, BuildId, Change, Failure, Millis, Refused, Status, Ten
 use crate::exec::{End, Session, Subject};
 use crate::instances::instance::{self, Instance, InstanceId};
 use crate::secrets::Sealed;
+
+/// How long a claim holds that is not renewed.
+pub const LEASE: Duration = Duration::from_secs(60);
 
 /// A claim on a build. A write with an old fence is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -297,7 +301,8 @@ pub trait Store: Send + Sync + 'static {
     /// The build that is next in the line ([`mod@line`]).
     async fn next_queued(&self) -> Result<Option<Next>, StoreError>;
     /// Takes the build that is next in the line of those tenants whose oldest build wants no more memory than that, in
-    /// MiB, by one conditional `UPDATE … RETURNING`, and appends events to it in the same transaction.
+    /// MiB, by one conditional `UPDATE … RETURNING`, and appends events to it in the same transaction. The claim is a lease: it
+    /// holds for [`LEASE`].
     async fn claim_within(
         &self,
         owner: &str,
@@ -342,9 +347,20 @@ pub trait Store: Send + Sync + 'static {
         now: Millis,
         events: &[NewEvent],
     ) -> Result<Vec<BuildId>, StoreError>;
-    /// Takes over every build that a driver of an earlier process had claimed, with new fences.
-    /// To be called once, before the first claim.
-    async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError>;
+    /// The claim holds for [`LEASE`] from now on. Refused when the fence is old, or the build final.
+    async fn renew(&self, id: &BuildId, fence: Fence, now: Millis) -> Result<(), StoreError>;
+    /// Builds whose claims have not been renewed in time, the oldest first.
+    async fn lapsed(&self, now: Millis) -> Result<Vec<BuildId>, StoreError>;
+    /// Takes over a build whose claim has not been renewed in time, with a new fence; `None` where it was, or the build has ended.
+    async fn take_over(
+        &self,
+        id: &BuildId,
+        owner: &str,
+        now: Millis,
+    ) -> Result<Option<Claimed>, StoreError>;
+    /// Takes over every build that a driver of an earlier process had claimed, with new fences, whatever is left of its lease: that
+    /// process is known to have ended. To be called once, before the first claim.
+    async fn reclaim(&self, owner: &str, now: Millis) -> Result<Vec<Claimed>, StoreError>;
 
     /// Appends events in order and returns the highest number. Events whose `agent_seq` is stored
     /// already are left out. `Refused` once the build is final.

@@ -85,7 +85,8 @@ impl SqliteStore {
             .foreign_keys(true)
             .busy_timeout(BUSY)
             .statement_cache_capacity(STATEMENTS)
-            .row_buffer_size(8)
+            // Each time that it is full costs two switches between threads: a page of the log has up to 128 rows.
+            .row_buffer_size(32)
             .pragma("cache_size", CACHE_SIZE)
             // What is deleted is overwritten: a build's own secrets, sealed as they are, do not stay in free pages.
             .pragma("secure_delete", "ON")
@@ -134,6 +135,7 @@ fn migrator() -> Migrator {
         ("retention", include_str!("../../migrations/sqlite/0011_retention.sql")),
         ("lists", include_str!("../../migrations/sqlite/0012_lists.sql")),
         ("priority", include_str!("../../migrations/sqlite/0013_priority.sql")),
+        ("leases", include_str!("../../migrations/sqlite/0014_leases.sql")),
     ];
     let migration = |(number, (name, text)): (i64, (&'static str, &'static str))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -333,9 +335,35 @@ impl Store for SqliteStore {
         Ok(expired)
     }
 
-    async fn reclaim(&self, owner: &str) -> Result<Vec<Claimed>, StoreError> {
+    async fn renew(&self, id: &BuildId, fence: Fence, now: Millis) -> Result<(), StoreError> {
+        let mut tx = self.write("renew a claim").await?;
+        if !claims::renew(&mut tx, id, fence, now).await? {
+            let (build, current) = claims::load(&mut tx, id).await?;
+            check_claim(&build, current, fence)?;
+            return Err(StoreError::Fenced);
+        }
+        tx.commit().await
+    }
+
+    async fn lapsed(&self, now: Millis) -> Result<Vec<BuildId>, StoreError> {
+        claims::lapsed(&self.readers, now).await
+    }
+
+    async fn take_over(
+        &self,
+        id: &BuildId,
+        owner: &str,
+        now: Millis,
+    ) -> Result<Option<Claimed>, StoreError> {
+        let mut tx = self.write("take over a build").await?;
+        let claimed = claims::take_over(&mut tx, id, owner, now).await?;
+        tx.commit().await?;
+        Ok(claimed)
+    }
+
+    async fn reclaim(&self, owner: &str, now: Millis) -> Result<Vec<Claimed>, StoreError> {
         let mut tx = self.write("take over builds").await?;
-        let claimed = claims::reclaim(&mut tx, owner).await?;
+        let claimed = claims::reclaim(&mut tx, owner, now).await?;
         tx.commit().await?;
         Ok(claimed)
     }

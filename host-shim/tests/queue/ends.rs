@@ -83,7 +83,7 @@ async fn the_end_of_the_server_ends_the_tries() {
     // Pauses are longer than this by now.
     tokio::time::timeout(Duration::from_secs(5), house.dispatcher).await.unwrap().unwrap();
     // The next start finds it.
-    let left = house.store.reclaim("next").await.unwrap();
+    let left = house.store.reclaim("next", kiln::clock::now()).await.unwrap();
     assert_eq!(left.len(), 1);
 }
 

@@ -141,7 +141,10 @@ store! {
     claim_within(owner: &str, now: Millis, events: &[NewEvent], most_mb: u32) -> Option<Claimed>;
     cancel_queued(id: &BuildId, now: Millis, events: &[NewEvent]) -> Build;
     expire_queued(before: Millis, at_most: u32, failure: &Failure, now: Millis, events: &[NewEvent]) -> Vec<BuildId>;
-    reclaim(owner: &str) -> Vec<Claimed>;
+    renew(id: &BuildId, fence: Fence, now: Millis) -> ();
+    lapsed(now: Millis) -> Vec<BuildId>;
+    take_over(id: &BuildId, owner: &str, now: Millis) -> Option<Claimed>;
+    reclaim(owner: &str, now: Millis) -> Vec<Claimed>;
     events_after(id: &BuildId, after: u64, limit: u32) -> Vec<StoredEvent>;
     log_bytes() -> u64;
     finished_logs(at_most: u32) -> Vec<FinishedLog>;

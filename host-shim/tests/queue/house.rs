@@ -95,6 +95,7 @@ impl House {
             log_limit: 1 << 20,
             egress: Egress { permitted: vec![], ca: vec![] },
             upstreams: Upstreams::none(),
+            beat: Duration::from_millis(50),
         });
         let scheduling = Scheduling::new(store.clone());
         let (stop, abandon) = (CancellationToken::new(), CancellationToken::new());

@@ -10,4 +10,5 @@ mod faulty;
 mod guest;
 mod house;
 mod kept;
+mod lease;
 mod waiting;

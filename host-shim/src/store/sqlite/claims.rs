@@ -1,17 +1,25 @@
 //! Changes of `builds` under a claim. All of them run in a transaction of the caller's.
 
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection, SqlitePool};
 
 use super::builds::{from_row, json, parsed};
 use super::failed;
 use super::line::CLAIM;
 use crate::build::{Build, BuildId, Millis, Status};
-use crate::store::{Claimed, Fence, StoreError};
+use crate::store::{Claimed, Fence, LEASE, StoreError};
 
 pub(super) const RECLAIM: &str = "
-    UPDATE builds SET fence = fence + 1, owner = $1
+    UPDATE builds SET fence = fence + 1, owner = $1, lease_until = $2
     WHERE status IN ('building', 'pushing') RETURNING *";
+
+const LAPSED: &str = "
+    SELECT id FROM builds WHERE status IN ('building', 'pushing') AND lease_until < $1
+    ORDER BY lease_until, id";
+
+const TAKE_OVER: &str = "
+    UPDATE builds SET fence = fence + 1, owner = $1, lease_until = $2
+    WHERE id = $3 AND status IN ('building', 'pushing') AND lease_until < $4 RETURNING *";
 
 /// Takes the build that is next in the line.
 pub(super) async fn claim(
@@ -24,6 +32,7 @@ pub(super) async fn claim(
         .bind(owner)
         .bind(now)
         .bind(i64::from(most_mb))
+        .bind(leased_until(now))
         .fetch_optional(db)
         .await
         .map_err(failed("claim a build"))?;
@@ -34,12 +43,69 @@ pub(super) async fn claim(
 pub(super) async fn reclaim(
     db: &mut SqliteConnection,
     owner: &str,
+    now: Millis,
 ) -> Result<Vec<Claimed>, StoreError> {
-    let rows =
-        sqlx::query(RECLAIM).bind(owner).fetch_all(db).await.map_err(failed("take over builds"))?;
+    let rows = sqlx::query(RECLAIM)
+        .bind(owner)
+        .bind(leased_until(now))
+        .fetch_all(db)
+        .await
+        .map_err(failed("take over builds"))?;
     let mut all = rows.iter().map(claimed).collect::<Result<Vec<_>, _>>()?;
     all.sort_by(|a, b| (a.build.created_at, &a.build.id).cmp(&(b.build.created_at, &b.build.id)));
     Ok(all)
+}
+
+/// Lets the claim hold from now on. False where it is not the newest one of a build that is under way.
+pub(super) async fn renew(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+    fence: Fence,
+    now: Millis,
+) -> Result<bool, StoreError> {
+    let renewed = sqlx::query(
+        "UPDATE builds SET lease_until = $1
+         WHERE id = $2 AND fence = $3 AND status IN ('building', 'pushing')",
+    )
+    .bind(leased_until(now))
+    .bind(id.as_str())
+    .bind(fence.0)
+    .execute(db)
+    .await
+    .map_err(failed("renew a claim"))?;
+    Ok(renewed.rows_affected() == 1)
+}
+
+/// Builds whose claims have lapsed.
+pub(super) async fn lapsed(db: &SqlitePool, now: Millis) -> Result<Vec<BuildId>, StoreError> {
+    let rows = sqlx::query(LAPSED)
+        .bind(now)
+        .fetch_all(db)
+        .await
+        .map_err(failed("look for claims that were not renewed"))?;
+    rows.iter().map(|row| parsed(row, "id", BuildId::new)).collect()
+}
+
+/// Gives a build whose claim has lapsed a new one.
+pub(super) async fn take_over(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+    owner: &str,
+    now: Millis,
+) -> Result<Option<Claimed>, StoreError> {
+    let row = sqlx::query(TAKE_OVER)
+        .bind(owner)
+        .bind(leased_until(now))
+        .bind(id.as_str())
+        .bind(now)
+        .fetch_optional(db)
+        .await
+        .map_err(failed("take over a build"))?;
+    row.as_ref().map(claimed).transpose()
+}
+
+fn leased_until(now: Millis) -> Millis {
+    now.saturating_add(i64::try_from(LEASE.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// The build and the fence of its newest claim.

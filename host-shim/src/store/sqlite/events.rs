@@ -1,11 +1,16 @@
 //! The table `events`: numbered from 1 in each build, without gaps until its log goes (`retention`).
 
+use std::collections::HashSet;
+
 use futures_util::TryStreamExt;
-use sqlx::{Row, SqliteConnection, SqlitePool};
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use super::{failed, retention};
 use crate::build::BuildId;
 use crate::store::{MAX_PAGE_BYTES, NewEvent, StoreError, StoredEvent};
+
+/// Most rows of one statement, six values each: SQLite takes 32,766 of them, PostgreSQL 65,535.
+const ROWS: usize = 128;
 
 /// Appends and returns the highest number. In a transaction that holds the write lock.
 pub(super) async fn append(
@@ -20,33 +25,67 @@ pub(super) async fn append(
             .fetch_one(&mut *db)
             .await
             .map_err(failed("number events"))?;
+    let mut known = known(db, id, attempt, events).await?;
     let mut log_bytes = 0;
+    let mut rows = Vec::with_capacity(events.len());
     for event in events {
-        let payload = event.payload.to_string();
-        let size = payload.len();
-        let agent_seq =
-            event.agent_seq.map(i64::try_from).transpose().map_err(failed("number events"))?;
-        let inserted = sqlx::query(
-            "INSERT INTO events (build_id, seq, at, attempt, agent_seq, payload)
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
-        )
-        .bind(id.as_str())
-        .bind(highest + 1)
-        .bind(event.at)
-        .bind(i64::from(attempt))
-        .bind(agent_seq)
-        .bind(payload)
-        .execute(&mut *db)
-        .await
-        .map_err(failed("store events"))?;
-        // The number is free under the write lock, so a conflict is the agent's number.
-        if inserted.rows_affected() == 1 {
-            highest += 1;
-            log_bytes += if event.is_log() { size } else { 0 };
+        let agent_seq = agent_seq(event)?;
+        if agent_seq.is_some_and(|number| !known.insert(number)) {
+            continue;
         }
+        highest += 1;
+        let payload = event.payload.to_string();
+        log_bytes += if event.is_log() { payload.len() } else { 0 };
+        rows.push((highest, event.at, agent_seq, payload));
+    }
+    let mut rows = rows.into_iter().peekable();
+    while rows.peek().is_some() {
+        let mut insert = QueryBuilder::<Sqlite>::new(
+            "INSERT INTO events (build_id, seq, at, attempt, agent_seq, payload) ",
+        );
+        let mut count = 0;
+        insert.push_values(rows.by_ref().take(ROWS), |mut row, (seq, at, agent_seq, payload)| {
+            count += 1;
+            row.push_bind(id.as_str()).push_bind(seq).push_bind(at);
+            row.push_bind(i64::from(attempt)).push_bind(agent_seq).push_bind(payload);
+        });
+        // Of many rows there are many texts: they would drive all others out of those that stay prepared.
+        let insert = insert.build().persistent(count == 1);
+        insert.execute(&mut *db).await.map_err(failed("store events"))?;
     }
     retention::grew(db, id, log_bytes).await?;
     u64::try_from(highest).map_err(failed("number events"))
+}
+
+/// Which of the agent's numbers among these are stored already.
+async fn known(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+    attempt: u32,
+    events: &[NewEvent],
+) -> Result<HashSet<i64>, StoreError> {
+    let numbers: Result<Vec<_>, _> =
+        events.iter().filter_map(|e| agent_seq(e).transpose()).collect();
+    let numbers = numbers?;
+    let (Some(first), Some(last)) = (numbers.iter().min(), numbers.iter().max()) else {
+        return Ok(HashSet::new());
+    };
+    let known: Vec<i64> = sqlx::query_scalar(
+        "SELECT agent_seq FROM events
+         WHERE build_id = $1 AND attempt = $2 AND agent_seq >= $3 AND agent_seq <= $4",
+    )
+    .bind(id.as_str())
+    .bind(i64::from(attempt))
+    .bind(first)
+    .bind(last)
+    .fetch_all(db)
+    .await
+    .map_err(failed("number events"))?;
+    Ok(known.into_iter().collect())
+}
+
+fn agent_seq(event: &NewEvent) -> Result<Option<i64>, StoreError> {
+    event.agent_seq.map(i64::try_from).transpose().map_err(failed("number events"))
 }
 
 pub(super) async fn after(

@@ -77,7 +77,7 @@ macro_rules! next {
 /// Claims the next build whose memory is no more than this: [`crate::build::Change::Claim`] as one statement.
 pub(super) const CLAIM: &str = concat!(
     "UPDATE builds
-     SET status = 'building', fence = fence + 1, owner = $1, attempt = attempt + 1,
+     SET status = 'building', fence = fence + 1, owner = $1, lease_until = $4, attempt = attempt + 1,
          started_at = COALESCE(started_at, $2),
          turn = (SELECT MAX(l.turn) + 1 FROM builds AS l)
      WHERE status = 'queued' AND id = (",
