@@ -17,17 +17,20 @@ pub mod blocks;
 mod gaps;
 pub mod payload;
 mod recent;
+mod waiting;
 
 use std::collections::HashMap;
-use std::pin::Pin;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, sleep_until};
 
 use self::blocks::Blocks;
 use self::recent::{Look, Recent};
+use self::waiting::{Place, Waiting};
 use crate::build::{Build, BuildId, Change, Failure, Millis};
 use crate::causes::chain;
 use crate::metrics::Metrics;
@@ -58,9 +61,15 @@ struct Inner {
 struct Channel {
     /// Something was stored: the channel's task looks.
     stored: watch::Sender<()>,
-    /// There is more in `recent`, or nothing is read for all any more: followers look.
-    more: watch::Sender<()>,
-    recent: Mutex<Recent>,
+    shared: Mutex<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    recent: Recent,
+    /// For more in `recent`, or for nothing to be read for all any more.
+    waiting: Waiting,
+    followers: usize,
 }
 
 impl EventLog {
@@ -207,9 +216,8 @@ impl EventLog {
         let following = follow.then(|| {
             let mut channels = self.inner.channels();
             let channel = channels.entry(id.clone()).or_insert_with(|| self.channel(id));
-            let more = channel.more.subscribe();
-            let quiet = Box::pin(sleep(self.inner.quiet));
-            Following { channel: Arc::clone(channel), more, quiet }
+            channel.shared().followers += 1;
+            Following { channel: Arc::clone(channel), place: Arc::default() }
         });
         Follower { log: self.clone(), id: id.clone(), after, following, known_final: None }
     }
@@ -217,10 +225,10 @@ impl EventLog {
     /// A channel with its task, which ends with it.
     fn channel(&self, id: &BuildId) -> Arc<Channel> {
         let (stored, looks) = watch::channel(());
-        let (more, recent) = (watch::Sender::new(()), Mutex::default());
-        let channel = Arc::new(Channel { stored, more, recent });
-        let store = Arc::clone(&self.inner.store);
-        tokio::spawn(read_for_all(store, id.clone(), Arc::downgrade(&channel), looks));
+        let channel = Arc::new(Channel { stored, shared: Mutex::default() });
+        let (inner, weak) = (&self.inner, Arc::downgrade(&channel));
+        tokio::spawn(read_for_all(Arc::clone(&inner.store), id.clone(), weak, looks));
+        tokio::spawn(tell_of_silence(inner.quiet, Arc::downgrade(&channel)));
         channel
     }
 
@@ -237,14 +245,19 @@ impl Inner {
 }
 
 impl Channel {
-    fn recent(&self) -> MutexGuard<'_, Recent> {
+    fn shared(&self) -> MutexGuard<'_, Shared> {
         // Every change is whole when the lock is given back.
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is after a number.
+    fn look(&self, after: u64) -> Look {
+        self.shared().recent.look(after)
     }
 
     /// A follower has seen all up to here that was stored.
     fn begin(&self, at: u64) -> bool {
-        let begun = self.recent().begin(at);
+        let begun = self.shared().recent.begin(at);
         if begun {
             // For what was stored since that follower looked.
             self.stored.send_replace(());
@@ -264,24 +277,41 @@ async fn read_for_all(
     while stored.changed().await.is_ok() {
         loop {
             let Some(channel) = channel.upgrade() else { return };
-            let Some(after) = channel.recent().read() else { break };
+            let Some(after) = channel.shared().recent.read() else { break };
             match store.events_after(&id, after, PAGE).await {
                 Ok(events) if events.is_empty() => break,
                 Ok(events) => match Blocks::new(events) {
                     // Where something is missing, what is told of it depends on who asks.
                     Some(blocks) if blocks.seqs().eq(after + 1..=blocks.last()) => {
-                        channel.recent().push(after, blocks);
+                        channel.shared().recent.push(after, blocks);
                     }
-                    _ => channel.recent().give_up(),
+                    _ => channel.shared().recent.give_up(),
                 },
                 Err(error) => {
                     // They will find it too, each for itself.
                     tracing::warn!(build = %id, error = %chain(&error), "cannot read events for those who follow");
-                    channel.recent().give_up();
+                    channel.shared().recent.give_up();
                 }
             }
-            channel.more.send_replace(());
+            let woken = channel.shared().waiting.all();
+            woken.wake();
         }
+    }
+}
+
+/// Wakes those who have waited for so long.
+async fn tell_of_silence(quiet: Duration, channel: Weak<Channel>) {
+    let mut at = Instant::now() + quiet;
+    loop {
+        sleep_until(at).await;
+        let Some(channel) = channel.upgrade() else { return };
+        let now = Instant::now();
+        let mut shared = channel.shared();
+        let due = shared.waiting.due(now);
+        // Whoever begins to wait from now on has still so long.
+        at = shared.waiting.first().unwrap_or(now + quiet).min(now + quiet);
+        drop(shared);
+        due.wake();
     }
 }
 
@@ -310,9 +340,7 @@ pub struct Follower {
 /// How a follower hears of more.
 struct Following {
     channel: Arc<Channel>,
-    more: watch::Receiver<()>,
-    /// Fires at the end of a silence or before.
-    quiet: Pin<Box<Sleep>>,
+    place: Arc<Place>,
 }
 
 impl Follower {
@@ -322,19 +350,19 @@ impl Follower {
         let mut silent = false;
         loop {
             if let Some(following) = &mut self.following {
-                // Before the look, so that what is stored after it wakes.
-                following.more.mark_unchanged();
                 let look = if silent {
                     // A writer elsewhere does not wake: the store itself is looked at.
                     Look::Unknown
                 } else {
-                    following.channel.recent().look(self.after)
+                    following.channel.look(self.after)
                 };
                 match look {
                     Look::Found(blocks) => return Ok(self.found(blocks)),
                     Look::Ended => return Ok(Batch::End),
-                    Look::Nothing if self.known_final == Some(false) => {
-                        silent = following.hears_nothing(quiet_at).await;
+                    // Whoever began to read for all knew that the build had not ended, and its end would have been read. One who has seen
+                    // that end (alone, and before that) is not to wait for it.
+                    Look::Nothing if self.known_final != Some(true) => {
+                        silent = following.hears_nothing(self.after, quiet_at).await;
                         if silent {
                             self.known_final = None;
                         }
@@ -364,9 +392,7 @@ impl Follower {
                 Some(false) if silent => return Ok(Batch::Quiet),
                 Some(false) => {
                     let channel = &following.channel;
-                    if !channel.begin(self.after)
-                        && channel.recent().look(self.after) == Look::Unknown
-                    {
+                    if !channel.begin(self.after) && channel.look(self.after) == Look::Unknown {
                         // There was more, and it has gone: so has the build, or soon.
                         self.known_final = None;
                     }
@@ -385,32 +411,32 @@ impl Follower {
 }
 
 impl Following {
-    /// Waits for more, until then. Whether there was nothing.
-    async fn hears_nothing(&mut self, quiet_at: Instant) -> bool {
-        loop {
-            tokio::select! {
-                biased;
-                // Its sender is the channel's.
-                _ = self.more.changed() => return false,
-                () = self.quiet.as_mut() => {
-                    if Instant::now() >= quiet_at {
-                        return true;
-                    }
-                    // It was set before the last events came: that costs less than to set it for each.
-                    self.quiet.as_mut().reset(quiet_at);
-                }
+    /// Waits until there is something after a number, or until then. Whether there was nothing.
+    async fn hears_nothing(&self, after: u64, until: Instant) -> bool {
+        poll_fn(|context| {
+            let mut shared = self.channel.shared();
+            if shared.recent.look(after) != Look::Nothing {
+                return Poll::Ready(false);
             }
-        }
+            if Instant::now() >= until {
+                return Poll::Ready(true);
+            }
+            shared.waiting.enter(&self.place, context.waker(), until);
+            Poll::Pending
+        })
+        .await
     }
 }
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        let Some(following) = self.following.take() else { return };
+        let Some(Following { channel, place }) = self.following.take() else { return };
+        place.leave();
         let mut channels = self.log.inner.channels();
-        drop(following.more);
-        if following.channel.more.receiver_count() == 0
-            && channels.get(&self.id).is_some_and(|one| Arc::ptr_eq(one, &following.channel))
+        let mut shared = channel.shared();
+        shared.followers -= 1;
+        if shared.followers == 0
+            && channels.get(&self.id).is_some_and(|one| Arc::ptr_eq(one, &channel))
         {
             channels.remove(&self.id);
         }

@@ -337,9 +337,33 @@ async fn what_is_up_to_date_is_read_and_written_out_once_for_all() {
     assert!(texts.iter().all(|text| text.as_ptr() == texts[0].as_ptr()), "written out again");
 }
 
+/// Whoever comes when all is read for all asks the store nothing.
+#[tokio::test]
+async fn one_who_comes_later_waits_with_the_rest() {
+    let b = bench(LONG).await;
+    let mut first = b.log.read(&b.id, 1, true);
+    tokio::select! {
+        biased;
+        _ = first.next() => panic!("there is nothing yet"),
+        () = read_for_all_up_to(&b, 1) => {}
+    }
+    let mut second = b.log.read(&b.id, 1, true);
+    {
+        let mut next = Box::pin(second.next());
+        // A look at the store would not be over yet, and would be known.
+        assert!(futures_util::poll!(&mut next).is_pending());
+    }
+    assert_eq!((second.known_final, b.log.channels()), (None, 1));
+    b.log.cancel_queued(&b.id, 3, &cancelled()).await.unwrap();
+    for follower in [first, second] {
+        assert_eq!(all(follower).await, [2]);
+    }
+    assert_eq!(b.log.channels(), 0);
+}
+
 async fn read_for_all_up_to(b: &Bench, last: u64) {
     let channel = Arc::clone(&b.log.inner.channels()[&b.id]);
-    while channel.recent().read() != Some(last) {
+    while channel.shared().recent.read() != Some(last) {
         tokio::task::yield_now().await;
     }
 }

@@ -75,7 +75,9 @@ impl Connections {
                 if let Err(error) = set_tcp_user_timeout(&stream, unread) {
                     tracing::debug!(%error, "a client may leave its answers unread for long");
                 }
-                let (router, hang_up, head) = (router.clone(), hang_up.clone(), self.head);
+                // Each its own: what all of them looked at whenever one is woken, they would wait for each other for.
+                let hang_up = hang_up.child_token();
+                let (router, head) = (router.clone(), self.head);
                 let tls = self.tls.clone();
                 open.spawn(async move {
                     match tls {

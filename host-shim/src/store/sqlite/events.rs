@@ -19,13 +19,21 @@ pub(super) async fn append(
     attempt: u32,
     events: &[NewEvent],
 ) -> Result<u64, StoreError> {
-    let mut highest: i64 =
-        sqlx::query_scalar("SELECT COALESCE(MAX(seq), 0) FROM events WHERE build_id = $1")
-            .bind(id.as_str())
-            .fetch_one(&mut *db)
-            .await
-            .map_err(failed("number events"))?;
-    let mut known = known(db, id, attempt, events).await?;
+    // Two questions: SQLite takes the last entry of an index for one that asks for nothing else.
+    let (mut highest, last_of_agent): (i64, Option<i64>) = sqlx::query_as(
+        "SELECT COALESCE((SELECT MAX(seq) FROM events WHERE build_id = $1), 0),
+                (SELECT MAX(agent_seq) FROM events
+                 WHERE build_id = $1 AND attempt = $2 AND agent_seq IS NOT NULL)",
+    )
+    .bind(id.as_str())
+    .bind(i64::from(attempt))
+    .fetch_one(&mut *db)
+    .await
+    .map_err(failed("number events"))?;
+    let mut known = match last_of_agent {
+        Some(last) => known(db, id, attempt, events, last).await?,
+        None => HashSet::new(),
+    };
     let mut log_bytes = 0;
     let mut rows = Vec::with_capacity(events.len());
     for event in events {
@@ -57,17 +65,19 @@ pub(super) async fn append(
     u64::try_from(highest).map_err(failed("number events"))
 }
 
-/// Which of the agent's numbers among these are stored already.
+/// Which of the agent's numbers among these are stored already; it is known which is the last one that is.
 async fn known(
     db: &mut SqliteConnection,
     id: &BuildId,
     attempt: u32,
     events: &[NewEvent],
+    last: i64,
 ) -> Result<HashSet<i64>, StoreError> {
     let numbers: Result<Vec<_>, _> =
         events.iter().filter_map(|e| agent_seq(e).transpose()).collect();
     let numbers = numbers?;
-    let (Some(first), Some(last)) = (numbers.iter().min(), numbers.iter().max()) else {
+    let Some(first) = numbers.iter().min().filter(|first| **first <= last) else {
+        // Nearly always: nothing is sent twice.
         return Ok(HashSet::new());
     };
     let known: Vec<i64> = sqlx::query_scalar(
@@ -77,7 +87,7 @@ async fn known(
     .bind(id.as_str())
     .bind(i64::from(attempt))
     .bind(first)
-    .bind(last)
+    .bind(numbers.iter().max())
     .fetch_all(db)
     .await
     .map_err(failed("number events"))?;
