@@ -185,6 +185,10 @@ impl From<SourceError> for ApiError {
         match &error {
             SourceError::NotAnArchive => Self::bad_request("invalid_source", error.to_string()),
             SourceError::TooLarge(_) => Self::too_large(error.to_string()),
+            SourceError::Io(io) if io.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+                log(&error);
+                Self::read_only()
+            }
             SourceError::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => {
                 log(&error);
                 Self::no_room()

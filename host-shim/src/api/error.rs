@@ -105,6 +105,12 @@ impl ApiError {
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", message)
     }
 
+    /// Nothing was changed.
+    pub(super) fn read_only() -> Self {
+        let message = "the host's data directory cannot be written; tell its operator";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "read_only", message).retry_after(TRY_AGAIN)
+    }
+
     /// No such build, or none that this caller may know of.
     pub(super) fn no_such_build() -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", "there is no such build")
@@ -196,9 +202,7 @@ impl From<StoreError> for ApiError {
             }
             StoreError::Database { disk: Some(Disk::ReadOnly), .. } => {
                 log(&error);
-                let message = "the host's data directory cannot be written; tell its operator";
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "read_only", message)
-                    .retry_after(TRY_AGAIN)
+                Self::read_only()
             }
             StoreError::Database { disk: None, .. } => Self::internal(&error),
         }

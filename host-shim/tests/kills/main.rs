@@ -8,6 +8,7 @@
 mod agent;
 mod full;
 mod machine;
+mod read_only;
 mod server;
 
 use std::collections::{BTreeMap, HashSet};

@@ -95,7 +95,7 @@ impl Home {
         self.running().into_values().collect()
     }
 
-    fn running(&self) -> BTreeMap<i32, PathBuf> {
+    pub fn running(&self) -> BTreeMap<i32, PathBuf> {
         let all = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|one| {
             let pid = one.file_name().to_str()?.parse().ok()?;
             Some((pid, std::fs::read_link(one.path().join("exe")).ok()?))

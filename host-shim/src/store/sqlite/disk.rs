@@ -7,6 +7,12 @@ use crate::store::Disk;
 
 /// `SQLITE_READONLY`, the primary code of several.
 const READONLY: i32 = 8;
+/// `SQLITE_IOERR_WRITE` and its like: what a file system says that became read-only below an open file, as ext4 does after an error of its disk.
+const WRITE: i32 = 778;
+const FSYNC: i32 = 1034;
+const DIR_FSYNC: i32 = 1290;
+const TRUNCATE: i32 = 1546;
+const SHMOPEN: i32 = 4618;
 /// `SQLITE_FULL`.
 const FULL: i32 = 13;
 /// `SQLITE_IOERR_SHMSIZE`: the index of the write-ahead log could not grow.
@@ -18,6 +24,7 @@ pub(super) fn trouble(error: &(dyn Error + 'static)) -> Option<Disk> {
     let error = error.downcast_ref::<sqlx::Error>().or_else(shared)?;
     match error.as_database_error()?.code()?.parse::<i32>().ok()? {
         FULL | SHMSIZE => Some(Disk::Full),
+        WRITE | FSYNC | DIR_FSYNC | TRUNCATE | SHMOPEN => Some(Disk::ReadOnly),
         code if code & 0xff == READONLY => Some(Disk::ReadOnly),
         _ => None,
     }
