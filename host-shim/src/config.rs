@@ -7,7 +7,7 @@
 mod cidr;
 mod host;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -19,8 +19,8 @@ use url::Url;
 
 pub use self::cidr::{BadCidr, Cidr};
 pub use self::host::Host;
-use crate::api::Limits;
-use crate::build::NetworkMode;
+use crate::api::{Limits, Maxima};
+use crate::build::{NetworkMode, Tenant};
 use crate::gateway::upstream::Spec;
 use crate::retention::Keep;
 pub use crate::vmm::Accel;
@@ -155,6 +155,10 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_MAX_REQUESTS_PER_SECOND", value_name = "N")]
     pub max_requests_per_second: Option<u32>,
 
+    /// What single tenants may ask for: tables of the file, `[tenant.NAME]`
+    #[arg(skip)]
+    pub tenant: Option<BTreeMap<Tenant, Maxima>>,
+
     /// Form of the log on stderr: text, or json with an object a line [default: text]
     #[arg(long, env = "KILN_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -247,6 +251,8 @@ pub struct ServeConfig {
     pub drain_seconds: u32,
     /// What the API lets a build ask for.
     pub limits: Limits,
+    /// What some tenants may ask for, where that is less.
+    pub tenants: BTreeMap<Tenant, Maxima>,
     /// A program's path; its bare name where it was not found.
     pub qemu: PathBuf,
     /// A program's path; its bare name where it was not found.
@@ -360,6 +366,7 @@ impl ServeArgs {
             max_uploads: self.max_uploads.or(file.max_uploads),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             max_requests_per_second: self.max_requests_per_second.or(file.max_requests_per_second),
+            tenant: self.tenant.or(file.tenant),
             log_format: self.log_format.or(file.log_format),
             metrics_open: self.metrics_open.or(file.metrics_open),
             qemu: self.qemu.or(file.qemu),
@@ -453,6 +460,7 @@ impl ServeArgs {
                 * mb(number("instance-disks-gb", self.instance_disks_gb, 100, 1..=1024 * 1024)?),
             log_format: self.log_format.unwrap_or_default(),
             metrics_open: self.metrics_open.unwrap_or(false),
+            tenants: self.tenant.unwrap_or_default(),
             limits: Limits {
                 max_source_bytes: mb(max_source),
                 max_timeout_seconds: number(

@@ -185,6 +185,7 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         scheduler: Arc::new(scheduling.clone()),
         sources,
         limits: config.limits,
+        tenants: config.tenants,
         public_host: public_host.clone(),
         ready: Arc::new(facilities),
         clock: api::system_clock(),

@@ -107,6 +107,7 @@ fn api(dir: &Path, store: &Arc<dyn Store>, events: &EventLog) -> anyhow::Result<
         scheduler: Arc::new(Nobody),
         sources,
         limits: Limits::default(),
+        tenants: [].into(),
         public_host: "127.0.0.1:9".into(),
         ready: Arc::new(Nobody),
         clock: system_clock(),

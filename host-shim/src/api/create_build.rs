@@ -103,8 +103,8 @@ async fn admit(
 ) -> Result<(Place, Option<InFlight>), ApiError> {
     caller.require(Role::Tenant)?;
     let key = parse_key(headers)?;
-    check_length(headers, api.state.limits.max_source_bytes)?;
     let tenant = &caller.tenant;
+    check_length(headers, api.limits_of(tenant).max_source_bytes)?;
     let in_flight = key.map(|key| InFlight::reserve(api, tenant, key)).transpose()?;
     // A request that is sent again adds nothing to the queue: it is to get the build that it made.
     let again = match &in_flight {
@@ -138,7 +138,7 @@ async fn receive(
     parts: &mut Parts,
 ) -> Result<Submitted, ApiError> {
     let begun = api.now();
-    let limits = &api.state.limits;
+    let limits = &api.limits_of(tenant);
     let mut fields = Fields::default();
     let mut source = None;
     let mut secrets = OwnSecrets::default();
@@ -156,7 +156,7 @@ async fn receive(
         } else {
             // What has come before the source is refused before the source is received.
             fields.request(tenant, limits)?;
-            source = Some(receive_source(api, id, part).await?);
+            source = Some(receive_source(api, id, part, limits.max_source_bytes).await?);
         }
     }
     let mut wanted = fields.request(tenant, limits)?;
@@ -171,8 +171,12 @@ async fn receive(
     Ok(Submitted { begun, wanted, source, secrets })
 }
 
-async fn receive_source(api: &Api, id: &BuildId, mut part: Part<'_>) -> Result<Received, ApiError> {
-    let limit = api.state.limits.max_source_bytes;
+async fn receive_source(
+    api: &Api,
+    id: &BuildId,
+    mut part: Part<'_>,
+    limit: u64,
+) -> Result<Received, ApiError> {
     let mut upload = Upload::begin(&api.state.sources, id, limit).await?;
     while let Some(chunk) = part.chunk().await? {
         upload.write(&chunk).await?;
@@ -310,7 +314,7 @@ fn check_length(headers: &HeaderMap, limit: u64) -> Result<(), ApiError> {
 }
 
 async fn check_queue(api: &Api, tenant: &Tenant) -> Result<(), ApiError> {
-    let most = api.state.limits.max_queued;
+    let most = api.limits_of(tenant).max_queued;
     if api.state.store.queued_count(tenant).await? < most {
         return Ok(());
     }

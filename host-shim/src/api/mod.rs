@@ -24,6 +24,7 @@ mod health;
 pub mod instances;
 mod kept;
 mod layers;
+mod limits;
 mod list_builds;
 mod metrics;
 mod multipart;
@@ -39,7 +40,7 @@ pub mod types;
 mod uploads;
 mod whole;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -49,10 +50,11 @@ use bytes::Bytes;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
+pub use self::limits::{Limits, Maxima};
 use self::rates::Rates;
 pub use self::source::SOURCE_FILE;
 use self::uploads::Uploads;
-use crate::build::{BuildId, Millis, NetworkMode, Tenant};
+use crate::build::{BuildId, Millis, Tenant};
 use crate::events::EventLog;
 use crate::exec::{Entrance, Sessions};
 use crate::gateway::Backing;
@@ -144,6 +146,8 @@ pub struct ApiState {
     pub sources: Sources,
     /// What a request may ask for.
     pub limits: Limits,
+    /// What some tenants may ask for, where that is less.
+    pub tenants: BTreeMap<Tenant, Maxima>,
     /// `HOST:PORT` of the registry gateway as clients of this host reach it, for `image_ref`.
     pub public_host: String,
     /// Asked by `/ready`, after the store.
@@ -216,45 +220,6 @@ pub struct Check {
     pub missing: Option<String>,
 }
 
-/// What a request may ask for, and what it gets where it does not ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Of a source as it is sent, in bytes.
-    pub max_source_bytes: u64,
-    /// Of a build, in seconds.
-    pub max_timeout_seconds: u32,
-    /// Of a build's VM, in MiB.
-    pub max_memory_mb: u32,
-    /// Of a build's VM.
-    pub max_cpus: u32,
-    /// Of a build's scratch disk, in GiB.
-    pub max_disk_gb: u32,
-    /// Queued builds of one tenant.
-    pub max_queued: u32,
-    /// Sources that are received at one time; half of them of one tenant.
-    pub max_uploads: usize,
-    /// Requests of one token.
-    pub max_requests_per_second: u32,
-    /// For builds that do not say.
-    pub network_default: NetworkMode,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            max_source_bytes: 4096 * 1024 * 1024,
-            max_timeout_seconds: 24 * 60 * 60,
-            max_memory_mb: 64 * 1024,
-            max_cpus: 64,
-            max_disk_gb: 500,
-            max_queued: 1000,
-            max_uploads: 64,
-            max_requests_per_second: 1000,
-            network_default: NetworkMode::Open,
-        }
-    }
-}
-
 struct Api {
     state: ApiState,
     uploads: Arc<Uploads>,
@@ -268,6 +233,12 @@ struct Api {
 type Shared = Arc<Api>;
 
 impl Api {
+    /// What a tenant may ask for.
+    fn limits_of(&self, tenant: &Tenant) -> Limits {
+        let maxima = self.state.tenants.get(tenant);
+        maxima.map_or(self.state.limits, |maxima| self.state.limits.within(maxima))
+    }
+
     fn now(&self) -> Millis {
         (self.state.clock)()
     }

@@ -121,6 +121,9 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         qemu = "/bin/sh"
         vhost_device_vsock = "/bin/sh"
         docker_registry = "/bin/sh"
+        [tenant.web]
+        max_cpus = 2
+        max_memory_mb = 512
     "#;
     let config = with_file(text, &[]).unwrap();
     assert_eq!(config.public_host, "127.0.0.1:80");
@@ -153,6 +156,8 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
             network_default: NetworkMode::None,
         }
     );
+    let web = Maxima { max_cpus: Some(2), max_memory_mb: Some(512), ..Maxima::default() };
+    assert_eq!(config.tenants, [(Tenant::new("web").unwrap(), web)].into());
     assert_eq!(config.qemu, Path::new("/bin/sh"));
     let args = [
         "--max-vms",
@@ -167,6 +172,19 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (9, Accel::Tcg, false));
     assert_eq!(config.egress_permit, ["127.0.0.1/32".parse().unwrap()]);
     assert_eq!(config.log_limit_bytes, 1024 * 1024);
+}
+
+#[test]
+fn a_tenants_maxima_are_read_by_name_and_value() {
+    for (text, told) in [
+        ("[tenant.Web]\nmax_cpus = 2", "not a name"),
+        ("[tenant.web]\nmax_cpu = 2", "unknown field `max_cpu`"),
+        ("[tenant.web]\nmax_cpus = 0", "0 is too small; it must be 1 or more"),
+        ("[tenant.web]\nmax_memory_mb = 255", "it must be 256 or more"),
+    ] {
+        let error = with_file(text, &[]).unwrap_err();
+        assert!(error.contains(told), "{error}");
+    }
 }
 
 #[test]

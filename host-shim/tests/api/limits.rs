@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::support::{Server, form, gzip, refusal, server, server_with};
+use crate::support::{LIMITED, Server, form, gzip, refusal, server, server_with};
 
 async fn limited(limits: Limits) -> Server {
     server_with(limits, Duration::from_mins(10)).await
@@ -195,4 +195,32 @@ async fn a_token_that_asks_too_often_is_told_when_to_come_back() {
     // Another token of the same tenant, and what needs none.
     assert_eq!(server.client("acme", Role::Tenant).await.get("/builds").await.status(), 200);
     assert_eq!(client.get("/health").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_tenant_may_have_less_than_the_host_gives() {
+    let server = server().await;
+    let (other, client) =
+        (server.client("acme", Role::Tenant).await, server.client(LIMITED, Role::Tenant).await);
+    let above = [("timeout_seconds", 61), ("memory_mb", 513), ("cpus", 2), ("disk_gb", 3)];
+    for (name, value) in above {
+        let asked = || form().text(name, value.to_string());
+        let problem = refusal(client.post(asked()).await, 422, "invalid_field").await;
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains(&format!("to {}", value - 1)), "{detail}");
+        other.submit(asked()).await;
+    }
+    let instance = client.request(Method::POST, "/instances");
+    let instance = instance.json(&serde_json::json!({ "image": "limited/x", "vcpus": 2 }));
+    refusal(instance.send().await.unwrap(), 422, "invalid_field").await;
+    let large = || Form::new().part("source", Part::bytes(gzip((1 << 20) + 1)));
+    refusal(client.post(large()).await, 413, "too_large").await;
+    other.submit(large()).await;
+    // What does not say gets no more either, and an administrator of the tenant is of the tenant.
+    let build = client.submit(form()).await;
+    assert_eq!(build["status"], "queued");
+    let admin = server.client(LIMITED, Role::Admin).await;
+    refusal(admin.post(form().text("cpus", "2")).await, 422, "invalid_field").await;
+    admin.submit(form().text("cpus", "1")).await;
+    refusal(client.post(form()).await, 429, "queue_full").await;
 }

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use kiln::api::{
-    ApiState, CancelOutcome, Check, Limits, Readiness, Scheduler, router, system_clock,
+    ApiState, CancelOutcome, Check, Limits, Maxima, Readiness, Scheduler, router, system_clock,
 };
 use kiln::build::{BuildId, Change, Failure, FailureKind, Status, Tenant};
 use kiln::events::{EventLog, payload};
@@ -102,6 +102,20 @@ pub async fn server() -> Server {
     server_with(Limits::default(), Duration::from_mins(10)).await
 }
 
+/// A tenant that may ask for less than others.
+pub const LIMITED: &str = "limited";
+
+fn limited() -> Maxima {
+    Maxima {
+        max_source_mb: Some(1),
+        max_timeout_seconds: Some(60),
+        max_memory_mb: Some(512),
+        max_cpus: Some(1),
+        max_disk_gb: Some(2),
+        max_queued: Some(2),
+    }
+}
+
 pub async fn server_with(limits: Limits, quiet: Duration) -> Server {
     server_that(limits, quiet, false).await
 }
@@ -144,6 +158,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
         scheduler: scheduler.clone(),
         sources: of_builds.clone(),
         limits,
+        tenants: [(Tenant::new(LIMITED).unwrap(), limited())].into(),
         public_host: HOST.into(),
         ready: scheduler.clone(),
         clock: system_clock(),

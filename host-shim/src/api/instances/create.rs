@@ -45,7 +45,7 @@ pub(in crate::api) async fn create_instance(
 ) -> Result<Response, ApiError> {
     caller.require(Role::Tenant)?;
     api.state.instances.check_open()?;
-    let wanted = fields::parse(body, &api.state.limits)?;
+    let wanted = fields::parse(body, &api.limits_of(&caller.tenant))?;
     let image = Image::parse(&wanted.image, &api.state.public_host, &caller.tenant);
     let image = image.map_err(|error| match &error {
         BadImage::Host { .. } => {
