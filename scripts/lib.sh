@@ -14,7 +14,7 @@ export PATH="$BIN:$TOOLS/bin:$PATH"
 # What Kiln runs on (Debian's names), and what its tests use besides.
 RUN_PACKAGES=(qemu-system-x86 docker-registry e2fsprogs skopeo)
 BUILD_PACKAGES=(ca-certificates curl gcc libc6-dev make mmdebstrap erofs-utils patch zstd xz-utils)
-TEST_PACKAGES=(shellcheck iproute2 jq procps busybox-static tmux python3 python3-venv)
+TEST_PACKAGES=(shellcheck iproute2 jq procps busybox-static tmux python3 python3-venv podman buildah)
 
 # The released one can leave a connection waiting for ever: see the patch.
 VSOCK_DEVICE_VERSION=0.3.0

@@ -8,7 +8,7 @@ use kiln::gateway::rights::Action;
 use kiln::staging::Digest;
 use oci_client::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
 use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference};
+use oci_client::{Client, Reference, RegistryOperation};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -344,13 +344,19 @@ async fn the_token_endpoint_takes_get_and_oauth_and_refuses_the_rest() {
 }
 
 #[tokio::test]
-async fn oci_client_pushes_and_pulls() {
+async fn oci_client_logs_in_pushes_lists_and_pulls() {
     let world = World::new().await;
-    let config = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
     let _ = http();
-    let client = Client::try_from(config).unwrap();
+    let fresh = || {
+        let config = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
+        Client::try_from(config).unwrap()
+    };
+    let client = fresh();
     let reference: Reference = format!("{}/a/app:v1", world.gateway).parse().unwrap();
+    let wrong = RegistryAuth::Basic("any".into(), "kiln_wrong".into());
+    assert!(fresh().auth(&reference, &wrong, RegistryOperation::Push).await.is_err());
     let auth = RegistryAuth::Basic("any".into(), A.into());
+    let token = client.auth(&reference, &auth, RegistryOperation::Push).await.unwrap().unwrap();
     // Larger than one of its chunks, so that PATCH and Content-Range are used.
     let data = vec![7; 9 * 1024 * 1024];
     let layer = ImageLayer::oci_v1(data.clone(), None);
@@ -359,10 +365,20 @@ async fn oci_client_pushes_and_pulls() {
     let types = vec!["application/vnd.oci.image.layer.v1.tar"];
     let pulled = client.pull(&reference, &auth, types).await.unwrap();
     assert_eq!(pulled.layers[0].data, data);
+    let listed = client.list_tags(&reference, &auth, None, None).await.unwrap();
+    assert_eq!((listed.name.as_str(), listed.tags), ("a/app", vec!["v1".to_owned()]));
+    // What is there need not be sent again, by who asks.
+    let layer = Digest::of(&data).to_string();
+    assert!(client.blob_exists(&reference, &layer).await.unwrap());
+    assert!(!client.blob_exists(&reference, &Digest::of(b"").to_string()).await.unwrap());
     let other = RegistryAuth::Basic("any".into(), B.into());
-    let fresh = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
-    let stranger = Client::try_from(fresh).unwrap();
-    assert!(stranger.pull_manifest(&reference, &other).await.is_err());
+    assert!(fresh().pull_manifest(&reference, &other).await.is_err());
+    assert!(fresh().list_tags(&reference, &other, None, None).await.is_err());
+    // It deletes nothing, and the token that it asked for does not allow it.
+    let digest = pulled.digest.unwrap();
+    let path = format!("/v2/a/app/manifests/{digest}");
+    let refused = send(&world, Method::DELETE, &path, &token).await;
+    assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]

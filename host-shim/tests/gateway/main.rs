@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod clients;
+mod containers;
+mod counter;
 mod guests;
 mod managed;
 mod matrix;

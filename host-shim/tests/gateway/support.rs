@@ -9,13 +9,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kiln::build::{BuildId, Tenant};
 use kiln::gateway::{
-    Authorizer, Caller, GatewayState, GuestContext, Managed, TokenKeys, Upstreams, router, serve,
+    Authorizer, Backing, Caller, GatewayState, GuestContext, Managed, TokenKeys, Upstreams, router,
+    serve,
 };
 use kiln::staging::{Digest, Limits, Staging};
 use kiln::store::{Role, StoreError};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use crate::counter::Counter;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const ADMIN: &str = "kiln_admin";
@@ -34,11 +37,25 @@ impl World {
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let registry = Managed::start(&dir.path().join("registry")).await.unwrap();
+        let backing = registry.backing().clone();
+        Self::of(dir, registry, backing).await
+    }
+
+    /// One whose gateway reaches its registry through a counter.
+    pub async fn counted() -> (Self, Counter) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Managed::start(&dir.path().join("registry")).await.unwrap();
+        let counter = Counter::start(&dir.path().join("registry/run/registry.sock")).await;
+        let backing = Backing::external(&counter.url, None).unwrap();
+        (Self::of(dir, registry, backing).await, counter)
+    }
+
+    async fn of(dir: tempfile::TempDir, registry: Managed, backing: Backing) -> Self {
         let keys = Arc::new(TokenKeys::load_or_create(&dir.path().join("key")).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let gateway = listener.local_addr().unwrap();
         let state = GatewayState {
-            backing: registry.backing().clone(),
+            backing,
             authorizer: Arc::new(People),
             keys: keys.clone(),
             public_url: format!("http://{gateway}").parse().unwrap(),
