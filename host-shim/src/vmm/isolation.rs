@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
+use seccompiler::BpfProgram;
 use tokio::time::timeout;
 
 use super::jail::{self, Launch, Output, Program};
@@ -55,8 +56,11 @@ impl Vmm {
     pub(super) async fn try_roots(&mut self) {
         let Some(identity) = self.identity(0) else { return };
         let system = System::find();
-        for program in [&self.programs.vsock_device, &self.programs.qemu] {
-            let tried = self.says_its_version(&system, program, &identity).await;
+        for (program, filters) in [
+            (&self.programs.vsock_device, &self.filters.vsock_device),
+            (&self.programs.qemu, &self.filters.qemu),
+        ] {
+            let tried = self.says_its_version(&system, program, filters, &identity).await;
             if let Err(why) = tried {
                 self.roots = Err(format!("{} {why}", program.path.display()));
                 return;
@@ -69,6 +73,7 @@ impl Vmm {
         &self,
         system: &System,
         program: &Program,
+        filters: &[BpfProgram],
         identity: &jail::Identity,
     ) -> Result<(), String> {
         let failed = |error: std::io::Error| format!("was not started: {error}");
@@ -84,6 +89,7 @@ impl Vmm {
             cgroup_procs: None,
             identity: Some(identity),
             root: Some(root.map_err(failed)?),
+            filters,
             max_files: QEMU_MAX_FILES,
         })
         .map_err(failed)?;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use seccompiler::BpfProgram;
 
 use super::process::Process;
 use super::root::Root;
@@ -53,6 +54,8 @@ pub(crate) struct Launch<'a> {
     pub identity: Option<&'a Identity>,
     /// The host's when there is none.
     pub root: Option<Root>,
+    /// Of system calls, from its first instruction on.
+    pub filters: &'a [BpfProgram],
     /// Most descriptors that it may open.
     pub max_files: u64,
 }
@@ -81,6 +84,7 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
             cgroup_procs: launch.cgroup_procs.map(AsFd::as_fd).map(|fd| fd.as_raw_fd()),
             identity: launch.identity.cloned(),
             root: launch.root,
+            filters: launch.filters.to_vec(),
             max_files: launch.max_files,
             max_tasks: MAX_TASKS,
         },
@@ -183,6 +187,7 @@ mod tests {
             cgroup_procs: None,
             identity,
             root,
+            filters: &[],
             max_files: 64,
         })
         .unwrap();

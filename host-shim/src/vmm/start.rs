@@ -211,13 +211,18 @@ impl Vmm {
         keep: &[RawFd],
         output: &Output,
     ) -> Result<(), VmmError> {
-        let (name, file, dir, max_files) = match program {
-            Program::Qemu | Program::KvmProbe => {
-                ("qemu-system-x86_64", &self.programs.qemu, Path::new("/"), QEMU_MAX_FILES)
-            }
+        let (name, file, filters, dir, max_files) = match program {
+            Program::Qemu | Program::KvmProbe => (
+                "qemu-system-x86_64",
+                &self.programs.qemu,
+                &self.filters.qemu,
+                Path::new("/"),
+                QEMU_MAX_FILES,
+            ),
             Program::VsockDevice => (
                 "vhost-device-vsock",
                 &self.programs.vsock_device,
+                &self.filters.vsock_device,
                 place.sock.as_path(),
                 vsock::MAX_FILES,
             ),
@@ -233,6 +238,7 @@ impl Vmm {
             cgroup_procs: place.cgroup_procs.as_ref(),
             identity: place.identity.as_ref(),
             root: root.map_err(VmmError::io("make a root directory in", &remains.dir))?,
+            filters,
             max_files,
         })
         .map_err(|source| VmmError::Io { what: format!("start {name}"), source })?;

@@ -11,6 +11,7 @@ use std::process::Command;
 use nix::libc;
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
+use seccompiler::BpfProgram;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -24,6 +25,7 @@ pub(crate) struct Setup {
     pub cgroup_procs: Option<RawFd>,
     pub identity: Option<Identity>,
     pub root: Option<Root>,
+    pub filters: Vec<BpfProgram>,
     pub max_files: u64,
     pub max_tasks: u64,
 }
@@ -55,6 +57,10 @@ fn enter(setup: &Setup, groups: &[Gid]) -> io::Result<()> {
         become_user(who, groups)?;
     }
     rustix::thread::set_no_new_privs(true)?;
+    // Last: some of the above is what they refuse.
+    for filter in &setup.filters {
+        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+    }
     Ok(())
 }
 
