@@ -38,6 +38,8 @@ struct Inside {
     was: libc::user_regs_struct,
     /// Of a `syscall` instruction.
     site: u64,
+    /// The call that it has still to make.
+    again: Option<u64>,
     memory: File,
     /// The next free place below its stack.
     top: u64,
@@ -45,24 +47,33 @@ struct Inside {
 }
 
 impl Inside {
-    /// Stops it where it waits in a system call.
+    /// Stops it where it waits in a system call, or where it makes the next one.
     fn stop(pid: i32) -> Self {
         let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"));
         let (pid, memory) = (Pid::from_raw(pid), memory.unwrap());
-        loop {
-            ptrace::attach(pid).unwrap();
-            assert!(matches!(waitpid(pid, Some(WaitPidFlag::__WALL)), Ok(WaitStatus::Stopped(..))));
-            let was = ptrace::getregs(pid).unwrap();
-            let mut code = [0; 2];
-            memory.read_exact_at(&mut code, was.rip - 2).unwrap();
-            // Beyond the red zone.
-            let top = (was.rsp - 0x1000) & !0xf;
-            if code == [0x0f, 0x05] {
-                return Self { pid, was, site: was.rip - 2, memory, top, alive: true };
-            }
-            ptrace::detach(pid, None).unwrap();
-            std::thread::yield_now();
+        let stopped = || waitpid(pid, Some(WaitPidFlag::__WALL)).unwrap();
+        ptrace::attach(pid).unwrap();
+        assert!(matches!(stopped(), WaitStatus::Stopped(_, Signal::SIGSTOP)));
+        let mut was = ptrace::getregs(pid).unwrap();
+        let mut code = [0; 2];
+        memory.read_exact_at(&mut code, was.rip - 2).unwrap();
+        let mut again = RESTARTED.contains(&was.rax.cast_signed()).then_some(was.orig_rax);
+        if code != [0x0f, 0x05] {
+            let next_stop = || {
+                ptrace::syscall(pid, None).unwrap();
+                assert!(matches!(stopped(), WaitStatus::Stopped(_, Signal::SIGTRAP)));
+            };
+            next_stop();
+            was = ptrace::getregs(pid).unwrap();
+            again = Some(was.orig_rax);
+            // That call is not made now.
+            was.orig_rax = u64::MAX;
+            ptrace::setregs(pid, was).unwrap();
+            next_stop();
         }
+        // Beyond the red zone.
+        let top = (was.rsp - 0x1000) & !0xf;
+        Self { pid, was, site: was.rip - 2, again, memory, top, alive: true }
     }
 
     fn put(&mut self, bytes: &[u8]) -> u64 {
@@ -135,10 +146,10 @@ impl Inside {
             return;
         }
         let mut regs = self.was;
-        // A call that the stop interrupted is made again; to the kernel this stop is in no call.
-        if RESTARTED.contains(&regs.rax.cast_signed()) {
-            (regs.rip, regs.rax) = (self.site, self.was.orig_rax);
+        if let Some(number) = self.again {
+            (regs.rip, regs.rax) = (self.site, number);
         }
+        // To the kernel this stop is in no call.
         regs.orig_rax = u64::MAX;
         ptrace::setregs(self.pid, regs).unwrap();
         ptrace::detach(self.pid, None).unwrap();

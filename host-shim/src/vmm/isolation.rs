@@ -9,6 +9,7 @@ use seccompiler::BpfProgram;
 use tokio::time::timeout;
 
 use super::jail::{self, Launch, Output, Program};
+use super::limits::Controller;
 use super::qemu_args::Engine;
 use super::root::{Root, System};
 use super::{QEMU_MAX_FILES, Vmm, VmmError};
@@ -23,6 +24,8 @@ struct Facts {
     users: bool,
     /// VMs have cgroups of their own.
     cgroups: bool,
+    /// What their cgroups cannot limit.
+    unlimited: Vec<Controller>,
     /// Why they have no root directory and namespaces of their own.
     roots: Result<(), String>,
     /// Guests run under KVM.
@@ -45,8 +48,17 @@ fn missing(facts: &Facts) -> Vec<String> {
     }
     if !facts.cgroups {
         missing.push(
-            "no cgroup hierarchy can be written: VMs' processes are ended one by one".to_owned(),
+            "no cgroup hierarchy can be written: VMs' processes are ended one by one, and nothing limits what they use of the \
+             host together"
+                .to_owned(),
         );
+    } else if !facts.unlimited.is_empty() {
+        let names: Vec<_> = facts.unlimited.iter().map(|controller| controller.name()).collect();
+        missing.push(format!(
+            "what VMs' processes use of the host together is not limited by the cgroup controllers {}, because there are none \
+             that the server can use: mount cgroup version 2 with them, where no process but the server's manager is in its root",
+            names.join(", ")
+        ));
     }
     missing
 }
@@ -86,7 +98,7 @@ impl Vmm {
             dir: Path::new("/"),
             keep: &[],
             output: &output,
-            cgroup_procs: None,
+            cgroup_procs: &[],
             identity: Some(identity),
             root: Some(root.map_err(failed)?),
             filters,
@@ -108,6 +120,7 @@ impl Vmm {
         let facts = Facts {
             users: self.isolates_users(),
             cgroups: self.cgroups.is_some(),
+            unlimited: self.cgroups.as_ref().map(|root| root.missing()).unwrap_or_default(),
             roots: self.roots.as_ref().map(|_| ()).map_err(Clone::clone),
             kvm: self.engine == Engine::Kvm,
         };
@@ -131,7 +144,8 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_missing_is_named() {
-        let whole = Facts { users: true, cgroups: true, roots: Ok(()), kvm: true };
+        let whole =
+            Facts { users: true, cgroups: true, unlimited: vec![], roots: Ok(()), kvm: true };
         assert!(missing(&whole).is_empty());
         let without = |facts: Facts, word: &str| {
             let missing = missing(&facts);
@@ -141,6 +155,8 @@ mod tests {
         let roots = Err("no mounts here".to_owned());
         without(Facts { users: false, roots: roots.clone(), ..whole.clone() }, "own user");
         without(Facts { cgroups: false, ..whole.clone() }, "cgroup");
+        let unlimited = vec![Controller::Memory, Controller::Cpu];
+        without(Facts { unlimited, ..whole.clone() }, "memory, cpu");
         without(Facts { roots, ..whole }, "no mounts here");
     }
 }

@@ -24,6 +24,7 @@ mod device;
 mod dial;
 mod isolation;
 mod jail;
+mod limits;
 mod listener;
 mod namespaces;
 mod process;

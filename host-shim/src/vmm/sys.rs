@@ -22,7 +22,7 @@ use super::root::Root;
 
 pub(crate) struct Setup {
     pub keep: Vec<RawFd>,
-    pub cgroup_procs: Option<RawFd>,
+    pub cgroup_procs: Vec<RawFd>,
     pub identity: Option<Identity>,
     pub root: Option<Root>,
     pub filters: Vec<BpfProgram>,
@@ -45,9 +45,9 @@ fn enter(setup: &Setup, groups: &[Gid]) -> io::Result<()> {
         namespaces::enter(root)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    if let Some(procs) = setup.cgroup_procs {
+    for procs in &setup.cgroup_procs {
         // SAFETY: the parent keeps the file open until the spawn returns.
-        rustix::io::write(unsafe { BorrowedFd::borrow_raw(procs) }, b"0")?;
+        rustix::io::write(unsafe { BorrowedFd::borrow_raw(*procs) }, b"0")?;
     }
     only_these_descriptors(&setup.keep)?;
     limit(Resource::Core, 0)?;
