@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cgroup::Cgroup;
 use super::jail::Output;
 use super::process::Process;
 use super::qmp::Qmp;
@@ -47,7 +46,7 @@ impl Vmm {
         // From here on it goes with this where something fails.
         let mut remains = Remains::new(dir.clone(), slot);
         remains.processes = vec![device, qemu];
-        remains.cgroup = record.cgroup.clone().map(Cgroup::recorded);
+        remains.cgroup = record.cgroups();
 
         let sock = dir.join(SOCKETS);
         let [control, registry, egress] = bound_again(&sock, record.uid)?;

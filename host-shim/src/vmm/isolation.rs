@@ -5,9 +5,11 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
+use seccompiler::BpfProgram;
 use tokio::time::timeout;
 
 use super::jail::{self, Launch, Output, Program};
+use super::limits::Controller;
 use super::qemu_args::Engine;
 use super::root::{Root, System};
 use super::{QEMU_MAX_FILES, Vmm, VmmError};
@@ -22,6 +24,8 @@ struct Facts {
     users: bool,
     /// VMs have cgroups of their own.
     cgroups: bool,
+    /// What their cgroups cannot limit.
+    unlimited: Vec<Controller>,
     /// Why they have no root directory and namespaces of their own.
     roots: Result<(), String>,
     /// Guests run under KVM.
@@ -44,8 +48,17 @@ fn missing(facts: &Facts) -> Vec<String> {
     }
     if !facts.cgroups {
         missing.push(
-            "no cgroup hierarchy can be written: VMs' processes are ended one by one".to_owned(),
+            "no cgroup hierarchy can be written: VMs' processes are ended one by one, and nothing limits what they use of the \
+             host together"
+                .to_owned(),
         );
+    } else if !facts.unlimited.is_empty() {
+        let names: Vec<_> = facts.unlimited.iter().map(|controller| controller.name()).collect();
+        missing.push(format!(
+            "what VMs' processes use of the host together is not limited by the cgroup controllers {}, because there are none \
+             that the server can use: mount cgroup version 2 with them, where no process but the server's manager is in its root",
+            names.join(", ")
+        ));
     }
     missing
 }
@@ -55,8 +68,11 @@ impl Vmm {
     pub(super) async fn try_roots(&mut self) {
         let Some(identity) = self.identity(0) else { return };
         let system = System::find();
-        for program in [&self.programs.vsock_device, &self.programs.qemu] {
-            let tried = self.says_its_version(&system, program, &identity).await;
+        for (program, filters) in [
+            (&self.programs.vsock_device, &self.filters.vsock_device),
+            (&self.programs.qemu, &self.filters.qemu),
+        ] {
+            let tried = self.says_its_version(&system, program, filters, &identity).await;
             if let Err(why) = tried {
                 self.roots = Err(format!("{} {why}", program.path.display()));
                 return;
@@ -69,6 +85,7 @@ impl Vmm {
         &self,
         system: &System,
         program: &Program,
+        filters: &[BpfProgram],
         identity: &jail::Identity,
     ) -> Result<(), String> {
         let failed = |error: std::io::Error| format!("was not started: {error}");
@@ -81,9 +98,10 @@ impl Vmm {
             dir: Path::new("/"),
             keep: &[],
             output: &output,
-            cgroup_procs: None,
+            cgroup_procs: &[],
             identity: Some(identity),
             root: Some(root.map_err(failed)?),
+            filters,
             max_files: QEMU_MAX_FILES,
         })
         .map_err(failed)?;
@@ -102,6 +120,7 @@ impl Vmm {
         let facts = Facts {
             users: self.isolates_users(),
             cgroups: self.cgroups.is_some(),
+            unlimited: self.cgroups.as_ref().map(|root| root.missing()).unwrap_or_default(),
             roots: self.roots.as_ref().map(|_| ()).map_err(Clone::clone),
             kvm: self.engine == Engine::Kvm,
         };
@@ -125,7 +144,8 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_missing_is_named() {
-        let whole = Facts { users: true, cgroups: true, roots: Ok(()), kvm: true };
+        let whole =
+            Facts { users: true, cgroups: true, unlimited: vec![], roots: Ok(()), kvm: true };
         assert!(missing(&whole).is_empty());
         let without = |facts: Facts, word: &str| {
             let missing = missing(&facts);
@@ -135,6 +155,8 @@ mod tests {
         let roots = Err("no mounts here".to_owned());
         without(Facts { users: false, roots: roots.clone(), ..whole.clone() }, "own user");
         without(Facts { cgroups: false, ..whole.clone() }, "cgroup");
+        let unlimited = vec![Controller::Memory, Controller::Cpu];
+        without(Facts { unlimited, ..whole.clone() }, "memory, cpu");
         without(Facts { roots, ..whole }, "no mounts here");
     }
 }

@@ -8,13 +8,15 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use seccompiler::BpfProgram;
 
+use super::limits::MAX_TASKS;
 use super::process::Process;
 use super::root::Root;
 use super::sys;
@@ -47,18 +49,17 @@ pub(crate) struct Launch<'a> {
     /// Stay open, by the same numbers.
     pub keep: &'a [RawFd],
     pub output: &'a Output,
-    /// Of the VM, opened for writing.
-    pub cgroup_procs: Option<&'a File>,
+    /// Of the VM's cgroups, opened for writing.
+    pub cgroup_procs: &'a [File],
     /// As the server itself when there is none.
     pub identity: Option<&'a Identity>,
     /// The host's when there is none.
     pub root: Option<Root>,
+    /// Of system calls, from its first instruction on.
+    pub filters: &'a [BpfProgram],
     /// Most descriptors that it may open.
     pub max_files: u64,
 }
-
-/// Most tasks of one VM's user: vCPUs, QEMU's disk workers (64 each) and the device's threads.
-const MAX_TASKS: u64 = 512;
 
 /// Starts it. Blocks until it was executed.
 pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
@@ -78,9 +79,10 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
         &mut command,
         sys::Setup {
             keep: launch.keep.to_vec(),
-            cgroup_procs: launch.cgroup_procs.map(AsFd::as_fd).map(|fd| fd.as_raw_fd()),
+            cgroup_procs: launch.cgroup_procs.iter().map(AsRawFd::as_raw_fd).collect(),
             identity: launch.identity.cloned(),
             root: launch.root,
+            filters: launch.filters.to_vec(),
             max_files: launch.max_files,
             max_tasks: MAX_TASKS,
         },
@@ -180,9 +182,10 @@ mod tests {
             dir,
             keep,
             output: &output,
-            cgroup_procs: None,
+            cgroup_procs: &[],
             identity,
             root,
+            filters: &[],
             max_files: 64,
         })
         .unwrap();

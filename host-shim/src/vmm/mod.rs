@@ -24,6 +24,7 @@ mod device;
 mod dial;
 mod isolation;
 mod jail;
+mod limits;
 mod listener;
 mod namespaces;
 mod process;
@@ -32,6 +33,7 @@ mod qmp;
 mod record;
 mod root;
 mod scratch;
+mod seccomp;
 mod slots;
 mod start;
 mod sweep;
@@ -61,6 +63,7 @@ use self::cgroup::CgroupRoot;
 use self::jail::{Identity, Program};
 use self::root::System;
 use self::scratch::Scratch;
+use self::seccomp::Filters;
 use self::slots::Slots;
 use self::start::QEMU_MAX_FILES;
 
@@ -180,6 +183,7 @@ impl VmmError {
 pub struct Vmm {
     config: VmmConfig,
     programs: Programs,
+    filters: Filters,
     bundle: BundleFiles,
     scratch: Scratch,
     cgroups: Option<Arc<CgroupRoot>>,
@@ -227,11 +231,15 @@ impl Vmm {
             initrd: open_for_all(&config.initrd)?,
             root: File::open(&config.root).map_err(VmmError::io("open", &config.root))?,
         };
+        let filters = Filters::new().map_err(io::Error::other);
+        let filters =
+            filters.map_err(VmmError::io("make a filter of system calls for", &config.qemu))?;
         let cgroups = CgroupRoot::find(&config.instance).map(Arc::new);
         let mut vmm = Self {
             scratch: Scratch::new(&config.disk_dir)?,
             config,
             programs,
+            filters,
             bundle,
             cgroups,
             slots: Slots::default(),

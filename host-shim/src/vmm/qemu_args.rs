@@ -113,10 +113,13 @@ pub fn vm(machine: &Machine<'_>) -> Vec<String> {
     args
 }
 
+/// Of the guest that finds out whether KVM runs guests, in MiB.
+pub(super) const PROBE_MB: u32 = 512;
+
 /// The arguments for the boot that finds out whether KVM runs guests: no disks, no vsock, and a
 /// console that talks from the kernel's first line on.
 pub fn kvm_probe(kernel: RawFd, initrd: RawFd, console: RawFd) -> Vec<String> {
-    let mut args = common(Engine::Kvm, 512, 1, "kiln-probe");
+    let mut args = common(Engine::Kvm, PROBE_MB, 1, "kiln-probe");
     let mut add = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
     add("-chardev", format!("socket,id=console,fd={console}"));
     add("-serial", "chardev:console".to_owned());

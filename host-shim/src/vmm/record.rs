@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Cgroup;
 use super::process::ProcessId;
 use crate::build::Millis;
 
@@ -29,8 +30,11 @@ pub(crate) struct Record {
     /// When QEMU was started, by the host's clock, in milliseconds.
     #[serde(default)]
     pub started_at: Millis,
-    /// Its cgroup.
+    /// Its cgroup, in the hierarchy that ends its processes.
     pub cgroup: Option<PathBuf>,
+    /// The same in those that only limit them.
+    #[serde(default)]
+    pub limits: Vec<PathBuf>,
     /// Its processes, as far as they were started.
     pub processes: Vec<ProcessId>,
 }
@@ -42,6 +46,12 @@ impl Record {
         new.write_all(&serde_json::to_vec(self)?)?;
         new.persist(vm_dir.join(FILE))?;
         Ok(())
+    }
+
+    /// Its cgroup in every hierarchy, if it has one.
+    pub(crate) fn cgroups(&self) -> Option<Cgroup> {
+        let dirs = self.cgroup.iter().chain(&self.limits).cloned();
+        self.cgroup.as_ref().map(|_| Cgroup::recorded(dirs.collect()))
     }
 
     pub(crate) fn read(vm_dir: &Path) -> io::Result<Self> {

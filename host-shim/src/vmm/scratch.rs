@@ -30,6 +30,9 @@ const MKE2FS: [&str; 12] = [
     "kiln-scratch",
 ];
 
+/// `TMPFS_MAGIC` (statfs(2)).
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+
 /// Makes scratch disks in one directory.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -44,6 +47,12 @@ impl Scratch {
         let templates = disks.join("templates");
         fs::create_dir_all(&templates).map_err(VmmError::io("make the directory", &templates))?;
         Ok(Self { disks: disks.to_owned(), templates, making: tokio::sync::Mutex::default() })
+    }
+
+    /// How much memory of the host's a disk of this size takes when it is full, in MiB: none, unless the disks are on a tmpfs.
+    pub(crate) fn in_memory(&self, gb: u32) -> u64 {
+        let on_tmpfs = rustix::fs::statfs(&self.disks).is_ok_and(|fs| fs.f_type == TMPFS);
+        if on_tmpfs { u64::from(gb) << 10 } else { 0 }
     }
 
     /// The template of a size; made when there is none yet.

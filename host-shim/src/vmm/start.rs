@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use super::accel::{self, Verdict};
 use super::cgroup::Cgroup;
 use super::jail::{self, Identity, Launch, Output};
+use super::limits::Limits;
 use super::listener::GuestListener;
 use super::qemu_args::{self, Engine, Fds, Machine};
 use super::qmp::Qmp;
@@ -45,7 +46,7 @@ struct Place {
     sock: PathBuf,
     identity: Option<Identity>,
     record: Record,
-    cgroup_procs: Option<File>,
+    cgroup_procs: Vec<File>,
 }
 
 impl Vmm {
@@ -54,7 +55,13 @@ impl Vmm {
         let began = Instant::now();
         check(&spec)?;
         let template = self.scratch.template(spec.disk_gb).await?;
-        let (mut remains, mut place) = self.place(&spec.id)?;
+        let limits = Limits::of(
+            self.engine,
+            spec.memory_mb,
+            spec.cpus,
+            self.scratch.in_memory(spec.disk_gb),
+        );
+        let (mut remains, mut place) = self.place(&spec.id, &limits)?;
 
         let [control, registry, egress] = listen(&place.sock, place.record.uid)?;
         let appearing =
@@ -128,11 +135,12 @@ impl Vmm {
 
     /// Boots the kernel under KVM, and ends it as soon as it has shown what it does.
     pub(super) async fn probe_kvm(&self) -> Result<Verdict, VmmError> {
-        let (mut remains, mut place) = match self.place(PROBE_ID) {
+        let limits = Limits::of(Engine::Kvm, qemu_args::PROBE_MB, 1, 0);
+        let (mut remains, mut place) = match self.place(PROBE_ID, &limits) {
             // What a killed server's probe left; its processes are the sweep's to end.
             Err(VmmError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
                 self.sweep().await?;
-                self.place(PROBE_ID)?
+                self.place(PROBE_ID, &limits)?
             }
             other => other?,
         };
@@ -165,7 +173,7 @@ impl Vmm {
     }
 
     /// Directory, user, cgroup and record. Whatever fails, what was made is removed with the [`Remains`].
-    fn place(&self, id: &str) -> Result<(Remains, Place), VmmError> {
+    fn place(&self, id: &str, limits: &Limits) -> Result<(Remains, Place), VmmError> {
         let slot = self.slots.take(id).ok_or_else(|| VmmError::Taken(id.to_owned()))?;
         let (identity, number) = (self.identity(slot.number()), slot.number());
         let dir = self.config.run_dir.join(id);
@@ -186,17 +194,19 @@ impl Vmm {
             slot: number,
             started_at: 0,
             cgroup: None,
+            limits: vec![],
             processes: vec![],
         };
         record.uid =
             identity.as_ref().map_or_else(|| rustix::process::geteuid().as_raw(), |who| who.uid);
-        let mut cgroup_procs = None;
+        let mut cgroup_procs = vec![];
         if let Some(root) = &self.cgroups {
             let cgroup: Cgroup =
-                root.create(id).map_err(VmmError::io("make a cgroup for", &dir))?;
-            record.cgroup = Some(cgroup.path().to_owned());
+                root.create(id, limits).map_err(VmmError::io("make a cgroup for", &dir))?;
+            let mut dirs = cgroup.dirs().iter().cloned();
+            (record.cgroup, record.limits) = (dirs.next(), dirs.collect());
             let cgroup = remains.cgroup.insert(cgroup);
-            cgroup_procs = Some(cgroup.procs().map_err(VmmError::io("open the cgroup of", &dir))?);
+            cgroup_procs = cgroup.procs().map_err(VmmError::io("open the cgroup of", &dir))?;
         }
         record.write(&dir).map_err(VmmError::io("write the record in", &dir))?;
         Ok((remains, Place { sock, identity, record, cgroup_procs }))
@@ -211,13 +221,18 @@ impl Vmm {
         keep: &[RawFd],
         output: &Output,
     ) -> Result<(), VmmError> {
-        let (name, file, dir, max_files) = match program {
-            Program::Qemu | Program::KvmProbe => {
-                ("qemu-system-x86_64", &self.programs.qemu, Path::new("/"), QEMU_MAX_FILES)
-            }
+        let (name, file, filters, dir, max_files) = match program {
+            Program::Qemu | Program::KvmProbe => (
+                "qemu-system-x86_64",
+                &self.programs.qemu,
+                &self.filters.qemu,
+                Path::new("/"),
+                QEMU_MAX_FILES,
+            ),
             Program::VsockDevice => (
                 "vhost-device-vsock",
                 &self.programs.vsock_device,
+                &self.filters.vsock_device,
                 place.sock.as_path(),
                 vsock::MAX_FILES,
             ),
@@ -230,9 +245,10 @@ impl Vmm {
             dir,
             keep,
             output,
-            cgroup_procs: place.cgroup_procs.as_ref(),
+            cgroup_procs: &place.cgroup_procs,
             identity: place.identity.as_ref(),
             root: root.map_err(VmmError::io("make a root directory in", &remains.dir))?,
+            filters,
             max_files,
         })
         .map_err(|source| VmmError::Io { what: format!("start {name}"), source })?;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
-use super::cgroup::{Cgroup, CgroupRoot};
+use super::cgroup::CgroupRoot;
 use super::record::Record;
 use super::{REMOVAL_DEADLINE, process};
 
@@ -37,6 +37,7 @@ pub(crate) fn sweep(
         let mut gone = true;
         match Record::read(&entry.path()) {
             Ok(record) if record.boot == boot => {
+                let cgroup = record.cgroups();
                 for process in record.processes {
                     match process::end(process, Instant::now() + REMOVAL_DEADLINE) {
                         Ok(ended) => swept.processes += usize::from(ended),
@@ -46,7 +47,6 @@ pub(crate) fn sweep(
                         }
                     }
                 }
-                let cgroup = record.cgroup.map(Cgroup::recorded);
                 if let Some(Err(error)) =
                     cgroup.map(|c| c.remove(Instant::now() + REMOVAL_DEADLINE))
                 {
@@ -68,7 +68,7 @@ pub(crate) fn sweep(
             continue;
         }
         if let Err(error) = cgroup.remove(Instant::now() + REMOVAL_DEADLINE) {
-            swept.failures.push(format!("{}: {error}", cgroup.path().display()));
+            swept.failures.push(format!("the cgroup of {id}: {error}"));
         }
         swept.vms.insert(id);
     }
@@ -81,6 +81,7 @@ mod tests {
     use std::process::{Child, Command};
     use std::sync::Arc;
 
+    use super::super::limits::Limits;
     use super::super::process::{ProcessId, start_time};
     use super::*;
 
@@ -101,6 +102,7 @@ mod tests {
             slot: 0,
             started_at: 0,
             cgroup: None,
+            limits: vec![],
             processes: vec![process],
         };
         record.write(&dir).unwrap();
@@ -146,9 +148,11 @@ mod tests {
             CgroupRoot::find(&format!("sweep-{}", std::process::id()))
                 .expect("root can write cgroups"),
         );
-        let cgroup = root.create("unrecorded").unwrap();
+        let cgroup = root.create("unrecorded", &Limits { memory_mb: 64, cpus: 1 }).unwrap();
         let (mut child, _) = sleeper();
-        std::fs::write(cgroup.path().join("cgroup.procs"), child.id().to_string()).unwrap();
+        for dir in cgroup.dirs() {
+            std::fs::write(dir.join("cgroup.procs"), child.id().to_string()).unwrap();
+        }
         let swept = sweep(run.path(), Some(&root), BOOT, &BTreeSet::new());
         assert_eq!(swept.vms.len(), 1);
         assert_eq!(swept.failures, Vec::<String>::new());

@@ -11,6 +11,7 @@ use std::process::Command;
 use nix::libc;
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
+use seccompiler::BpfProgram;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -21,9 +22,10 @@ use super::root::Root;
 
 pub(crate) struct Setup {
     pub keep: Vec<RawFd>,
-    pub cgroup_procs: Option<RawFd>,
+    pub cgroup_procs: Vec<RawFd>,
     pub identity: Option<Identity>,
     pub root: Option<Root>,
+    pub filters: Vec<BpfProgram>,
     pub max_files: u64,
     pub max_tasks: u64,
 }
@@ -43,9 +45,9 @@ fn enter(setup: &Setup, groups: &[Gid]) -> io::Result<()> {
         namespaces::enter(root)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    if let Some(procs) = setup.cgroup_procs {
+    for procs in &setup.cgroup_procs {
         // SAFETY: the parent keeps the file open until the spawn returns.
-        rustix::io::write(unsafe { BorrowedFd::borrow_raw(procs) }, b"0")?;
+        rustix::io::write(unsafe { BorrowedFd::borrow_raw(*procs) }, b"0")?;
     }
     only_these_descriptors(&setup.keep)?;
     limit(Resource::Core, 0)?;
@@ -55,6 +57,10 @@ fn enter(setup: &Setup, groups: &[Gid]) -> io::Result<()> {
         become_user(who, groups)?;
     }
     rustix::thread::set_no_new_privs(true)?;
+    // Last: some of the above is what they refuse.
+    for filter in &setup.filters {
+        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+    }
     Ok(())
 }
 

@@ -54,6 +54,17 @@ pub enum VmExit {
     /// QEMU ended.
     #[error("QEMU {0}")]
     Qemu(String),
+    /// The host's kernel ended QEMU or the vsock device: together they wanted more memory than their cgroup has.
+    #[error(
+        "the host's kernel ended {who}: the VM's processes wanted more than the {limit_mb} MiB that their cgroup has, which is more \
+         than a VM of its size needs"
+    )]
+    Memory {
+        /// Which of them.
+        who: &'static str,
+        /// What they may have together, in MiB.
+        limit_mb: u64,
+    },
     /// The vsock device ended: the guest cannot be talked to any more.
     #[error("the VM's vsock device {0}")]
     VsockDevice(String),
@@ -106,7 +117,7 @@ impl Vm {
     pub async fn exited(&self) -> VmExit {
         tokio::select! {
             biased;
-            how = self.remains.qemu().exited() => VmExit::Qemu(how),
+            how = self.remains.qemu().exited() => self.qemu_ended(how),
             monitor = self.qmp.ended() => match monitor {
                 Monitor::Ended(GuestEnd::PowerOff) => VmExit::PowerOff,
                 Monitor::Ended(GuestEnd::Reset) => VmExit::Reset,
@@ -114,11 +125,22 @@ impl Vm {
                 // Its end of the connection closes a moment before QEMU has ended.
                 Monitor::Lost(why) => {
                     let ended = tokio::time::timeout(REMOVAL_DEADLINE / 2, self.remains.qemu().exited()).await;
-                    ended.map_or(VmExit::MonitorLost(why), VmExit::Qemu)
+                    ended.map_or(VmExit::MonitorLost(why), |how| self.qemu_ended(how))
                 }
             },
-            how = self.remains.device().exited() => VmExit::VsockDevice(how),
+            how = self.remains.device().exited() => {
+                self.ended_for_memory("its vsock device").unwrap_or(VmExit::VsockDevice(how))
+            }
         }
+    }
+
+    fn qemu_ended(&self, how: String) -> VmExit {
+        self.ended_for_memory("QEMU").unwrap_or(VmExit::Qemu(how))
+    }
+
+    fn ended_for_memory(&self, who: &'static str) -> Option<VmExit> {
+        let limit_mb = self.remains.cgroup.as_ref()?.ended_for_memory()?;
+        Some(VmExit::Memory { who, limit_mb })
     }
 
     /// Stops QEMU: it takes no more time of the host's, and keeps its memory.
