@@ -4,6 +4,7 @@
 //! it, lets it make the call, and looks at what it gets. The same call is made by a process outside, where it has to succeed: so it is
 //! the jail that refuses it, and not the call that is wrong.
 #![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::cast_sign_loss, reason = "arguments of system calls, as the kernel takes them")]
 
 use std::fs::{self, File};
 use std::os::linux::net::SocketAddrExt;
@@ -541,10 +542,9 @@ async fn every_probe_fails(whose: Whose) {
         fs::create_dir(&room).unwrap();
         fs::write(room.join("v"), "").unwrap();
         let outside = Outside::new(&room);
-        let victim = if vm.is_none() {
-            vm.insert(host.vm(&format!("n{n}")).await)
-        } else {
-            vm.as_mut().unwrap()
+        let victim = match &mut vm {
+            Some(vm) => vm,
+            none => none.insert(host.vm(&format!("n{n}")).await),
         };
         let pids = victim.pids();
         let pid = match whose {

@@ -333,10 +333,14 @@ mod tests {
         let one = instance.join(id);
         fs::create_dir_all(&one).unwrap();
         for dir in [base, &kiln, &instance] {
-            above.iter().for_each(|name| fs::write(dir.join(name), "memory pids cpu").unwrap());
+            for name in above {
+                fs::write(dir.join(name), "memory pids cpu").unwrap();
+            }
         }
         fs::write(instance.join("cgroup.procs"), "").unwrap();
-        files.iter().for_each(|name| fs::write(one.join(name), "").unwrap());
+        for name in files {
+            fs::write(one.join(name), "").unwrap();
+        }
     }
 
     #[test]

@@ -262,7 +262,8 @@ fn compiled(
     let filter = SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64)?;
     let mut program = BpfProgram::try_from(filter)?;
     // Behind the check of the architecture (three instructions) and the load of the number.
-    let statement = |code: u32, jf, k| sock_filter { code: code as u16, jt: 0, jf, k };
+    // Codes have sixteen bits.
+    let statement = |code: u32, jf, k| sock_filter { code: (code & 0xffff) as u16, jt: 0, jf, k };
     let numbers_of_x32 = [
         statement(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 1, X32),
         statement(libc::BPF_RET | libc::BPF_K, 0, u32::from(errno(libc::ENOSYS))),

@@ -59,7 +59,7 @@ fn unpacked(path: &Path, texts: &[&str]) -> Vec<String> {
 }
 
 /// Which of the texts there are. Zeros end what `grep` takes for a line; all is read, whatever is found.
-fn lines(texts: &[&str], input: Stdio) -> Vec<String> {
+pub fn lines(texts: &[&str], input: Stdio) -> Vec<String> {
     let mut grep = Command::new("grep");
     grep.args(["-a", "-z", "-o", "-F"]).env("LC_ALL", "C").stdin(input);
     for text in texts {

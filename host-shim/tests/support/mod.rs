@@ -13,6 +13,7 @@
 
 pub mod holders;
 pub mod image;
+pub mod registry;
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
