@@ -219,6 +219,12 @@ const NAMESPACES: [libc::c_int; 7] = [
 /// System calls of x32 have this bit: other numbers for the same calls.
 const X32: u32 = 0x4000_0000;
 
+/// `BPF_JMP | BPF_JGE | BPF_K` (linux/bpf_common.h).
+const JUMP_IF_AT_LEAST: u16 = 0x35;
+
+/// `BPF_RET | BPF_K`.
+const RETURN: u16 = 0x06;
+
 fn qemu() -> Result<Vec<BpfProgram>, Error> {
     let mut denied: Vec<_> = NOT_QEMU.iter().map(|call| (*call, vec![])).collect();
     denied.push((libc::SYS_socket, vec![rule(0, SeccompCmpOp::Ne, libc::AF_UNIX)?]));
@@ -262,12 +268,9 @@ fn compiled(
     let filter = SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64)?;
     let mut program = BpfProgram::try_from(filter)?;
     // Behind the check of the architecture (three instructions) and the load of the number.
-    // Codes have sixteen bits.
-    let statement = |code: u32, jf, k| sock_filter { code: (code & 0xffff) as u16, jt: 0, jf, k };
-    let numbers_of_x32 = [
-        statement(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 1, X32),
-        statement(libc::BPF_RET | libc::BPF_K, 0, u32::from(errno(libc::ENOSYS))),
-    ];
+    let statement = |code, jf, k| sock_filter { code, jt: 0, jf, k };
+    let numbers_of_x32 =
+        [statement(JUMP_IF_AT_LEAST, 1, X32), statement(RETURN, 0, u32::from(errno(libc::ENOSYS)))];
     program.splice(4..4, numbers_of_x32);
     Ok(program)
 }
