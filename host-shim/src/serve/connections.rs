@@ -75,7 +75,7 @@ impl Connections {
                 if let Err(error) = set_tcp_user_timeout(&stream, unread) {
                     tracing::debug!(%error, "a client may leave its answers unread for long");
                 }
-                // Each its own: what all of them looked at whenever one is woken, they would wait for each other for.
+                // Each its own: it is looked at, under a lock, whenever its connection is woken.
                 let hang_up = hang_up.child_token();
                 let (router, head) = (router.clone(), self.head);
                 let tls = self.tls.clone();
