@@ -83,11 +83,12 @@ apt_install() {
   return "$status"
 }
 
-# install_crate NAME VERSION: a program from crates.io, into .kiln/tools.
+# install_crate NAME VERSION [FLAG...]: a program from crates.io, into .kiln/tools.
 install_crate() {
   local name=$1 version=$2
+  shift 2
   command -v "$name" >/dev/null && "$name" --version 2>/dev/null | grep -qF "$version" && return
-  step "Installing $name $version" cargo install --quiet --locked --root "$TOOLS" "$name@$version"
+  step "Installing $name $version" cargo install --quiet --locked --root "$TOOLS" "$@" "$name@$version"
 }
 
 # schemathesis, which tests the API by its document, into .kiln/tools. Debian's Python: its packages are those that are
