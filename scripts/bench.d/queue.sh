@@ -27,3 +27,29 @@ queue_pairs() {
 queue_run() {
   "$BIN/examples/bench_queue" "$1" "$2" "$work/queue/$1" >"$work/queue/$1.pairs"
 }
+
+# Their rows of the table.
+queue_rows() {
+  cat <<END
+| durable submits at 32 clients, rate against a bare handler's that makes the same bytes durable (ratio of pairs) | ≥ 0.5 | $(spread kiln_submits_to_bare_submits %.2f) |
+| the same, Kiln, submits a second | | $(spread kiln_submits %.0f) |
+| the same, bare, submits a second | | $(spread bare_submits %.0f) |
+| claim + end of a build, rate against the bare statements' (ratio of pairs) | ≥ 0.7 | $(spread kiln_claims_to_bare_claims %.2f) |
+| the same, Kiln, builds a second | | $(spread kiln_claims %.0f) |
+| the same, bare, builds a second | | $(spread bare_claims %.0f) |
+| 1,000 followers of one build: CPU of the server against a bare loop's that writes the same bytes to as many sockets (ratio of pairs) | ≤ 2 | $(spread kiln_follow_cpu_to_bare_follow_cpu %.2f) |
+| the same, Kiln, ms | | $(spread kiln_follow_cpu) |
+| the same, bare loop, ms | | $(spread bare_follow_cpu) |
+| the same, a follower, KiB resident | < 20 | $(spread follower_kib %.1f) |
+| the same, from the order to store a batch until a follower has it, p99, with one more follower that reads nothing, against without (ratio of pairs) | ≤ 1.2 | $(spread stalled_p99_to_follow_p99 %.2f) |
+| the same, without it, µs | | $(spread follow_p99) |
+| the same, with it, µs | | $(spread stalled_p99) |
+| the same, bare loop, µs | | $(spread bare_p99) |
+| a page of 50 builds, with 10,000 finished builds in the store against 100 (ratio of medians) | ≤ 1.2 | $(spread list_10000_to_list_100 %.2f) |
+| a page by status | ≤ 1.2 | $(spread status_10000_to_status_100 %.2f) |
+| a page by tag | ≤ 1.2 | $(spread tag_10000_to_tag_100 %.2f) |
+| one build | ≤ 1.2 | $(spread get_10000_to_get_100 %.2f) |
+| a page of 50, with 10,000, µs | | $(spread list_10000) |
+| one build, with 10,000, µs | | $(spread get_10000) |
+END
+}
