@@ -87,7 +87,7 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_EGRESS_CA", value_name = "FILE")]
     pub egress_ca: Option<PathBuf>,
 
-    /// OCI registry that keeps the images [default: a docker-registry of Kiln's own]
+    /// OCI registry that keeps the images, with a path all below it [default: a docker-registry of Kiln's own]
     #[arg(long, env = "KILN_REGISTRY", value_name = "URL")]
     pub registry: Option<Url>,
     /// Logins for --registry and --upstream, in the format of Docker's config.json
@@ -577,7 +577,7 @@ fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<TlsFiles>, 
 fn registry(url: Url) -> Result<Url, ConfigError> {
     let plain = matches!(url.scheme(), "http" | "https")
         && url.has_host()
-        && url.path() == "/"
+        && crate::gateway::backing::prefix_of(&url).is_some()
         && url.username().is_empty()
         && url.password().is_none()
         && url.query().is_none()
@@ -586,7 +586,7 @@ fn registry(url: Url) -> Result<Url, ConfigError> {
         return Ok(url);
     }
     // Not repeated: it may hold a password.
-    let allowed = "http(s)://HOST[:PORT], with the login in --registry-config";
+    let allowed = "http(s)://HOST[:PORT][/PREFIX], with the login in --registry-config";
     Err(ConfigError::refused("registry", "something else", allowed))
 }
 

@@ -10,6 +10,7 @@ use http::{Method, header};
 use url::Url;
 
 use super::credential::Credential;
+use super::mapping::Mapping;
 use super::path::{Name, Route};
 use super::request::Request;
 
@@ -20,6 +21,8 @@ pub const PATIENCE: Duration = Duration::from_mins(2);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Longest query that an upload's `Location` may have. docker-registry's has about 300 bytes.
 const MAX_QUERY_BYTES: usize = 8 * 1024;
+/// Longest prefix of repositories: a tenant's and an image's name have to fit behind it.
+const MAX_PREFIX_BYTES: usize = 100;
 /// Redirects that an external registry may make, to its blobs' store for example.
 const MAX_REDIRECTS: usize = 5;
 
@@ -32,6 +35,7 @@ pub(super) struct Inner {
     pub client: reqwest::Client,
     pub base: Url,
     pub credential: Option<Credential>,
+    pub mapping: Mapping,
     /// Keeps the directory that the Unix socket is reached through.
     _socket_dir: Option<OwnedFd>,
 }
@@ -101,9 +105,12 @@ pub enum BackingError {
     /// Its token service refuses.
     #[error("its token service answered {0}")]
     TokenRefused(http::StatusCode),
-    /// It sends an upload to where Kiln cannot follow.
-    #[error("it sends the upload to a place outside of its distribution API")]
+    /// It sends an upload to where Kiln does not follow.
+    #[error("it sends the upload to another host, or to no place at all")]
     Location,
+    /// With the prefix of the operator's URL.
+    #[error("the name of the repository is too long for the registry behind Kiln")]
+    LongName,
 }
 
 impl BackingError {
@@ -124,23 +131,26 @@ impl Backing {
     /// A registry that the operator named, with credentials from a file in Docker's format.
     pub fn external(url: &str, config: Option<&Path>) -> Result<Self, BackingError> {
         let bad = |why| BackingError::Url { url: url.to_owned(), why };
-        let base = Url::parse(url).map_err(|_| bad("not a URL"))?;
+        let mut base = Url::parse(url).map_err(|_| bad("not a URL"))?;
         if !matches!(base.scheme(), "http" | "https") || !base.has_host() {
             return Err(bad("not an http or https URL"));
         }
         if !base.username().is_empty() || base.password().is_some() {
             return Err(bad("credentials belong in --registry-config"));
         }
-        if base.path() != "/" || base.query().is_some() || base.fragment().is_some() {
-            return Err(bad("it must not have a path"));
+        if base.query().is_some() || base.fragment().is_some() {
+            return Err(bad("a query means nothing here"));
         }
+        let prefix = prefix_of(&base).ok_or_else(|| bad("its path is no name of a repository"))?;
+        base.set_path("/");
         let credential = Credential::load(&base, config)?;
         let client = builder()
             .https_only(base.scheme() == "https")
             .redirect(reqwest::redirect::Policy::limited(MAX_REDIRECTS))
             .build()
             .map_err(BackingError::Client)?;
-        Ok(Self(Arc::new(Inner { client, base, credential: Some(credential), _socket_dir: None })))
+        let (credential, mapping) = (Some(credential), Mapping::new(prefix));
+        Ok(Self(Arc::new(Inner { client, base, credential, mapping, _socket_dir: None })))
     }
 
     /// A registry that listens on the Unix socket `name` in a directory. It is reached through the
@@ -156,7 +166,8 @@ impl Backing {
             .map_err(BackingError::Client)?;
         let base = Url::parse("http://registry.local/")
             .map_err(|_| BackingError::Url { url: String::new(), why: "not a URL" })?;
-        Ok(Self(Arc::new(Inner { client, base, credential: None, _socket_dir: Some(dir) })))
+        let (mapping, dir) = (Mapping::new(None), Some(dir));
+        Ok(Self(Arc::new(Inner { client, base, credential: None, mapping, _socket_dir: dir })))
     }
 
     /// A request for a path of the API.
@@ -169,18 +180,30 @@ impl Backing {
         Request::new(self, method, target)
     }
 
-    /// Where the registry says that an upload goes on. Never outside of its own API.
-    pub fn location(&self, response: &reqwest::Response) -> Result<Target, BackingError> {
+    /// Where the registry says that an upload to the repository goes on: anywhere on itself.
+    pub fn location(
+        &self,
+        name: &Name,
+        response: &reqwest::Response,
+    ) -> Result<Target, BackingError> {
         let text = response.headers().get(header::LOCATION).and_then(|v| v.to_str().ok());
         let url = text.and_then(|t| response.url().join(t).ok()).ok_or(BackingError::Location)?;
         let same_place = url.origin() == self.0.base.origin();
-        let query = url.query().unwrap_or_default();
-        let route = Route::parse(url.path()).map_err(|_| BackingError::Location)?;
-        if !same_place || query.len() > MAX_QUERY_BYTES {
+        if !same_place || url.query().unwrap_or_default().len() > MAX_QUERY_BYTES {
             return Err(BackingError::Location);
         }
-        let query = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
-        Ok(Target { route, query })
+        self.0.mapping.upload(name, &url).ok_or(BackingError::Location)
+    }
+}
+
+/// The name below which all repositories of a registry's URL are, `None` for all of it; nothing where its path cannot be one.
+pub fn prefix_of(url: &Url) -> Option<Option<Name>> {
+    match url.path().trim_end_matches('/') {
+        "" => Some(None),
+        path => {
+            let name = path.strip_prefix('/').and_then(Name::parse);
+            name.filter(|name| name.as_str().len() <= MAX_PREFIX_BYTES).map(Some)
+        }
     }
 }
 
@@ -208,7 +231,9 @@ impl Target {
         let Some(name) = self.route.name() else { return vec![] };
         let actions = match *method {
             Method::GET | Method::HEAD => "pull",
-            Method::DELETE if !matches!(self.route, Route::Upload(..)) => "delete",
+            Method::DELETE if !matches!(self.route, Route::Upload(..) | Route::Elsewhere(..)) => {
+                "delete"
+            }
             _ => "pull,push",
         };
         let mut scopes = vec![format!("repository:{name}:{actions}")];
@@ -244,14 +269,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_external_registry_is_an_origin_and_nothing_more() {
-        for good in ["http://127.0.0.1:5000", "https://registry.example/"] {
+    fn an_external_registry_is_an_origin_and_perhaps_a_prefix() {
+        for good in [
+            "http://127.0.0.1:5000",
+            "https://registry.example/",
+            "https://registry.example/acme",
+            "https://registry.example/acme/kiln/",
+        ] {
             assert!(Backing::external(good, None).is_ok(), "{good}");
         }
         for bad in [
             "registry.example",
             "ftp://registry.example",
-            "https://registry.example/prefix",
+            "https://registry.example/Prefix",
+            "https://registry.example/a//b",
             "https://user:secret@registry.example",
             "https://registry.example/?q",
             "unix:/run/registry",

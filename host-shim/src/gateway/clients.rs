@@ -88,7 +88,10 @@ async fn forward(state: &GatewayState, request: Request<Body>) -> Result<Respons
     }
     let query = query(&route, parts.uri.query().unwrap_or_default(), &claims)?;
     let manifest = matches!(route, Route::Manifest(..)) && action == Action::Pull;
-    let target = Target { route, query };
+    let of_tags = matches!(route, Route::Tags(_));
+    // A place that nobody was shown is no upload.
+    let target = state.backing.0.mapping.meant(Target { route, query });
+    let target = target.ok_or_else(unknown_upload)?;
     let request = state.backing.request_to(parts.method.clone(), target);
     let mut request = request.headers_of(&parts.headers, &relay::REQUEST_HEADERS);
     if manifest {
@@ -100,7 +103,12 @@ async fn forward(state: &GatewayState, request: Request<Body>) -> Result<Respons
         request = request.stream(body.into_data_stream().map_err(axum::Error::into_inner), length);
     }
     let response = request.send().await?;
-    answer(state, response, parts.method == Method::HEAD)
+    let answer = answer(state, &name, response, parts.method == Method::HEAD)?;
+    if of_tags { state.backing.rename_tags(&name, answer).await } else { Ok(answer) }
+}
+
+fn unknown_upload() -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", "there is no such upload")
 }
 
 /// The repository and the action that a request needs a right to; `None` for `/v2/` itself.
@@ -139,7 +147,7 @@ fn methods(route: &Route) -> &'static str {
         Route::Base | Route::Tags(_) | Route::Referrers(..) => "GET, HEAD",
         Route::Catalog => "",
         Route::Uploads(_) => "POST",
-        Route::Upload(..) => "GET, PATCH, PUT, DELETE",
+        Route::Upload(..) | Route::Elsewhere(..) => "GET, PATCH, PUT, DELETE",
         Route::Manifest(..) => "GET, HEAD, PUT, DELETE",
         Route::Blob(..) => "GET, HEAD, DELETE",
     }
@@ -171,7 +179,12 @@ fn query(route: &Route, query: &str, claims: &Claims) -> Result<Vec<(String, Str
     Ok(pairs)
 }
 
-fn answer(state: &GatewayState, from: reqwest::Response, head: bool) -> Result<Response, Refusal> {
+fn answer(
+    state: &GatewayState,
+    name: &Name,
+    from: reqwest::Response,
+    head: bool,
+) -> Result<Response, Refusal> {
     // The registry's own refusals are about Kiln's credential, never about the client's.
     if matches!(from.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         tracing::error!(status = %from.status(), "the registry refuses Kiln's credential");
@@ -182,9 +195,9 @@ fn answer(state: &GatewayState, from: reqwest::Response, head: bool) -> Result<R
         return Err(BackingError::Location.into());
     }
     let located = from.headers().contains_key(header::LOCATION);
-    let location = located.then(|| state.backing.location(&from)).transpose()?;
-    let location = location.map(|target| target.to_path_and_query());
-    let link = from.headers().get(header::LINK).and_then(|link| next_page(link.to_str().ok()?));
+    let location = located.then(|| where_to(&state.backing, name, &from)).transpose()?.flatten();
+    let link = from.headers().get(header::LINK);
+    let link = link.and_then(|link| next_page(&state.backing, link.to_str().ok()?));
     let mut to = relay::relay(from, head);
     for (name, text) in [(header::LOCATION, location), (header::LINK, link)] {
         if let Some(value) = text.and_then(|text| HeaderValue::try_from(text).ok()) {
@@ -194,12 +207,27 @@ fn answer(state: &GatewayState, from: reqwest::Response, head: bool) -> Result<R
     Ok(to)
 }
 
+/// Where a client goes on, or finds what it has made; nothing where the registry's words for that are no path of the API.
+fn where_to(
+    backing: &Backing,
+    name: &Name,
+    from: &reqwest::Response,
+) -> Result<Option<String>, BackingError> {
+    if from.status() != StatusCode::CREATED {
+        return Ok(Some(backing.0.mapping.shown(&backing.location(name, from)?)));
+    }
+    let text = from.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+    let made = text.and_then(|text| from.url().join(text).ok());
+    let route = made.and_then(|url| Route::parse(url.path()).ok());
+    Ok(route.and_then(|route| backing.0.mapping.inward(route)).map(|route| route.to_path()))
+}
+
 /// `</v2/NAME/tags/list?…>; rel="next"`, without the registry's host.
-fn next_page(link: &str) -> Option<String> {
+fn next_page(backing: &Backing, link: &str) -> Option<String> {
     let (target, _) = link.strip_prefix('<')?.split_once('>')?;
     // Any base does: only path and query are used.
     let url = Url::parse("http://registry.local/").ok()?.join(target).ok()?;
-    let route = Route::parse(url.path()).ok()?;
+    let route = backing.0.mapping.inward(Route::parse(url.path()).ok()?)?;
     let query = url.query_pairs().into_owned().collect();
     Some(format!("<{}>; rel=\"next\"", Target { route, query }.to_path_and_query()))
 }

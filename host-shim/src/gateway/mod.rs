@@ -16,6 +16,7 @@ mod credential;
 pub(crate) mod error;
 pub mod guests;
 pub mod managed;
+mod mapping;
 pub mod path;
 pub(crate) mod relay;
 pub mod request;

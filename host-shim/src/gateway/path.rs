@@ -48,6 +48,8 @@ pub enum Route {
     Upload(Name, String),
     /// `/v2/NAME/referrers/DIGEST`
     Referrers(Name, Digest),
+    /// Where a registry takes an upload to the repository, if that has none of these forms. Never parsed: only the registry says it.
+    Elsewhere(Name, String),
 }
 
 /// Why a path is none of the distribution API.
@@ -119,6 +121,7 @@ impl Route {
             Self::Uploads(name) => format!("/v2/{name}/blobs/uploads/"),
             Self::Upload(name, id) => format!("/v2/{name}/blobs/uploads/{id}"),
             Self::Referrers(name, digest) => format!("/v2/{name}/referrers/{digest}"),
+            Self::Elsewhere(_, path) => path.clone(),
         }
     }
 
@@ -131,7 +134,23 @@ impl Route {
             | Self::Blob(name, _)
             | Self::Uploads(name)
             | Self::Upload(name, _)
-            | Self::Referrers(name, _) => Some(name),
+            | Self::Referrers(name, _)
+            | Self::Elsewhere(name, _) => Some(name),
+        }
+    }
+
+    /// The same of another repository, where it has one.
+    #[must_use]
+    pub fn with_name(self, other: Name) -> Self {
+        match self {
+            Self::Base | Self::Catalog => self,
+            Self::Tags(_) => Self::Tags(other),
+            Self::Manifest(_, reference) => Self::Manifest(other, reference),
+            Self::Blob(_, digest) => Self::Blob(other, digest),
+            Self::Uploads(_) => Self::Uploads(other),
+            Self::Upload(_, id) => Self::Upload(other, id),
+            Self::Referrers(_, digest) => Self::Referrers(other, digest),
+            Self::Elsewhere(_, path) => Self::Elsewhere(other, path),
         }
     }
 }

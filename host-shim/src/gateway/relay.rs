@@ -5,9 +5,11 @@ use axum::body::Body;
 use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
-use super::backing::{BackingError, PATIENCE};
+use super::backing::{Backing, BackingError, PATIENCE};
+use super::error::Refusal;
+use super::path::Name;
 use super::request::Request;
 
 /// `Docker-Content-Digest`.
@@ -51,6 +53,9 @@ pub(super) const ANY_MANIFEST: HeaderValue = HeaderValue::from_static(
      application/vnd.docker.distribution.manifest.v2+json",
 );
 
+/// Largest list of tags that is read as a whole: some thirty thousand.
+const MAX_TAGS_BYTES: usize = 4 * 1024 * 1024;
+
 /// Lets a client that takes anything have any manifest: to such a one docker-registry answers 404
 /// for an OCI manifest, and turns Docker's into one of schema 1.
 pub(super) fn accept_manifests<'a>(request: Request<'a>, headers: &HeaderMap) -> Request<'a> {
@@ -73,6 +78,32 @@ pub(super) fn relay(from: reqwest::Response, head: bool) -> Response {
         *to.body_mut() = Body::from_stream(patient(from));
     }
     to
+}
+
+impl Backing {
+    /// A list of tags under the repository's name here, where the registry has it under another.
+    pub(super) async fn rename_tags(
+        &self,
+        name: &Name,
+        answer: Response,
+    ) -> Result<Response, Refusal> {
+        if !self.0.mapping.renames() {
+            return Ok(answer);
+        }
+        let (mut parts, body) = answer.into_parts();
+        let bad =
+            |_| Refusal::new(StatusCode::BAD_GATEWAY, "UNKNOWN", "the list of tags broke off");
+        let bytes = axum::body::to_bytes(body, MAX_TAGS_BYTES).await.map_err(bad)?;
+        let body = match serde_json::from_slice::<serde_json::Value>(&bytes) {
+            Ok(mut list) if list["name"].is_string() => {
+                list["name"] = name.as_str().into();
+                parts.headers.remove(header::CONTENT_LENGTH);
+                Body::from(list.to_string())
+            }
+            _ => Body::from(bytes),
+        };
+        Ok(Response::from_parts(parts, body))
+    }
 }
 
 /// A small body as a whole.

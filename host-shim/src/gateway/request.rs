@@ -69,6 +69,7 @@ impl<'a> Request<'a> {
     /// registry refuses a token that it had given before.
     pub async fn send(mut self) -> Result<reqwest::Response, BackingError> {
         let inner = &self.backing.0;
+        self.target = inner.mapping.outward(&self.target).ok_or(BackingError::LongName)?;
         let scopes = self.target.scopes(&self.method);
         let replayable = self.body.is_none();
         let response = self.send_once(&scopes).await?;

@@ -128,7 +128,7 @@ impl Destination<'_> {
             StatusCode::CREATED => Ok(None),
             // To a mount this says: not possible, upload it instead (distribution spec).
             StatusCode::ACCEPTED => {
-                self.backing.location(&answer).map(Some).map_err(failed(operation))
+                self.backing.location(self.name, &answer).map(Some).map_err(failed(operation))
             }
             _ => Err(refused(operation(), answer).await),
         }

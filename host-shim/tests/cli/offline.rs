@@ -85,7 +85,7 @@ async fn settings_that_cannot_be_are_usage() {
         (&["--accel", "tcg", "--require-isolation"], "--require-isolation"),
         (&["--config", "/none/such"], "--config /none/such"),
         (&["--config", text(&wrong)], "listne"),
-        (&["--registry", "http://h/path"], "--registry"),
+        (&["--registry", "http://h/Path"], "--registry"),
         (&["--qemu", "/none/such"], "--qemu"),
         (&["--builder", "/none/such"], "--builder"),
         (&["--notify-fd", "1"], "--notify-fd is 1"),

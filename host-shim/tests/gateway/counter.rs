@@ -1,4 +1,5 @@
-//! Stands between a gateway and its registry, and counts the bytes of every request's body.
+//! Stands between a gateway and its registry, and counts the bytes of every request's body. One that moves uploads has them go on at
+//! paths of its own, as some registries do.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,17 +26,22 @@ pub struct Seen {
 pub struct Counter {
     pub url: String,
     client: reqwest::Client,
+    moves_uploads: bool,
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Counter {
     /// Before the registry on this Unix socket.
     pub async fn start(socket: &Path) -> Self {
+        Self::start_with(socket, false).await
+    }
+
+    pub async fn start_with(socket: &Path, moves_uploads: bool) -> Self {
         let _ = http();
         let client = reqwest::Client::builder().unix_socket(socket).no_proxy().build().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let counter = Self { url, client, seen: Arc::default() };
+        let counter = Self { url, client, moves_uploads, seen: Arc::default() };
         let app = Router::new().fallback(pass).with_state(counter.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         counter
@@ -69,7 +75,11 @@ async fn pass(State(counter): State<Counter>, request: Request) -> Response {
     for header in [header::HOST, header::TRANSFER_ENCODING, header::CONNECTION] {
         parts.headers.remove(header);
     }
-    let url = format!("http://registry{}", parts.uri);
+    let uri = parts.uri.to_string();
+    let url = match uri.strip_prefix("/takes/") {
+        Some(moved) => format!("http://registry/v2/{}", moved.replace("/here/", "/blobs/uploads/")),
+        None => format!("http://registry{uri}"),
+    };
     let mut on = counter.client.request(parts.method, url).headers(parts.headers);
     if has_body {
         let counter = counter.clone();
@@ -80,5 +90,14 @@ async fn pass(State(counter): State<Counter>, request: Request) -> Response {
     let answer = on.send().await.unwrap();
     let mut to = Response::builder().status(answer.status());
     to.headers_mut().unwrap().extend(answer.headers().clone());
+    if counter.moves_uploads
+        && let Some(location) = to.headers_mut().unwrap().get_mut(header::LOCATION)
+    {
+        let text = location.to_str().unwrap();
+        if let Some((name, rest)) = text.strip_prefix("/v2/").unwrap().split_once("/blobs/uploads/")
+        {
+            *location = format!("/takes/{name}/here/{rest}").parse().unwrap();
+        }
+    }
     to.body(Body::from_stream(answer.bytes_stream())).unwrap()
 }

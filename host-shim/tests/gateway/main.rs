@@ -4,6 +4,7 @@
 mod clients;
 mod containers;
 mod counter;
+mod external;
 mod guests;
 mod managed;
 mod matrix;

@@ -50,6 +50,16 @@ impl World {
         (Self::of(dir, registry, backing).await, counter)
     }
 
+    /// One whose images are below a prefix of somebody's registry, which takes uploads at paths of its own.
+    pub async fn below(prefix: &str) -> (Self, Counter, Backing) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Managed::start(&dir.path().join("registry")).await.unwrap();
+        let socket = dir.path().join("registry/run/registry.sock");
+        let counter = Counter::start_with(&socket, true).await;
+        let backing = Backing::external(&format!("{}/{prefix}", counter.url), None).unwrap();
+        (Self::of(dir, registry, backing.clone()).await, counter, backing)
+    }
+
     async fn of(dir: tempfile::TempDir, registry: Managed, backing: Backing) -> Self {
         let keys = Arc::new(TokenKeys::load_or_create(&dir.path().join("key")).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

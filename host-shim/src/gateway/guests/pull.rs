@@ -110,7 +110,8 @@ async fn tags(ctx: &GuestContext, parts: &Parts, name: Name) -> Result<Response,
     let target = Target { route: Route::Tags(name.clone()), query };
     let from = ctx.backing.request_to(parts.method.clone(), target).send().await?;
     if from.status() == StatusCode::OK {
-        Ok(relay::relay(from, parts.method == Method::HEAD))
+        let answer = relay::relay(from, parts.method == Method::HEAD);
+        ctx.backing.rename_tags(&name, answer).await
     } else {
         Err(refused(&from, "NAME_UNKNOWN", &name, "tags"))
     }
