@@ -11,16 +11,16 @@ fn every_lesson_has_its_tests() {
     let lessons = std::fs::read_to_string(root.join("docs/LESSONS.md")).unwrap();
     let tests = tests_below(root, &["host-shim", "agent", "protocol", "archive", "image-tool"]);
     let rows: Vec<_> = lessons.lines().filter(|line| line.starts_with("| ")).collect();
-    let mut named = 0;
+    let mut count = 0;
     for row in rows.iter().filter(|row| !row.ends_with("| shown by |")) {
         let shown_by = row.trim_end_matches('|').rsplit('|').next().unwrap();
         let names: Vec<_> = shown_by.split('`').skip(1).step_by(2).collect();
         assert!(!names.is_empty(), "nothing shows this: {row}");
         let gone: Vec<_> = names.iter().filter(|name| !tests.contains(**name)).collect();
         assert!(gone.is_empty(), "no such test: {gone:?}, in: {row}");
-        named += names.len();
+        count += names.len();
     }
-    assert!(named > 50, "only {named} tests are named");
+    assert!(count > 50, "only {count} tests are named");
 }
 
 /// The functions with an attribute that makes them a test.

@@ -234,7 +234,7 @@ impl Survey {
 #[test]
 fn vm_many_sessions_leave_nothing_behind() {
     const AT_ONCE: usize = 50;
-    let sessions = std::env::var("KILN_TEST_SESSIONS").map_or(40, |n| n.parse().unwrap());
+    let sessions = std::env::var("KILN_TEST_SESSIONS").map_or(15, |n| n.parse().unwrap());
     let server = Server::start();
     let (id, mut follow) = waiting(&server);
     let at_once = || {
