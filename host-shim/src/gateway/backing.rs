@@ -7,11 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, header};
+use tokio::sync::OwnedRwLockReadGuard;
 use url::Url;
 
 use super::credential::Credential;
+use super::gate::{Gate, Want};
 use super::path::{Name, Route};
 use super::request::Request;
+use crate::staging::Digest;
 
 /// Longest wait for an answer, and longest pause in a body. docker-registry hashes an uploaded blob
 /// again before it answers, and a disk may be slow: 100 GB take a minute.
@@ -32,6 +35,8 @@ pub(super) struct Inner {
     pub client: reqwest::Client,
     pub base: Url,
     pub credential: Option<Credential>,
+    /// Only of the managed one: of another's nothing is removed.
+    gate: Option<Gate>,
     /// Keeps the directory that the Unix socket is reached through.
     _socket_dir: Option<OwnedFd>,
 }
@@ -140,12 +145,13 @@ impl Backing {
             .redirect(reqwest::redirect::Policy::limited(MAX_REDIRECTS))
             .build()
             .map_err(BackingError::Client)?;
-        Ok(Self(Arc::new(Inner { client, base, credential: Some(credential), _socket_dir: None })))
+        let (credential, gate) = (Some(credential), None);
+        Ok(Self(Arc::new(Inner { client, base, credential, gate, _socket_dir: None })))
     }
 
     /// A registry that listens on the Unix socket `name` in a directory. It is reached through the
     /// directory's handle, so that neither a long path nor a renamed parent is in the way.
-    pub(super) fn on_socket(dir: OwnedFd, name: &str) -> Result<Self, BackingError> {
+    pub(super) fn on_socket(dir: OwnedFd, name: &str, gate: Gate) -> Result<Self, BackingError> {
         let path = socket_path(&dir, name);
         let client = builder()
             .unix_socket(path)
@@ -156,7 +162,24 @@ impl Backing {
             .map_err(BackingError::Client)?;
         let base = Url::parse("http://registry.local/")
             .map_err(|_| BackingError::Url { url: String::new(), why: "not a URL" })?;
-        Ok(Self(Arc::new(Inner { client, base, credential: None, _socket_dir: Some(dir) })))
+        let (credential, gate, dir) = (None, Some(gate), Some(dir));
+        Ok(Self(Arc::new(Inner { client, base, credential, gate, _socket_dir: dir })))
+    }
+
+    /// To be held from before a manifest is put or deleted until that is answered.
+    pub async fn change(&self) -> Option<OwnedRwLockReadGuard<()>> {
+        match &self.0.gate {
+            Some(gate) => Some(gate.change().await),
+            None => None,
+        }
+    }
+
+    /// Keeps blobs from being removed, to be held from before the registry is asked for them.
+    pub async fn want(&self, digests: Vec<Digest>) -> Option<Want> {
+        match &self.0.gate {
+            Some(gate) if !digests.is_empty() => Some(gate.want(digests).await),
+            _ => None,
+        }
     }
 
     /// A request for a path of the API.

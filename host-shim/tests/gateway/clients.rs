@@ -16,7 +16,7 @@ use crate::support::{
 };
 
 /// A registry token for these scopes.
-async fn token(world: &World, api_token: &str, scopes: &[&str]) -> String {
+pub async fn token(world: &World, api_token: &str, scopes: &[&str]) -> String {
     let mut url = format!("http://{}/v2/token?service=kiln", world.gateway);
     for scope in scopes {
         url.push_str("&scope=");

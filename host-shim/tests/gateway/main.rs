@@ -4,6 +4,7 @@
 mod clients;
 mod containers;
 mod counter;
+mod garbage;
 mod guests;
 mod managed;
 mod matrix;
