@@ -134,9 +134,15 @@ pub struct ServeArgs {
     /// Logs of all finished builds, in GiB; the oldest go first; 0 without a bound [default: 20]
     #[arg(long, env = "KILN_KEEP_LOGS_GB", value_name = "GB")]
     pub keep_logs_gb: Option<u32>,
-    /// Days that a finished build stays, without its image; 0 for ever [default: 0]
+    /// Days that a finished build stays, with its image where that has no name; 0 for ever [default: 0]
     #[arg(long, env = "KILN_KEEP_BUILDS_DAYS", value_name = "DAYS")]
     pub keep_builds_days: Option<u32>,
+    /// The registry, in GiB; the oldest images without a name go first; 0 without a bound [default: 0]
+    #[arg(long, env = "KILN_KEEP_IMAGES_GB", value_name = "GB")]
+    pub keep_images_gb: Option<u32>,
+    /// How full the data directory's disk may get before images without a name go; 0: none goes for it [default: 0]
+    #[arg(long, env = "KILN_GC_DISK_PERCENT", value_name = "PERCENT")]
+    pub gc_disk_percent: Option<u32>,
     /// Queued builds of one tenant [default: 1000]
     #[arg(long, env = "KILN_MAX_QUEUED", value_name = "N")]
     pub max_queued: Option<u32>,
@@ -239,8 +245,10 @@ pub struct ServeConfig {
     pub instance_disks_bytes: u64,
     /// VMs of failed builds that are kept at one time.
     pub max_kept: usize,
-    /// For how long sessions, logs and builds stay.
+    /// For how long sessions, logs and builds stay, and how many images.
     pub keep: Keep,
+    /// How full the data directory's file system may get; 0 for whatever.
+    pub gc_disk_percent: u32,
     /// Of the log.
     pub log_format: LogFormat,
     /// Whether `/metrics` needs no token.
@@ -361,6 +369,8 @@ impl ServeArgs {
             keep_logs_days: self.keep_logs_days.or(file.keep_logs_days),
             keep_logs_gb: self.keep_logs_gb.or(file.keep_logs_gb),
             keep_builds_days: self.keep_builds_days.or(file.keep_builds_days),
+            keep_images_gb: self.keep_images_gb.or(file.keep_images_gb),
+            gc_disk_percent: self.gc_disk_percent.or(file.gc_disk_percent),
             max_queued: self.max_queued.or(file.max_queued),
             max_queue_seconds: self.max_queue_seconds.or(file.max_queue_seconds),
             max_uploads: self.max_uploads.or(file.max_uploads),
@@ -447,7 +457,10 @@ impl ServeArgs {
                 logs_bytes: 1024
                     * mb(number("keep-logs-gb", self.keep_logs_gb, 20, 0..=1024 * 1024)?),
                 builds_days: days("keep-builds-days", self.keep_builds_days, 0)?,
+                images_bytes: 1024
+                    * mb(number("keep-images-gb", self.keep_images_gb, 0, 0..=1024 * 1024)?),
             },
+            gc_disk_percent: number("gc-disk-percent", self.gc_disk_percent, 0, 0..=99)?,
             max_queue_seconds: number(
                 "max-queue-seconds",
                 self.max_queue_seconds,

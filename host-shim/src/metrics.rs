@@ -47,7 +47,7 @@ const WRITE: [f64; 12] =
 const ENDS: [&str; 3] = ["exited", "failed", "cancelled"];
 
 /// What retention removes.
-const REMOVED: [&str; 4] = ["log_event", "build", "session", "source"];
+const REMOVED: [&str; 6] = ["log_event", "build", "session", "source", "image", "blob"];
 
 /// Labels by name, their values words of this program.
 type Words<const N: usize> = [(&'static str, &'static str); N];
@@ -75,6 +75,7 @@ struct Inner {
     instances_ended: Family<Words<1>, Counter>,
     removed: Family<Words<1>, Counter>,
     removed_log_bytes: Counter,
+    removed_blob_bytes: Counter,
     requests: Family<http::Answer, Counter>,
     refusals: Family<Words<1>, Counter>,
 }
@@ -164,11 +165,14 @@ impl Metrics {
 
     /// A round of retention has removed that.
     pub fn removed(&self, collected: &Collected) {
-        let Collected { log_events, log_bytes, builds, sessions, sources } = *collected;
-        for (what, n) in REMOVED.into_iter().zip([log_events, builds, sessions, sources]) {
+        let Collected { log_events, log_bytes, builds, sessions, sources, .. } = *collected;
+        let Collected { images, blobs, blob_bytes, .. } = *collected;
+        let all = [log_events, builds, sessions, sources, images, blobs];
+        for (what, n) in REMOVED.into_iter().zip(all) {
             self.inner.removed.get_or_create(&[("what", what)]).inc_by(n);
         }
         self.inner.removed_log_bytes.inc_by(log_bytes);
+        self.inner.removed_blob_bytes.inc_by(blob_bytes);
     }
 
     /// Looks at what became of a write to the store.
@@ -264,6 +268,7 @@ impl Default for Inner {
             ),
             removed: add.one("removed", "What was removed because it was old, by what it was", Family::default()),
             removed_log_bytes: add.of("removed_log", "Logs that were removed, as they were stored", Unit::Bytes, Counter::default()),
+            removed_blob_bytes: add.of("removed_blob", "Blobs that were removed from the registry", Unit::Bytes, Counter::default()),
             requests: add.one(
                 "http_requests",
                 "Requests that were answered, by method, route and class of status",

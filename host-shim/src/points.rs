@@ -1,5 +1,5 @@
-//! Named points at which a test can end the server, as SIGKILL would: between what is durable and what follows from it. A
-//! release has none of it.
+//! Named points at which a test can end the server, as SIGKILL would: between what is durable and what follows from it; and
+//! pauses that a test can make shorter. A release has none of it.
 
 /// Ends the process here when `KILN_TEST_KILL_AT` is this name; with `NAME:N`, the Nth time.
 #[cfg(debug_assertions)]
@@ -24,3 +24,16 @@ pub fn point(name: &str) {
 /// Nothing.
 #[cfg(not(debug_assertions))]
 pub fn point(_name: &str) {}
+
+/// How long something takes, or the milliseconds that this variable says.
+#[cfg(debug_assertions)]
+pub fn shorter(name: &str, usual: std::time::Duration) -> std::time::Duration {
+    let milliseconds = std::env::var(name).ok().and_then(|text| text.parse().ok());
+    milliseconds.map_or(usual, std::time::Duration::from_millis)
+}
+
+/// How long something takes.
+#[cfg(not(debug_assertions))]
+pub fn shorter(_name: &str, usual: std::time::Duration) -> std::time::Duration {
+    usual
+}

@@ -178,6 +178,7 @@ async fn serve(config: ServeConfig, notify: Option<OwnedFd>, asked: Asked) -> an
         sources.clone(),
         metrics.clone(),
         config.keep,
+        parts::room(&config, registry.as_ref(), workshop.upstreams.clone()),
     );
     let router = api::router(ApiState {
         store: Arc::clone(&store),

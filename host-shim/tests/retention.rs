@@ -7,7 +7,10 @@ mod bundle;
 mod support;
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use kiln::build::{Build, BuildId, NetworkMode, Request, Status, Tenant};
 use kiln::events::payload;
@@ -81,5 +84,48 @@ async fn what_is_old_goes_by_the_settings_and_kiln_tells_what_is_gone() {
     let reader = server.new_token("dev", "reader");
     let refused = server.kiln(&["gc"]).env("KILN_TOKEN", reader).output().unwrap();
     assert_eq!(refused.status.code(), Some(3), "{}", text(refused.stderr));
+    server.stop();
+}
+
+/// A registry that is somebody else's: what it is asked, line by line.
+fn external() -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let asked = Arc::new(Mutex::new(vec![]));
+    let lines = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            lines.lock().unwrap().push(line.trim().to_owned());
+            let head = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
+            let _ = stream.write_all(head.as_bytes());
+        }
+    });
+    (url, asked)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_removed_from_a_registry_that_is_not_kilns_own() {
+    let (dir, builder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    bundle::whole(builder.path());
+    let store = SqliteStore::open(&dir.path().join("data")).await.unwrap();
+    // It has no name for its image.
+    ended(&store, "older", 30).await;
+    store.close().await;
+    // As an earlier server left it, which had a registry of its own.
+    let image =
+        dir.path().join("data/registry/storage/docker/registry/v2/repositories/builds/older");
+    std::fs::create_dir_all(&image).unwrap();
+    let (url, asked) = external();
+    let flags = ["--registry", &url, "--keep-builds-days", "20", "--keep-images-gb", "1"];
+    let server = with(dir, builder.path(), &[&flags[..], &["--gc-disk-percent", "1"]].concat());
+    let gc = server.run(&["gc"]);
+    assert!(gc.status.success(), "{}", text(gc.stderr));
+    assert_eq!(server.run(&["show", "older"]).status.code(), Some(1));
+    assert_eq!(*asked.lock().unwrap(), Vec::<String>::new());
+    assert!(image.exists());
     server.stop();
 }

@@ -21,7 +21,7 @@ use kiln::gateway::Backing;
 use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::kept::Kept;
-use kiln::retention::{Keep, Retention};
+use kiln::retention::{Keep, Retention, Room};
 use kiln::serve::Connections;
 use kiln::sources::Sources;
 use kiln::store::sqlite::SqliteStore;
@@ -87,8 +87,14 @@ fn api(dir: &Path, store: &Arc<dyn Store>, events: &EventLog) -> anyhow::Result<
     let sources = Sources::new(dir.join("builds"));
     let (kept, keep) = (Kept::new(1), Keep::default());
     let metrics = events.metrics().clone();
-    let retention =
-        Retention::new(Arc::clone(&store), kept.clone(), sources.clone(), metrics, keep);
+    let retention = Retention::new(
+        Arc::clone(&store),
+        kept.clone(),
+        sources.clone(),
+        metrics,
+        keep,
+        Room::default(),
+    );
     let instances_dir = dir.join("instances");
     let quota = Quota::new(1 << 30);
     let instances = Instances::new(

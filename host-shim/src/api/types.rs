@@ -29,6 +29,12 @@ pub struct Collected {
     pub sessions_removed: u64,
     /// Directories of sources, and of what was staged, that no build needs.
     pub sources_removed: u64,
+    /// Images without a name, of finished builds.
+    pub images_removed: u64,
+    /// Blobs of the registry that nothing referred to.
+    pub blobs_removed: u64,
+    /// What they took.
+    pub blob_bytes_removed: u64,
 }
 
 impl Collected {
@@ -40,6 +46,9 @@ impl Collected {
             builds_removed: collected.builds,
             sessions_removed: collected.sessions,
             sources_removed: collected.sources,
+            images_removed: collected.images,
+            blobs_removed: collected.blobs,
+            blob_bytes_removed: collected.blob_bytes,
         }
     }
 }

@@ -31,6 +31,9 @@ struct Collected {
     builds_removed: u64,
     sessions_removed: u64,
     sources_removed: u64,
+    images_removed: u64,
+    blobs_removed: u64,
+    blob_bytes_removed: u64,
 }
 
 /// Runs the command.
@@ -50,16 +53,19 @@ pub async fn run(client: &Client, args: GcArgs) -> Result<(), CliError> {
 
 fn summary(collected: &Collected) -> String {
     let logs = format!("log line{{s}} ({})", size(collected.log_bytes_removed));
+    let blobs = format!("blob{{s}} ({})", size(collected.blob_bytes_removed));
     let parts = [
         (collected.log_events_removed, logs.as_str()),
         (collected.builds_removed, "build{s}"),
         (collected.sessions_removed, "session{s}"),
         (collected.sources_removed, "source{s} of no build"),
+        (collected.images_removed, "image{s} without a name"),
+        (collected.blobs_removed, blobs.as_str()),
     ];
     let some = parts.into_iter().filter(|(n, _)| *n > 0);
     let some: Vec<_> = some
         .map(|(n, what)| {
-            format!("{} {}", count(n), what.replace("{s}", if n == 1 { "" } else { "s" }))
+            format!("{} {}", count(n), what.replacen("{s}", if n == 1 { "" } else { "s" }, 1))
         })
         .collect();
     if some.is_empty() {
@@ -84,9 +90,11 @@ mod tests {
             builds_removed: 2,
             sessions_removed: 3,
             sources_removed: 1,
+            images_removed: 2,
+            blobs_removed: 5,
+            blob_bytes_removed: 2048,
         };
-        let expected =
-            "removed 12,345 log lines (1.5 KiB), 2 builds, 3 sessions, 1 source of no build";
+        let expected = "removed 12,345 log lines (1.5 KiB), 2 builds, 3 sessions, 1 source of no build, 2 images without a name, 5 blobs (2.0 KiB)";
         assert_eq!(summary(&collected), expected);
     }
 }

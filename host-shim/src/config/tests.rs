@@ -42,8 +42,14 @@ fn defaults_need_nothing() {
     assert_eq!((config.max_vms, config.accel, config.require_isolation), (2, Accel::Auto, false));
     assert_eq!(config.log_limit_bytes, 256 * 1024 * 1024);
     assert_eq!(config.instance_disks_bytes, 100 << 30);
-    let keep = Keep { sessions_days: 90, logs_days: 90, logs_bytes: 20 << 30, builds_days: 0 };
-    assert_eq!((config.max_kept, config.keep), (4, keep));
+    let keep = Keep {
+        sessions_days: 90,
+        logs_days: 90,
+        logs_bytes: 20 << 30,
+        builds_days: 0,
+        images_bytes: 0,
+    };
+    assert_eq!((config.max_kept, config.keep, config.gc_disk_percent), (4, keep, 0));
     assert_eq!((config.max_queue_seconds, config.drain_seconds), (3600, 5));
     assert_eq!((config.upstream, config.upstream_cache_bytes), (vec![], 20 << 30));
     assert_eq!(config.limits, Limits::default());
@@ -111,6 +117,8 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
         keep_logs_days = 13
         keep_logs_gb = 14
         keep_builds_days = 15
+        keep_images_gb = 16
+        gc_disk_percent = 17
         max_queued = 6
         max_queue_seconds = 12
         drain_seconds = 0
@@ -134,8 +142,14 @@ fn the_file_has_every_setting_and_flags_win_over_it() {
     assert_eq!(config.upstream_cache_bytes, 3 << 30);
     let hosts: Vec<_> = config.upstream.iter().map(|spec| spec.host.as_str()).collect();
     assert_eq!(hosts, ["docker.io", "quay.io"]);
-    let keep = Keep { sessions_days: 0, logs_days: 13, logs_bytes: 14 << 30, builds_days: 15 };
-    assert_eq!((config.max_kept, config.keep), (11, keep));
+    let keep = Keep {
+        sessions_days: 0,
+        logs_days: 13,
+        logs_bytes: 14 << 30,
+        builds_days: 15,
+        images_bytes: 16 << 30,
+    };
+    assert_eq!((config.max_kept, config.keep, config.gc_disk_percent), (11, keep, 17));
     assert!(config.metrics_open);
     assert_eq!(config.log_format, LogFormat::Json);
     let tls = TlsFiles { cert: "/c.pem".into(), key: "/k.pem".into() };
@@ -225,6 +239,7 @@ fn values_are_refused_by_flag_and_what_is_allowed() {
         (["--max-vms", "1025"], "1024"),
         (["--keep-sessions-days", "36501"], "36500"),
         (["--keep-logs-days", "36501"], "36500"),
+        (["--gc-disk-percent", "100"], "99"),
         (["--keep-logs-gb", "1048577"], "1048576"),
         (["--keep-builds-days", "36501"], "36500"),
         (["--max-vm-memory-mb", "255"], "4194304"),

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, header};
+use tokio::sync::OwnedRwLockReadGuard;
 use url::Url;
 
 use super::credential::Credential;
+use super::gate::{Gate, Want};
 use super::mapping::Mapping;
 use super::path::{Name, Route};
 use super::request::Request;
+use crate::staging::Digest;
 
 /// Longest wait for an answer, and longest pause in a body. docker-registry hashes an uploaded blob
 /// again before it answers, and a disk may be slow: 100 GB take a minute.
@@ -36,6 +39,8 @@ pub(super) struct Inner {
     pub base: Url,
     pub credential: Option<Credential>,
     pub mapping: Mapping,
+    /// Only of the managed one: of another's nothing is removed.
+    gate: Option<Gate>,
     /// Keeps the directory that the Unix socket is reached through.
     _socket_dir: Option<OwnedFd>,
 }
@@ -149,13 +154,13 @@ impl Backing {
             .redirect(reqwest::redirect::Policy::limited(MAX_REDIRECTS))
             .build()
             .map_err(BackingError::Client)?;
-        let (credential, mapping) = (Some(credential), Mapping::new(prefix));
-        Ok(Self(Arc::new(Inner { client, base, credential, mapping, _socket_dir: None })))
+        let (credential, gate, mapping) = (Some(credential), None, Mapping::new(prefix));
+        Ok(Self(Arc::new(Inner { client, base, credential, mapping, gate, _socket_dir: None })))
     }
 
     /// A registry that listens on the Unix socket `name` in a directory. It is reached through the
     /// directory's handle, so that neither a long path nor a renamed parent is in the way.
-    pub(super) fn on_socket(dir: OwnedFd, name: &str) -> Result<Self, BackingError> {
+    pub(super) fn on_socket(dir: OwnedFd, name: &str, gate: Gate) -> Result<Self, BackingError> {
         let path = socket_path(&dir, name);
         let client = builder()
             .unix_socket(path)
@@ -166,8 +171,25 @@ impl Backing {
             .map_err(BackingError::Client)?;
         let base = Url::parse("http://registry.local/")
             .map_err(|_| BackingError::Url { url: String::new(), why: "not a URL" })?;
-        let (mapping, dir) = (Mapping::new(None), Some(dir));
-        Ok(Self(Arc::new(Inner { client, base, credential: None, mapping, _socket_dir: dir })))
+        let (gate, dir, mapping) = (Some(gate), Some(dir), Mapping::new(None));
+        let credential = None;
+        Ok(Self(Arc::new(Inner { client, base, credential, mapping, gate, _socket_dir: dir })))
+    }
+
+    /// To be held from before a manifest is put or deleted until that is answered.
+    pub async fn change(&self) -> Option<OwnedRwLockReadGuard<()>> {
+        match &self.0.gate {
+            Some(gate) => Some(gate.change().await),
+            None => None,
+        }
+    }
+
+    /// Keeps blobs from being removed, to be held from before the registry is asked for them.
+    pub async fn want(&self, digests: Vec<Digest>) -> Option<Want> {
+        match &self.0.gate {
+            Some(gate) if !digests.is_empty() => Some(gate.want(digests).await),
+            _ => None,
+        }
     }
 
     /// A request for a path of the API.

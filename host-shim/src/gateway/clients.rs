@@ -2,14 +2,17 @@
 //! request, then the request goes on to the backing registry, streaming both ways.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
+use bytes::Bytes;
 use futures_util::TryStreamExt;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use tokio::sync::Semaphore;
 use url::{Url, form_urlencoded};
 
 use super::backing::{Backing, BackingError, Target};
@@ -19,9 +22,14 @@ use super::relay;
 use super::rights::{Action, Authorizer};
 use super::token::{Claims, SERVICE, TokenKeys};
 use super::token_endpoint;
+use crate::staging::{Digest, MAX_MANIFEST_BYTES};
 
 /// Longest query of a request. The state of an upload is the longest part, with about 300 bytes.
 const MAX_QUERY_BYTES: usize = 8 * 1024;
+/// How long a manifest may take to come. Other small bodies have as long.
+const MANIFEST_PATIENCE: Duration = Duration::from_secs(30);
+/// So many manifests come at one time, each of them in memory as a whole; more wait.
+static MANIFESTS: Semaphore = Semaphore::const_new(64);
 /// The path of the token endpoint. No repository's path looks like it.
 const TOKEN_PATH: &str = "/v2/token";
 
@@ -87,22 +95,37 @@ async fn forward(state: &GatewayState, request: Request<Body>) -> Result<Respons
         return Err(state.unauthorized(Some((&name, action)), true));
     }
     let query = query(&route, parts.uri.query().unwrap_or_default(), &claims)?;
-    let manifest = matches!(route, Route::Manifest(..)) && action == Action::Pull;
+    let is_manifest = matches!(route, Route::Manifest(..));
     let of_tags = matches!(route, Route::Tags(_));
     // A place that nobody was shown is no upload.
     let target = state.backing.0.mapping.meant(Target { route, query });
     let target = target.ok_or_else(unknown_upload)?;
+    // From here on what the registry says that it has stays until a manifest can follow.
+    let wanted = wanted(&target, &parts.method, &claims);
+    let mut wanted = state.backing.want(wanted).await;
     let request = state.backing.request_to(parts.method.clone(), target);
     let mut request = request.headers_of(&parts.headers, &relay::REQUEST_HEADERS);
-    if manifest {
+    if is_manifest && action == Action::Pull {
         request = relay::accept_manifests(request, &parts.headers);
     }
     let length = content_length(&parts.headers)?;
     let chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
-    if length.is_some_and(|length| length > 0) || chunked {
+    let mut _change = None;
+    if is_manifest && action == Action::Push {
+        let manifest = manifest(body).await?;
+        _change = state.backing.change().await;
+        request = request.bytes(manifest);
+    } else if action == Action::Delete {
+        _change = state.backing.change().await;
+    } else if length.is_some_and(|length| length > 0) || chunked {
         request = request.stream(body.into_data_stream().map_err(axum::Error::into_inner), length);
     }
     let response = request.send().await?;
+    if let Some(wanted) = &mut wanted
+        && matches!(response.status(), StatusCode::OK | StatusCode::CREATED)
+    {
+        wanted.last();
+    }
     let answer = answer(state, &name, response, parts.method == Method::HEAD)?;
     if of_tags { state.backing.rename_tags(&name, answer).await } else { Ok(answer) }
 }
@@ -177,6 +200,34 @@ fn query(route: &Route, query: &str, claims: &Claims) -> Result<Vec<(String, Str
         pairs.retain(|(key, _)| key != "from" && key != "mount");
     }
     Ok(pairs)
+}
+
+/// The blobs that somebody who may push asks for, or has just sent: a manifest that refers to them may follow.
+fn wanted(target: &Target, method: &Method, claims: &Claims) -> Vec<Digest> {
+    let Target { route, query } = target;
+    match route {
+        Route::Blob(name, digest) if claims.allow(name, Action::Push) => vec![*digest],
+        Route::Uploads(_) | Route::Upload(..) if matches!(*method, Method::POST | Method::PUT) => {
+            let named = query.iter().filter(|(key, _)| key == "digest" || key == "mount");
+            named.filter_map(|(_, digest)| Digest::parse(digest).ok()).collect()
+        }
+        _ => vec![],
+    }
+}
+
+/// All of a manifest, before anything waits for it: who sends it slowly holds up nobody.
+async fn manifest(body: Body) -> Result<Bytes, Refusal> {
+    let refused = |status, message| Err(Refusal::new(status, "MANIFEST_INVALID", message));
+    let _place = MANIFESTS.acquire().await;
+    let collected = axum::body::to_bytes(body, MAX_MANIFEST_BYTES);
+    match tokio::time::timeout(MANIFEST_PATIENCE, collected).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(_)) => {
+            let message = "the manifest broke off, or is larger than 4 MiB";
+            refused(StatusCode::PAYLOAD_TOO_LARGE, message)
+        }
+        Err(_) => refused(StatusCode::REQUEST_TIMEOUT, "the manifest did not come in 30 seconds"),
+    }
 }
 
 fn answer(

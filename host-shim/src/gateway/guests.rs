@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::backing::Backing;
 use super::error::Refusal;
+use super::gate::Want;
 use super::path::{Name, Route};
 use super::relay;
 use super::rights::Space;
@@ -64,6 +65,7 @@ pub struct GuestContext {
     pushing: watch::Sender<bool>,
     manifests: room::ManifestRoom,
     seen: Mutex<Seen>,
+    wanted: Mutex<Vec<Want>>,
 }
 
 /// How long an upload may be ahead of the report that the build pushes: a batch of events is stored in far less.
@@ -103,6 +105,7 @@ impl GuestContext {
             pushing: watch::Sender::new(false),
             manifests: room::ManifestRoom::new(),
             seen: Mutex::default(),
+            wanted: Mutex::default(),
         }
     }
 
@@ -183,15 +186,15 @@ impl GuestContext {
         }
     }
 
-    /// Writes down what was pulled: `at` is the image's name, `name` the repository's at the gateway. Refused when that
-    /// is too much.
+    /// Writes down what was pulled: `at` is the image's name, `name` the repository's at the gateway; gives the blobs that were not
+    /// known before. Refused when that is too much.
     fn record_pull(
         &self,
         at: String,
         name: &Name,
         digest: Digest,
         manifest: &[u8],
-    ) -> Result<(), Refusal> {
+    ) -> Result<Vec<Digest>, Refusal> {
         let mut seen = self.seen();
         let pulled = (at, digest);
         if seen.pulled.len() >= MAX_PULLED && !seen.pulled.contains(&pulled) {
@@ -202,16 +205,27 @@ impl GuestContext {
         seen.pulled.insert(pulled);
         // An index has no blobs of its own; whatever does not parse has none that are known.
         let blobs = serde_json::from_slice::<Blobs>(manifest).unwrap_or_default();
+        let mut new = vec![];
         for blob in blobs.config.iter().chain(&blobs.layers) {
             if seen.blobs.len() >= MAX_BLOBS {
                 break;
             }
             if let (Ok(digest), Some(size)) = (Digest::parse(&blob.digest), blob.size) {
                 let source = PulledBlob { repository: name.clone(), size };
-                seen.blobs.entry(digest).or_insert(source);
+                seen.blobs.entry(digest).or_insert_with(|| {
+                    new.push(digest);
+                    source
+                });
             }
         }
-        Ok(())
+        Ok(new)
+    }
+
+    /// Keeps what the image may be built on in the registry for as long as the build goes on, also where somebody deletes the base.
+    async fn want(&self, blobs: Vec<Digest>) {
+        if let Some(want) = self.backing.want(blobs).await {
+            self.wanted.lock().unwrap_or_else(PoisonError::into_inner).push(want);
+        }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {

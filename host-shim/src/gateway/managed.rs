@@ -14,6 +14,9 @@
 
 mod child;
 mod files;
+mod garbage;
+mod mark;
+mod storage;
 mod torn;
 
 use std::io;
@@ -27,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 use self::child::Child;
 use self::files::Files;
+pub use self::garbage::{Garbage, GarbageError, Removed, Swept};
 use super::backing::{Backing, BackingError};
+use super::gate::{GRACE, Gate};
 
 /// From the spawn until it listens. It takes some 10 ms; a loaded machine may need much more.
 const START_PATIENCE: Duration = Duration::from_secs(30);
@@ -44,6 +49,7 @@ const SETTLED: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub struct Managed {
     backing: Backing,
+    garbage: Garbage,
     cancel: CancellationToken,
     ended: Option<oneshot::Receiver<()>>,
 }
@@ -106,11 +112,18 @@ impl Managed {
 
     /// The same with another program, by its path or by a name to look for.
     pub async fn start_program(program: &Path, dir: &Path) -> Result<Self, ManagedError> {
+        Self::start_gated(program, dir, Gate::new(GRACE)).await
+    }
+
+    /// The same with another grace for what nothing refers to.
+    pub async fn start_gated(program: &Path, dir: &Path, gate: Gate) -> Result<Self, ManagedError> {
         let program = program.to_owned();
         let dir = dir.to_owned();
         let prepared = tokio::task::spawn_blocking(move || Files::prepare(&dir)).await;
         let files = Arc::new(prepared.map_err(|_| ManagedError::Supervisor)??);
-        let backing = Backing::on_socket(files.socket_dir()?, files::SOCKET_NAME)?;
+        let socket_dir = files.socket_dir()?;
+        let backing = Backing::on_socket(socket_dir, files::SOCKET_NAME, gate.clone())?;
+        let garbage = Garbage::new(program.clone(), Arc::clone(&files), gate);
         let cancel = CancellationToken::new();
         let (ready, is_ready) = oneshot::channel();
         let (end, ended) = oneshot::channel();
@@ -125,7 +138,7 @@ impl Managed {
             })
             .map_err(ManagedError::io("start a thread for", Path::new("docker-registry")))?;
         // Dropped before it is ready, this ends the child as well.
-        let managed = Self { backing, cancel, ended: Some(ended) };
+        let managed = Self { backing, garbage, cancel, ended: Some(ended) };
         is_ready.await.map_err(|_| ManagedError::Supervisor)??;
         Ok(managed)
     }
@@ -133,6 +146,11 @@ impl Managed {
     /// The registry.
     pub fn backing(&self) -> &Backing {
         &self.backing
+    }
+
+    /// What can be removed from it.
+    pub fn garbage(&self) -> &Garbage {
+        &self.garbage
     }
 
     /// Ends it, and returns once it is gone.

@@ -4,6 +4,7 @@
 //! a VM ──vsock──▶ guests ──▶ pulls: backing, upstream  pushes: staging
 //! client ──/v2──▶ clients ─▶ rights by token ─▶ backing
 //!                               backing ──▶ managed (docker-registry on a Unix socket), or external
+//!                                              └▶ gate: who counts on what is there ◀─ garbage, what nobody needs
 //! ```
 //!
 //! **Invariant**: a repository and an action are decided from the parsed [`path`] alone, and what
@@ -14,6 +15,7 @@ pub mod backing;
 pub mod clients;
 mod credential;
 pub(crate) mod error;
+pub mod gate;
 pub mod guests;
 pub mod managed;
 mod mapping;
@@ -28,7 +30,7 @@ pub mod upstream;
 pub use backing::{Backing, BackingError};
 pub use clients::{GatewayState, router};
 pub use guests::{GuestContext, serve};
-pub use managed::{Managed, ManagedError};
+pub use managed::{Garbage, Managed, ManagedError};
 pub use rights::{Authorizer, Caller};
 pub use token::TokenKeys;
 pub use upstream::Upstreams;

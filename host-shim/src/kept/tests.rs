@@ -178,6 +178,7 @@ async fn a_build_stays_as_long_as_its_vm() {
         sources,
         crate::metrics::Metrics::default(),
         keep,
+        crate::retention::Room::default(),
     );
     assert_eq!(retention.collect(clock::now()).await.unwrap().builds, 0);
     assert!(kept.release(&build.id).await);

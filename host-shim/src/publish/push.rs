@@ -39,6 +39,9 @@ pub async fn push(
     let name = Name::parse(repository).filter(|_| is_tag(tag));
     let name = name.ok_or_else(|| PublishError::BadName(format!("{repository}:{tag}")))?;
     let to = Destination { checked, backing, upstreams, name: &name };
+    // What is found there now has to be there when the manifest comes, which refers to it from then on.
+    let digests = checked.blobs.iter().map(|blob| blob.digest).chain([checked.digest]);
+    let _wanted = backing.want(digests.collect()).await;
     futures_util::stream::iter(checked.blobs.clone())
         .map(|blob| async move { retry(|| to.blob(&blob)).await })
         .buffer_unordered(PARALLEL)
@@ -168,6 +171,7 @@ impl Destination<'_> {
         let route = Route::Manifest(self.name.clone(), reference.clone());
         let request = self.backing.request(Method::PUT, route);
         let request = request.header(header::CONTENT_TYPE, media_type).bytes(bytes);
+        let _change = self.backing.change().await;
         let done = request.send().await.map_err(failed(operation))?;
         expect(StatusCode::CREATED, operation(), done).await
     }

@@ -1,26 +1,36 @@
-//! What goes when it is old, or when there is too much of it: logs of finished builds, finished builds, sessions of the audit log; and
-//! directories of builds that have ended.
+//! What goes when it is old, or when there is too much of it: logs of finished builds, finished builds, sessions of the audit log; images
+//! without a name, blobs that nothing refers to; and directories of builds that have ended.
 //!
 //! ```text
-//! serve: at the start, once a day ─▶ Retention::collect ─┬▶ sessions, builds, logs ─▶ the store, in pieces; its free room back
-//! api::gc: POST /gc ────────────────▶ one at a time       └▶ sources ─▶ directories that no build needs
+//! serve: at the start, once a day ──▶ Retention::collect ─┬▶ sessions, builds, logs ─▶ the store, in pieces; its free room back
+//! api::gc: POST /gc ────────────────▶ one at a time       ├▶ sources ─▶ directories that no build needs
+//! pressure: the disk is too full ───▶                     ├▶ images ─▶ the managed registry
+//!                                                         └▶ pressure ─▶ the cache of upstreams, more images
 //! ```
-//! Upstreams' images have a cache with a bound of its own ([`crate::gateway::upstream`]), and images in the registry are the users'.
+//! Upstreams' images have a cache with a bound of its own ([`crate::gateway::upstream`]), and images that have a name are the users'.
 //!
 //! **Invariant**: nothing of a build that has not ended is removed, and nobody who writes waits for more than one piece.
 
 mod builds;
+mod disk;
+mod images;
 mod logs;
+mod pressure;
 mod sessions;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use self::disk::Disk;
+use self::images::{Bound, Images, ImagesError};
+use self::pressure::Stuck;
 use crate::build::Millis;
 use crate::causes::chain;
+use crate::gateway::{Garbage, Upstreams};
 use crate::kept::Kept;
 use crate::metrics::Metrics;
 use crate::sources::Sources;
@@ -42,6 +52,19 @@ pub struct Keep {
     pub logs_bytes: u64,
     /// Days that a build stays after its end.
     pub builds_days: u32,
+    /// Of the registry's blobs together; what has a name stays all the same.
+    pub images_bytes: u64,
+}
+
+/// Where room is that others may need more.
+#[derive(Clone, Debug, Default)]
+pub struct Room {
+    /// The managed registry; of another one nothing is removed.
+    pub registry: Option<Garbage>,
+    /// What is kept of other registries.
+    pub upstreams: Option<Upstreams>,
+    /// How full the data directory's file system may get.
+    pub disk: Option<Disk>,
 }
 
 /// What a round has removed.
@@ -57,6 +80,12 @@ pub struct Collected {
     pub sessions: u64,
     /// Directories of sources and of what was staged, that no build needs.
     pub sources: u64,
+    /// Images without a name.
+    pub images: u64,
+    /// Blobs of the registry that nothing referred to.
+    pub blobs: u64,
+    /// What they took.
+    pub blob_bytes: u64,
 }
 
 /// Removes what is not to be kept. Cheap to clone.
@@ -71,7 +100,9 @@ struct Inner {
     sources: Sources,
     metrics: Metrics,
     keep: Keep,
+    room: Room,
     round: Mutex<()>,
+    stuck: Stuck,
 }
 
 impl Retention {
@@ -82,12 +113,14 @@ impl Retention {
         sources: Sources,
         metrics: Metrics,
         keep: Keep,
+        room: Room,
     ) -> Self {
-        let round = Mutex::default();
-        Self { inner: Arc::new(Inner { store, kept, sources, metrics, keep, round }) }
+        let (round, stuck) = (Mutex::default(), Stuck::default());
+        let inner = Inner { store, kept, sources, metrics, keep, room, round, stuck };
+        Self { inner: Arc::new(inner) }
     }
 
-    /// A round now and one each day, until `stop`.
+    /// A round now, one each day, and one when the disk is too full, until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let work = async {
             loop {
@@ -95,7 +128,11 @@ impl Retention {
                     // What is left stays for another day.
                     tracing::error!(error = chain(&error), "what is old cannot be removed");
                 }
-                tokio::time::sleep(DAY).await;
+                let a_day_later = Instant::now() + DAY;
+                tokio::select! {
+                    () = tokio::time::sleep_until(a_day_later) => {}
+                    () = self.presses() => {}
+                }
             }
         };
         stop.run_until_cancelled(work).await;
@@ -105,32 +142,63 @@ impl Retention {
     pub async fn collect(&self, now: Millis) -> Result<Collected, StoreError> {
         let _alone = self.inner.round.lock().await;
         let mut all = Collected::default();
-        let ended = self.round(now, &mut all).await;
+        let Inner { store, room, .. } = &*self.inner;
+        let mut images =
+            room.registry.as_ref().map(|registry| Images::new(registry, store.as_ref()));
+        let ended = self.round(now, images.as_mut(), &mut all).await;
+        // Also where the store fails, as it does when the disk is full.
+        if let Err(error) = self.make_room(images.as_mut()).await {
+            tracing::error!(error = chain(&error), "what nobody needs in the registry stays");
+        }
+        if let Some(Images { removed, swept, .. }) = images {
+            (all.images, all.blobs, all.blob_bytes) = (removed, swept.blobs, swept.bytes);
+        }
         self.inner.metrics.removed(&all);
         if all != Collected::default() {
-            let Collected { log_events, log_bytes, builds, sessions, sources } = all;
+            let Collected { log_events, log_bytes, builds, sessions, sources, .. } = all;
+            let Collected { images, blobs, blob_bytes, .. } = all;
             tracing::info!(
                 log_events,
                 log_bytes,
                 builds,
                 sessions,
                 sources,
+                images,
+                blobs,
+                blob_bytes,
                 "removed what was old"
             );
         }
         ended.map(|()| all)
     }
 
-    async fn round(&self, now: Millis, all: &mut Collected) -> Result<(), StoreError> {
+    async fn round(
+        &self,
+        now: Millis,
+        images: Option<&mut Images<'_>>,
+        all: &mut Collected,
+    ) -> Result<(), StoreError> {
         let Inner { store, kept, sources, keep, .. } = &*self.inner;
         let store = store.as_ref();
         all.sessions = sessions::forget(store, keep.sessions_days, now).await?;
-        builds::remove(store, kept, keep.builds_days, now, all).await?;
+        builds::remove(store, kept, keep.builds_days, now, images, all).await?;
         logs::remove(store, keep, now, all).await?;
         all.sources = sources.sweep(store).await?;
         // Also what an earlier round left that was cut off.
         while store.shrink().await? {}
         Ok(())
+    }
+
+    /// In the registry, and then wherever the disk needs it.
+    async fn make_room(&self, mut images: Option<&mut Images<'_>>) -> Result<(), ImagesError> {
+        if let Some(images) = &mut images {
+            images.sweep().await?;
+            let bytes = self.inner.keep.images_bytes;
+            if bytes > 0 && !images.shrink(Bound::Bytes(bytes)).await? {
+                tracing::warn!(bytes, "images that have a name are larger than --keep-images-gb");
+            }
+        }
+        self.relieve(images).await
     }
 }
 

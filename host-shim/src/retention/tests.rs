@@ -39,7 +39,8 @@ impl Bench {
 
     fn retention(&self, keep: Keep) -> Retention {
         let sources = Sources::new(self.dir.path().join("builds"));
-        Retention::new(Arc::clone(&self.store), Kept::new(1), sources, Metrics::default(), keep)
+        let (store, kept, metrics) = (Arc::clone(&self.store), Kept::new(1), Metrics::default());
+        Retention::new(store, kept, sources, metrics, keep, Room::default())
     }
 
     async fn collect(&self, keep: Keep) -> Collected {

@@ -24,6 +24,7 @@ use crate::gateway::rights::{Authorizer, Caller};
 use crate::gateway::{Backing, Upstreams, upstream};
 use crate::lock;
 use crate::queue::Egress;
+use crate::retention;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::token::{self, AuthError, Uses};
@@ -146,6 +147,20 @@ pub(super) async fn registry(config: &ServeConfig) -> anyhow::Result<(Option<Man
         .context("cannot start the registry")?;
     let backing = managed.backing().clone();
     Ok((Some(managed), backing))
+}
+
+/// Where retention makes room.
+pub(super) fn room(
+    config: &ServeConfig,
+    registry: Option<&Managed>,
+    upstreams: Upstreams,
+) -> retention::Room {
+    let percent = config.gc_disk_percent;
+    retention::Room {
+        registry: registry.map(|registry| registry.garbage().clone()),
+        upstreams: Some(upstreams),
+        disk: (percent > 0).then(|| retention::Disk::new(config.data_dir.clone(), percent)),
+    }
 }
 
 /// The other registries that builds pull from.

@@ -55,6 +55,7 @@ async fn administrators_have_old_things_removed_now() {
         json!({
             "log_events_removed": 6, "log_bytes_removed": measured / 3 * 2,
             "builds_removed": 1, "sessions_removed": 0, "sources_removed": 3,
+            "images_removed": 0, "blobs_removed": 0, "blob_bytes_removed": 0,
         })
     );
     refusal(client.get(&format!("/builds/{}", ids[0])).await, 404, "not_found").await;
@@ -68,6 +69,7 @@ async fn administrators_have_old_things_removed_now() {
         "kiln_removed_total{what=\"build\"} 1\n",
         "kiln_removed_total{what=\"session\"} 0\n",
         "kiln_removed_total{what=\"source\"} 3\n",
+        "kiln_removed_total{what=\"image\"} 0\n",
         &format!("kiln_removed_log_bytes_total {}\n", measured / 3 * 2),
     ] {
         assert!(metrics.contains(counted), "{counted} {metrics}");

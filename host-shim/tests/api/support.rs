@@ -18,7 +18,7 @@ use kiln::exec::{Door, Entrance, Sessions};
 use kiln::instances::quota::Quota;
 use kiln::instances::{End, Instances, Owner, Runner, Work};
 use kiln::kept::Kept;
-use kiln::retention::{Keep, Retention};
+use kiln::retention::{Keep, Retention, Room};
 use kiln::sources::Sources;
 use kiln::store::sqlite::SqliteStore;
 use kiln::store::{Claimed, Fence, Role, Store};
@@ -30,7 +30,8 @@ use serde_json::Value;
 pub const QUOTA: u64 = 64 * 1024;
 
 /// For how long finished things stay.
-pub const KEEP: Keep = Keep { sessions_days: 30, logs_days: 10, logs_bytes: 0, builds_days: 20 };
+pub const KEEP: Keep =
+    Keep { sessions_days: 30, logs_days: 10, logs_bytes: 0, builds_days: 20, images_bytes: 0 };
 
 pub const HOST: &str = "kiln.example:4973";
 
@@ -171,6 +172,7 @@ pub async fn server_that(limits: Limits, quiet: Duration, metrics_open: bool) ->
             of_builds,
             events.metrics().clone(),
             KEEP,
+            Room::default(),
         ),
         backing: kiln::gateway::Backing::external(&registry, None).unwrap(),
         vault: vault.clone(),

@@ -5,6 +5,7 @@ mod clients;
 mod containers;
 mod counter;
 mod external;
+mod garbage;
 mod guests;
 mod managed;
 mod matrix;

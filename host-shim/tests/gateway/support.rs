@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln::build::{BuildId, Tenant};
+use kiln::gateway::gate::Gate;
 use kiln::gateway::{
     Authorizer, Backing, Caller, GatewayState, GuestContext, Managed, TokenKeys, Upstreams, router,
     serve,
@@ -37,6 +39,20 @@ impl World {
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let registry = Managed::start(&dir.path().join("registry")).await.unwrap();
+        let backing = registry.backing().clone();
+        Self::of(dir, registry, backing).await
+    }
+
+    /// One whose blobs that nothing refers to stay for so long.
+    pub async fn with_grace(grace: Duration) -> Self {
+        Self::with_gate(Gate::new(grace)).await
+    }
+
+    pub async fn with_gate(gate: Gate) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let program = Path::new("docker-registry");
+        let registry =
+            Managed::start_gated(program, &dir.path().join("registry"), gate).await.unwrap();
         let backing = registry.backing().clone();
         Self::of(dir, registry, backing).await
     }

@@ -101,6 +101,8 @@ pub struct Agent {
     lines: u64,
     /// Of a line, at least.
     width: usize,
+    /// Of the one layer of its image; 0 for none.
+    layer: usize,
     /// Told when it may print.
     may_print: Option<oneshot::Receiver<()>>,
 }
@@ -118,8 +120,13 @@ impl Agent {
     pub fn new(place: Arc<Place>, name: String) -> Self {
         let (nonce, acknowledged) = ([0; TOKEN_LEN], 0);
         let (token, outcome, may_print) = (None, None, None);
-        let (lines, width) = (LINES, 0);
-        Self { place, name, token, nonce, acknowledged, outcome, lines, width, may_print }
+        let (lines, width, layer) = (LINES, 0, 0);
+        Self { place, name, token, nonce, acknowledged, outcome, lines, width, layer, may_print }
+    }
+
+    /// One whose image has a layer of so many bytes, that no other image has.
+    pub fn with_layer(self, layer: usize) -> Self {
+        Self { layer, ..self }
     }
 
     /// One with so many lines that are so long, and which prints nothing until it is told to.
@@ -209,24 +216,25 @@ impl Agent {
         }
     }
 
-    /// An image of this build alone: a config and no layers.
+    /// An image of this build alone: a config, and no layer or one.
     async fn push(&self) -> Result<String, Broken> {
+        let mut layers = vec![];
+        if self.layer > 0 {
+            let layer: Vec<u8> = self.name.bytes().cycle().take(self.layer).collect();
+            layers.push(json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar",
+                "digest": self.upload(&layer).await?, "size": layer.len(),
+            }));
+        }
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": { "Labels": { "build": self.name } },
             "rootfs": { "type": "layers", "diff_ids": [] },
         })
         .to_string();
-        let digest = digest_of(config.as_bytes());
-        let begun = self.registry("POST", "/v2/staging/image/blobs/uploads/", "", b"").await?;
-        let location = header(&begun, "location").ok_or(Broken)?;
-        let at = location.strip_prefix("http://registry.kiln").unwrap_or(&location);
-        let sign = if at.contains('?') { '&' } else { '?' };
-        let kind = "application/octet-stream";
-        let put = format!("{at}{sign}digest={digest}");
-        self.registry("PUT", &put, kind, config.as_bytes()).await?;
+        let digest = self.upload(config.as_bytes()).await?;
         let kind = "application/vnd.oci.image.manifest.v1+json";
         let manifest = json!({
-            "schemaVersion": 2, "mediaType": kind, "layers": [],
+            "schemaVersion": 2, "mediaType": kind, "layers": layers,
             "config": {
                 "mediaType": "application/vnd.oci.image.config.v1+json",
                 "digest": digest, "size": config.len(),
@@ -236,6 +244,19 @@ impl Agent {
         self.registry("PUT", "/v2/staging/image/manifests/result", kind, manifest.as_bytes())
             .await?;
         Ok(digest_of(manifest.as_bytes()))
+    }
+
+    /// Pushes a blob; its digest.
+    async fn upload(&self, blob: &[u8]) -> Result<String, Broken> {
+        let digest = digest_of(blob);
+        let begun = self.registry("POST", "/v2/staging/image/blobs/uploads/", "", b"").await?;
+        let location = header(&begun, "location").ok_or(Broken)?;
+        let at = location.strip_prefix("http://registry.kiln").unwrap_or(&location);
+        let sign = if at.contains('?') { '&' } else { '?' };
+        let kind = "application/octet-stream";
+        let put = format!("{at}{sign}digest={digest}");
+        self.registry("PUT", &put, kind, blob).await?;
+        Ok(digest)
     }
 
     /// One request on a connection of its own; the head of a good answer.

@@ -8,6 +8,7 @@
 mod agent;
 mod full;
 mod machine;
+mod pressure;
 mod read_only;
 mod server;
 
@@ -138,6 +139,11 @@ fn source() -> Vec<u8> {
 
 /// Boots an agent for each VM that appears.
 async fn boot(home: Arc<Home>, stop: CancellationToken) {
+    boot_with(home, stop, 0).await;
+}
+
+/// The same, of builds whose images have a layer of so many bytes.
+async fn boot_with(home: Arc<Home>, stop: CancellationToken, layer: usize) {
     let (agents, mut known) = (TaskTracker::new(), Vec::<Arc<Place>>::new());
     while !stop.is_cancelled() {
         // A file system may give the number of a directory that is gone to the next one, unless somebody holds it.
@@ -149,7 +155,7 @@ async fn boot(home: Arc<Home>, stop: CancellationToken) {
                 let (place, name) =
                     (Arc::new(place), vm.file_name().to_string_lossy().into_owned());
                 known.push(Arc::clone(&place));
-                agents.spawn(Agent::new(place, name).run());
+                agents.spawn(Agent::new(place, name).with_layer(layer).run());
             }
         }
         tokio::time::sleep(Duration::from_millis(5)).await;

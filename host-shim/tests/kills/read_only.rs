@@ -32,17 +32,18 @@ fn a_server_says_that_its_directory_cannot_be_written() {
 }
 
 /// An ext4 file system in a file, mounted somewhere while this lives.
-struct Image {
+pub struct Image {
     file: PathBuf,
     at: PathBuf,
 }
 
 impl Image {
-    fn make(dir: &Path, at: PathBuf) -> Self {
+    /// Of this size. It is all holes.
+    pub fn make(dir: &Path, at: PathBuf, gib: u64) -> Self {
         let file = dir.join("ext4");
-        // VMs start where there is a GiB free; it is all holes.
-        std::fs::File::create(&file).unwrap().set_len(2 << 30).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-E", "lazy_itable_init=1"]).arg(&file));
+        std::fs::File::create(&file).unwrap().set_len(gib << 30).unwrap();
+        let lazy = "lazy_itable_init=1,lazy_journal_init=1";
+        run(Command::new("mkfs.ext4").args(["-q", "-T", "largefile", "-E", lazy]).arg(&file));
         std::fs::create_dir(&at).unwrap();
         let image = Self { file, at };
         image.mount();
@@ -99,7 +100,7 @@ fn run(command: &mut Command) {
 #[test]
 fn a_disk_that_becomes_read_only_refuses_and_what_was_acknowledged_is_built_once_it_is_repaired() {
     let home = Arc::new(Home::new());
-    let image = Image::make(home.dir.path(), home.data());
+    let image = Image::make(home.dir.path(), home.data(), 2);
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let server = home.serve(None);
     let (told, address) = watch::channel(server.address.clone().expect("it starts"));

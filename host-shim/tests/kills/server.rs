@@ -54,6 +54,13 @@ impl Home {
 
     /// Starts a server, which ends at this point if it comes there.
     pub fn serve(&self, point: Option<&str>) -> Server {
+        let variables: Vec<_> =
+            point.map(|point| ("KILN_TEST_KILL_AT", point)).into_iter().collect();
+        self.serve_with(&variables, &[])
+    }
+
+    /// Starts a server with these variables and these settings more.
+    pub fn serve_with(&self, variables: &[(&str, &str)], flags: &[&str]) -> Server {
         let (reader, writer) = std::io::pipe().unwrap();
         let fd = writer.as_raw_fd();
         rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
@@ -76,12 +83,11 @@ impl Home {
             .arg("--vhost-device-vsock")
             .arg(device)
             .args(["--notify-fd", &fd.to_string()])
+            .args(flags)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
-        if let Some(point) = point {
-            command.env("KILN_TEST_KILL_AT", point);
-        }
         let child = command.spawn().unwrap();
         drop(writer);
         let mut line = String::new();

@@ -160,6 +160,8 @@ impl Server {
         std::fs::create_dir_all(&temporary).unwrap();
         let child = Command::new(kiln())
             .env("KILN_MAX_VMS", "2")
+            // However full the disk is that tests run on.
+            .env("KILN_GC_DISK_PERCENT", "0")
             .envs(variables.iter().copied())
             .env("TMPDIR", temporary)
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])

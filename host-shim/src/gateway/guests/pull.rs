@@ -71,7 +71,8 @@ async fn manifest(
         Reference::Tag(tag) => format!("{REGISTRY}/{name}:{tag}"),
         Reference::Digest(digest) => format!("{REGISTRY}/{name}@{digest}"),
     };
-    ctx.record_pull(at, &name, digest, &bytes)?;
+    let blobs = ctx.record_pull(at, &name, digest, &bytes)?;
+    ctx.want(blobs).await;
     let mut to = Response::new(Body::from(place.hold(bytes)));
     if let Some(media_type) = media_type {
         to.headers_mut().insert(header::CONTENT_TYPE, media_type);

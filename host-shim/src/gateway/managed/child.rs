@@ -17,6 +17,8 @@ use crate::gateway::backing::socket_path;
 
 /// How much of its last output is kept for an error message.
 const LAST_WORDS: usize = 1024;
+/// Where its programs are looked for, and nothing else of Kiln's environment.
+pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Read at a time.
 const CHUNK: usize = 8 * 1024;
 
@@ -55,7 +57,7 @@ impl Child {
             .args(["serve", "config.yml"])
             .current_dir(files.dir())
             .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("PATH", PATH)
             // Only its own user can read its environment.
             .env("REGISTRY_HTTP_SECRET", &files.secret)
             // A Ctrl-C at the terminal is for Kiln, which ends the registry last.

@@ -9,13 +9,14 @@
 //! ├─ run/         the child's: its socket
 //! └─ storage/     the child's: the images
 //! ```
-//! Kiln writes nothing in the directories of the child's.
+//! Kiln writes nothing in the directories of the child's; it removes what nobody needs any more ([`super::garbage`]).
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::libc;
 use nix::unistd::{Gid, Uid, User, chown, geteuid};
@@ -35,7 +36,8 @@ const MAX_LOG_BYTES: u64 = 1024 * 1024;
 const END_PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
 /// Paths are relative to DIR, the child's working directory: so it needs no right to DIR's parents.
-/// The level `info` is what makes it say that it listens.
+/// The level `info` is what makes it say that it listens. There is no cache of blobs' descriptors on purpose: it would go on
+/// saying that it has what [`super::garbage`] has removed.
 const CONFIG: &str = "\
 version: 0.1
 log:
@@ -60,6 +62,8 @@ pub(super) struct Files {
     pub identity: Option<(Uid, Gid)>,
     /// Signs the state of uploads; the same for every child, so that they outlast a restart.
     pub secret: String,
+    /// How often it was swept: what somebody found in `storage` before may be gone.
+    sweeps: AtomicU64,
     _lock: File,
 }
 
@@ -72,7 +76,9 @@ impl Files {
             .map_err(ManagedError::io("lock", &lock_path))?
             .ok_or_else(|| ManagedError::InUse(dir.display().to_string()))?;
         let secret = uuid::Uuid::new_v4().simple().to_string();
-        let mut files = Self { dir: dir.to_owned(), identity: None, secret, _lock: lock };
+        let (dir, identity, sweeps) = (dir.to_owned(), None, AtomicU64::new(0));
+        let mut files = Self { dir, identity, secret, sweeps, _lock: lock };
+        let dir = files.dir.clone();
         for part in ["storage", "run"] {
             make_dir(&dir.join(part), 0o700)?;
         }
@@ -119,6 +125,11 @@ impl Files {
             .map_err(ManagedError::io("write", &path))
     }
 
+    /// How often it was swept.
+    pub fn sweeps(&self) -> u64 {
+        self.sweeps.load(Ordering::SeqCst)
+    }
+
     /// The child is gone.
     pub fn forget(&self) {
         let _ = std::fs::remove_file(self.dir.join("pid"));
@@ -140,6 +151,7 @@ impl Files {
             // Nobody else writes in its directories then.
             let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&END_PATIENCE));
         }
+        self.sweeps.fetch_add(1, Ordering::SeqCst);
         match torn::remove(&self.dir, self.identity) {
             Ok(0) => {}
             Ok(files) => tracing::warn!(files, "removed what a killed registry had not written"),

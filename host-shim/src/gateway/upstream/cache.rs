@@ -160,9 +160,20 @@ impl Cache {
     }
 
     /// Bytes that are kept.
-    #[cfg(test)]
-    fn kept(&self) -> u64 {
+    pub fn kept(&self) -> u64 {
         self.state().kept
+    }
+
+    /// Removes the least recently used, so many bytes at least, if there are so many; how many. It blocks.
+    pub fn give_up(&self, bytes: u64) -> u64 {
+        let mut state = self.state();
+        let before = state.kept;
+        while before - state.kept < bytes
+            && let Some(oldest) = state.order.first_key_value().map(|(_, key)| key.clone())
+        {
+            self.remove_entry(&mut state, &oldest);
+        }
+        before - state.kept
     }
 
     /// Removes the least recently used until there is room for `size` more.
@@ -356,6 +367,21 @@ mod tests {
         assert_eq!(cache.kept(), 7);
         assert!(bench.keep(&cache, b"1234567890"), "all of it");
         assert_eq!(cache.kept(), 10);
+    }
+
+    #[test]
+    fn it_gives_up_the_least_recently_used_and_no_more_than_it_must() {
+        let bench = Bench::new();
+        let cache = bench.open(100);
+        for content in [b"1111", b"2222", b"3333"] {
+            bench.keep(&cache, content);
+        }
+        assert!(cache.get(&bench.key(b"1111")).is_some());
+        assert_eq!(cache.give_up(0), 0);
+        assert_eq!(cache.give_up(5), 8);
+        assert!(cache.get(&bench.key(b"1111")).is_some());
+        assert!(!cache.path(&bench.key(b"2222")).exists());
+        assert_eq!((cache.give_up(5), cache.kept()), (4, 0));
     }
 
     #[test]

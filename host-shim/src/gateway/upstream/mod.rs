@@ -132,6 +132,16 @@ impl Upstreams {
         Ok(Self(Arc::new(Inner { list, cache, flights: Arc::default() })))
     }
 
+    /// Forgets the least recently used of what is kept, so many bytes at least, if there are so many; how many. It blocks.
+    pub fn give_up(&self, bytes: u64) -> u64 {
+        self.0.cache.as_ref().map_or(0, |cache| cache.give_up(bytes))
+    }
+
+    /// Whether nothing is kept.
+    pub fn keep_nothing(&self) -> bool {
+        self.0.cache.as_ref().is_none_or(|cache| cache.kept() == 0)
+    }
+
     /// The names of all, as names of images begin with them.
     pub fn hosts(&self) -> Vec<String> {
         self.0.list.iter().map(|upstream| upstream.spec.host.clone()).collect()
