@@ -195,7 +195,10 @@ impl Retention {
             images.sweep().await?;
             let bytes = self.inner.keep.images_bytes;
             if bytes > 0 && !images.shrink(Bound::Bytes(bytes)).await? {
-                tracing::warn!(bytes, "images that have a name are larger than --keep-images-gb");
+                tracing::warn!(
+                    bytes,
+                    "the registry is larger than --keep-images-gb, and nothing else of it may be removed"
+                );
             }
         }
         self.relieve(images).await
