@@ -33,6 +33,34 @@ pub(super) enum Bound<'a> {
     Disk(&'a Disk),
 }
 
+/// What images have left when they were removed, and what it could have been: layers that others have, too, such as those of a common base,
+/// stay. Each look at that is work for docker-registry, so as many go at one time as will probably do.
+#[derive(Debug, Default)]
+struct Yield {
+    hoped: u64,
+    had: u64,
+}
+
+impl Yield {
+    /// At the least a part like this is expected, so that what goes at one time grows step by step.
+    const LEAST: u64 = 8;
+
+    fn note(&mut self, hoped: u64, had: u64) {
+        self.hoped = self.hoped.saturating_add(hoped);
+        self.had = self.had.saturating_add(had.min(hoped));
+    }
+
+    /// What an image will probably leave that could leave so much.
+    fn of(&self, at_most: u64) -> u64 {
+        if self.hoped == 0 {
+            return at_most;
+        }
+        let had = self.had.max(self.hoped / Self::LEAST);
+        let part = u128::from(at_most) * u128::from(had) / u128::from(self.hoped);
+        u64::try_from(part).unwrap_or(at_most)
+    }
+}
+
 /// What is removed from a registry in one round.
 pub(super) struct Images<'a> {
     registry: &'a Garbage,
@@ -71,15 +99,18 @@ impl<'a> Images<'a> {
 
     /// Removes the oldest images without a name until nothing is beyond the bound; whether nothing is.
     pub async fn shrink(&mut self, bound: Bound<'_>) -> Result<bool, ImagesError> {
+        let mut yielded = Yield::default();
         loop {
             let mut over = self.excess(bound).await?;
             if over == 0 {
                 return Ok(true);
             }
-            let before = self.removed;
+            let (before, swept) = (self.removed, self.swept.bytes);
+            let mut hoped = 0;
             for id in self.oldest().await? {
-                // No more than that is had back, and less where others have layers of it: then it goes on with the next.
-                over = over.saturating_sub(self.remove(&id).await?.unwrap_or_default());
+                let at_most = self.remove(&id).await?.unwrap_or_default();
+                hoped += at_most;
+                over = over.saturating_sub(yielded.of(at_most));
                 if over == 0 {
                     break;
                 }
@@ -88,6 +119,7 @@ impl<'a> Images<'a> {
                 return Ok(false);
             }
             self.sweep().await?;
+            yielded.note(hoped, self.swept.bytes - swept);
         }
     }
 
@@ -108,5 +140,25 @@ impl<'a> Images<'a> {
             }
         }
         Ok(finished)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_image_leaves_is_taken_from_those_before_it() {
+        let mut yielded = Yield::default();
+        assert_eq!(yielded.of(100), 100);
+        yielded.note(100, 50);
+        assert_eq!(yielded.of(100), 50);
+        // Other garbage went with it.
+        yielded.note(100, 1000);
+        assert_eq!(yielded.of(100), 75);
+        let mut nothing = Yield::default();
+        nothing.note(u64::MAX, 0);
+        assert_eq!(nothing.of(80), 9);
+        assert_eq!(nothing.of(u64::MAX), u64::MAX / 8);
     }
 }

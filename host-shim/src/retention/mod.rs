@@ -189,16 +189,25 @@ impl Retention {
         Ok(())
     }
 
-    /// In the registry, and then wherever the disk needs it.
+    /// In the registry, and then wherever the disk needs it: also where the registry fails.
     async fn make_room(&self, mut images: Option<&mut Images<'_>>) -> Result<(), ImagesError> {
-        if let Some(images) = &mut images {
-            images.sweep().await?;
-            let bytes = self.inner.keep.images_bytes;
-            if bytes > 0 && !images.shrink(Bound::Bytes(bytes)).await? {
-                tracing::warn!(bytes, "images that have a name are larger than --keep-images-gb");
-            }
+        let usual = match &mut images {
+            Some(images) => self.in_registry(images).await,
+            None => Ok(()),
+        };
+        usual.and(self.relieve(images).await)
+    }
+
+    async fn in_registry(&self, images: &mut Images<'_>) -> Result<(), ImagesError> {
+        images.sweep().await?;
+        let bytes = self.inner.keep.images_bytes;
+        if bytes > 0 && !images.shrink(Bound::Bytes(bytes)).await? {
+            tracing::warn!(
+                bytes,
+                "the registry is larger than --keep-images-gb, and nothing else of it may be removed"
+            );
         }
-        self.relieve(images).await
+        Ok(())
     }
 }
 

@@ -176,7 +176,25 @@ async fn what_somebody_who_may_push_has_looked_at_stays() {
     assert!(blob(&world, &image.layers[0]).exists() && !blob(&world, &image.layers[1]).exists());
 }
 
-/// Rounds, one after the other, until it is dropped.
+#[tokio::test]
+async fn what_a_build_has_pulled_stays_until_its_image_is_published() {
+    let world = World::with_grace(Duration::ZERO).await;
+    let (base, image) = (Image::new(&["base"]), Image::new(&["base", "own"]));
+    publish(&world, &base, "base/debian").await;
+    let (ctx, at) = world.guest().await;
+    let pull = http().get(format!("http://{at}/v2/base/debian/manifests/v1"));
+    assert_eq!(pull.send().await.unwrap().status(), StatusCode::OK);
+    // Somebody deletes the base while it builds.
+    delete(&world, &base, "base/debian").await;
+    assert_eq!(sweep(&world).await.0, 1, "the manifest");
+    stage(&ctx, &image, &[&base.layers[0]]).await;
+    let checked = check(&ctx, &image.digest().to_string()).await.unwrap();
+    let none = Upstreams::none();
+    push(&checked, world.registry.backing(), &none, "a/app", "v1").await.unwrap();
+    assert!(is_whole(&world, &image, "a/app").await);
+}
+
+/// Rounds, one after the other, until their end.
 struct Rounds(CancellationToken, tokio::task::JoinHandle<(u64, u64)>);
 
 impl Rounds {

@@ -28,7 +28,7 @@ use crate::gateway::gate::Gate;
 use crate::staging::Digest;
 
 /// How long docker-registry may take to say what nothing refers to: whoever publishes waits for it. It reads some thousand
-/// manifests in a second.
+/// manifests in a second where they are in memory.
 const PATIENCE: Duration = Duration::from_mins(10);
 
 /// What can be removed from the managed registry. Cheap to clone.
