@@ -82,15 +82,21 @@ impl Connections {
                 open.spawn(async move {
                     match tls {
                         None => converse(stream, router, head, hang_up).await,
+                        // Apart: the others' tasks are not to have its size.
                         Some(tls) => {
-                            let handshake = hang_up.run_until_cancelled(tls.accept(stream)).await;
-                            match handshake {
-                                Some(Ok(stream)) => converse(stream, router, head, hang_up).await,
-                                Some(Err(error)) => {
-                                    tracing::debug!(%error, "a client's TLS handshake failed");
+                            Box::pin(async move {
+                                let accepted = tls.accept(stream);
+                                match hang_up.run_until_cancelled(accepted).await {
+                                    Some(Ok(stream)) => {
+                                        converse(stream, router, head, hang_up).await;
+                                    }
+                                    Some(Err(error)) => {
+                                        tracing::debug!(%error, "a client's TLS handshake failed");
+                                    }
+                                    None => {}
                                 }
-                                None => {}
-                            }
+                            })
+                            .await;
                         }
                     }
                     drop(place);

@@ -246,8 +246,9 @@ impl Store for SqliteStore {
     ) -> Result<Option<Claimed>, StoreError> {
         let mut tx = self.write("claim a build").await?;
         let claimed = claims::claim(&mut tx, owner, now, most_mb).await?;
-        let Some(claimed) = claimed else { return Ok(None) };
-        events::append(&mut tx, &claimed.build.id, claimed.build.attempt, events).await?;
+        let Some((claimed, highest)) = claimed else { return Ok(None) };
+        let Build { id, attempt, .. } = &claimed.build;
+        events::append_after(&mut tx, id, *attempt, highest, events).await?;
         tx.commit().await?;
         Ok(Some(claimed))
     }
@@ -261,11 +262,11 @@ impl Store for SqliteStore {
         events: &[NewEvent],
     ) -> Result<Build, StoreError> {
         let mut tx = self.write("change a build").await?;
-        let (before, current) = claims::load(&mut tx, id).await?;
+        let (before, current, highest) = claims::load_to_tell(&mut tx, id).await?;
         check_claim(&before, current, fence)?;
         let next = before.apply(change, now)?;
         claims::save(&mut tx, &next, fence).await?;
-        events::append(&mut tx, id, next.attempt, events).await?;
+        events::append_after(&mut tx, id, next.attempt, highest, events).await?;
         secrets::forget_own(&mut tx, &next).await?;
         retention::ended(&mut tx, &next).await?;
         tx.commit().await?;

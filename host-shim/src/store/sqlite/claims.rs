@@ -21,13 +21,13 @@ const TAKE_OVER: &str = "
     UPDATE builds SET fence = fence + 1, owner = $1, lease_until = $2
     WHERE id = $3 AND status IN ('building', 'pushing') AND lease_until < $4 RETURNING *";
 
-/// Takes the build that is next in the line.
+/// Takes the build that is next in the line; with the number of its last event.
 pub(super) async fn claim(
     db: &mut SqliteConnection,
     owner: &str,
     now: Millis,
     most_mb: u32,
-) -> Result<Option<Claimed>, StoreError> {
+) -> Result<Option<(Claimed, i64)>, StoreError> {
     let row = sqlx::query(CLAIM)
         .bind(owner)
         .bind(now)
@@ -36,7 +36,7 @@ pub(super) async fn claim(
         .fetch_optional(db)
         .await
         .map_err(failed("claim a build"))?;
-    row.as_ref().map(claimed).transpose()
+    row.as_ref().map(|row| Ok((claimed(row)?, highest(row)?))).transpose()
 }
 
 /// Gives every claimed build a new fence.
@@ -121,6 +121,28 @@ pub(super) async fn load(
         .ok_or(StoreError::NotFound("build"))?;
     let Claimed { build, fence } = claimed(&row)?;
     Ok((build, fence))
+}
+
+/// The same with the number of its last event.
+pub(super) async fn load_to_tell(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+) -> Result<(Build, Fence, i64), StoreError> {
+    let row = sqlx::query(
+        "SELECT *, (SELECT COALESCE(MAX(e.seq), 0) FROM events AS e WHERE e.build_id = builds.id) AS highest
+         FROM builds WHERE id = $1",
+    )
+    .bind(id.as_str())
+    .fetch_optional(db)
+    .await
+    .map_err(failed("read a build"))?
+    .ok_or(StoreError::NotFound("build"))?;
+    let Claimed { build, fence } = claimed(&row)?;
+    Ok((build, fence, highest(&row)?))
+}
+
+fn highest(row: &SqliteRow) -> Result<i64, StoreError> {
+    row.try_get("highest").map_err(failed("number events"))
 }
 
 /// The status and the attempt, without the rest.

@@ -12,6 +12,23 @@ use crate::store::{MAX_PAGE_BYTES, NewEvent, StoreError, StoredEvent};
 /// Most rows of one statement, six values each: SQLite takes 32,766 of them, PostgreSQL 65,535.
 const ROWS: usize = 128;
 
+/// Appends after the number of the last event. In a transaction that holds the write lock, in which the number was read.
+pub(super) async fn append_after(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+    attempt: u32,
+    highest: i64,
+    events: &[NewEvent],
+) -> Result<(), StoreError> {
+    if events.iter().all(|event| event.agent_seq.is_none()) {
+        // The host's: there is none that may have come before.
+        insert(db, id, attempt, highest, HashSet::new(), events).await?;
+    } else {
+        append(db, id, attempt, events).await?;
+    }
+    Ok(())
+}
+
 /// Appends and returns the highest number. In a transaction that holds the write lock.
 pub(super) async fn append(
     db: &mut SqliteConnection,
@@ -20,7 +37,7 @@ pub(super) async fn append(
     events: &[NewEvent],
 ) -> Result<u64, StoreError> {
     // Two questions: SQLite takes the last entry of an index for one that asks for nothing else.
-    let (mut highest, last_of_agent): (i64, Option<i64>) = sqlx::query_as(
+    let (highest, last_of_agent): (i64, Option<i64>) = sqlx::query_as(
         "SELECT COALESCE((SELECT MAX(seq) FROM events WHERE build_id = $1), 0),
                 (SELECT MAX(agent_seq) FROM events
                  WHERE build_id = $1 AND attempt = $2 AND agent_seq IS NOT NULL)",
@@ -30,10 +47,22 @@ pub(super) async fn append(
     .fetch_one(&mut *db)
     .await
     .map_err(failed("number events"))?;
-    let mut known = match last_of_agent {
+    let known = match last_of_agent {
         Some(last) => known(db, id, attempt, events, last).await?,
         None => HashSet::new(),
     };
+    insert(db, id, attempt, highest, known, events).await
+}
+
+/// Inserts those events whose numbers are not known, and returns the highest number.
+async fn insert(
+    db: &mut SqliteConnection,
+    id: &BuildId,
+    attempt: u32,
+    mut highest: i64,
+    mut known: HashSet<i64>,
+    events: &[NewEvent],
+) -> Result<u64, StoreError> {
     let mut log_bytes = 0;
     let mut rows = Vec::with_capacity(events.len());
     for event in events {
@@ -57,8 +86,9 @@ pub(super) async fn append(
             row.push_bind(id.as_str()).push_bind(seq).push_bind(at);
             row.push_bind(i64::from(attempt)).push_bind(agent_seq).push_bind(payload);
         });
-        // Of many rows there are many texts: they would drive all others out of those that stay prepared.
-        let insert = insert.build().persistent(count == 1);
+        // Of each number of rows there is a text. Only those of the usual ones stay prepared: of what the host tells, and of what an agent
+        // sends before it wants to hear that it is stored. All would drive out the other statements.
+        let insert = insert.build().persistent(matches!(count, 1..=3 | 16));
         insert.execute(&mut *db).await.map_err(failed("store events"))?;
     }
     retention::grew(db, id, log_bytes).await?;

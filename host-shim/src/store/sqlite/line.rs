@@ -82,7 +82,7 @@ pub(super) const CLAIM: &str = concat!(
          turn = (SELECT MAX(l.turn) + 1 FROM builds AS l)
      WHERE status = 'queued' AND id = (",
     next!("b.id", concat!(" AND ", wants!(), " <= $3")),
-    ") RETURNING *"
+    ") RETURNING *, (SELECT COALESCE(MAX(e.seq), 0) FROM events AS e WHERE e.build_id = builds.id) AS highest"
 );
 
 /// The next build.
