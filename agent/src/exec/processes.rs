@@ -46,14 +46,8 @@ pub fn signal(leader: Pid, signal: Signal) {
     let _ = killpg(leader, signal);
 }
 
-/// Whether all of them are over.
-#[cfg(test)]
-pub fn is_empty(leader: Pid) -> bool {
-    of_session(leader).is_empty()
-}
-
 /// Those that are not over. A zombie waits for its parent, and nothing can be done to it.
-fn of_session(leader: Pid) -> Vec<Pid> {
+pub fn of_session(leader: Pid) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid| {
