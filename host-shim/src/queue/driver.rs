@@ -210,6 +210,8 @@ impl Driver {
         let started = cancel.run_until_cancelled(self.workshop.start(spec)).await;
         let vm = match started {
             None => {
+                // What had started was dropped: who is told of the cancel may count on its end.
+                self.workshop.vmm.wait_for_removals().await;
                 let masker = Masker::default();
                 return Worked { next: Next::Cancel, masker, context: None, hung: false };
             }
