@@ -7,7 +7,8 @@
 //!
 //! A case `hog-…` takes all that it gets of something. Others are built beside it, and become what they always do.
 //!
-//! `KILN_CORPUS=NAME,…` builds only these.
+//! `KILN_CORPUS=NAME,…` builds only these, `KILN_CORPUS=all` all. Without it those that become an image are built by halves, one a day:
+//! all of them are a third of the time that all tests take.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -205,7 +206,8 @@ fn compare(golden: &Path, found: &str) -> Option<String> {
 }
 
 fn cases() -> Vec<PathBuf> {
-    let only = std::env::var("KILN_CORPUS").ok();
+    let chosen = std::env::var("KILN_CORPUS").ok();
+    let only = chosen.clone().filter(|only| only != "all");
     let wanted = |dir: &PathBuf| {
         let name = dir.file_name().unwrap().to_str().unwrap();
         name != "base" && only.as_ref().is_none_or(|only| only.split(',').any(|one| one == name))
@@ -214,10 +216,19 @@ fn cases() -> Vec<PathBuf> {
     // that the refusal arrives.
     let by_line = |dir: &PathBuf| {
         let starts = expected(dir).starts_with("fails as dockerfile_invalid\nDockerfile line ");
-        starts && only.is_none() && !dir.ends_with("copy-exclude")
+        starts && chosen.is_none() && !dir.ends_with("copy-exclude")
+    };
+    let since_1970 = std::time::UNIX_EPOCH.elapsed().unwrap();
+    let today = since_1970.as_secs() / (24 * 60 * 60);
+    let another_day = |dir: &PathBuf| {
+        let name = dir.file_name().unwrap().as_encoded_bytes();
+        let number: u64 = name.iter().map(|byte| u64::from(*byte)).sum();
+        let by_halves = chosen.is_none() && !is_hog(dir) && !expected(dir).starts_with("fails ");
+        by_halves && (number + today) % 2 == 1
     };
     let entries = std::fs::read_dir(corpus()).unwrap().map(|entry| entry.unwrap().path());
-    let mut cases: Vec<_> = entries.filter(wanted).filter(|dir| !by_line(dir)).collect();
+    let mut cases: Vec<_> =
+        entries.filter(wanted).filter(|dir| !by_line(dir) && !another_day(dir)).collect();
     cases.sort();
     cases
 }

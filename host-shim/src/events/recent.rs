@@ -173,6 +173,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         /// Whatever is read for all in whatever pieces, and wherever somebody begins and stops for a while: each number once and in
         /// order, from here or from the store.
         #[test]
