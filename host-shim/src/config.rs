@@ -87,7 +87,7 @@ pub struct ServeArgs {
     #[arg(long, env = "KILN_EGRESS_CA", value_name = "FILE")]
     pub egress_ca: Option<PathBuf>,
 
-    /// OCI registry that keeps the images, with a path all below it [default: a docker-registry of Kiln's own]
+    /// OCI registry that keeps the images, below the URL's path if it has one [default: a docker-registry of Kiln's own]
     #[arg(long, env = "KILN_REGISTRY", value_name = "URL")]
     pub registry: Option<Url>,
     /// Logins for --registry and --upstream, in the format of Docker's config.json

@@ -113,13 +113,7 @@ pub(super) async fn load(
     db: &mut SqliteConnection,
     id: &BuildId,
 ) -> Result<(Build, Fence), StoreError> {
-    let row = sqlx::query("SELECT * FROM builds WHERE id = $1")
-        .bind(id.as_str())
-        .fetch_optional(db)
-        .await
-        .map_err(failed("read a build"))?
-        .ok_or(StoreError::NotFound("build"))?;
-    let Claimed { build, fence } = claimed(&row)?;
+    let (build, fence, _) = load_to_tell(db, id).await?;
     Ok((build, fence))
 }
 
